@@ -1,0 +1,35 @@
+"""Fast kernels for multimodal in-context learning without the demonstrations."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module that has it. Imported at first use: importing the package loads nothing else.
+_LAZY = {
+    "ops": "mmicl_kernels.ops",
+    "create": "mmicl_kernels.integration",
+    "attach": "mmicl_kernels.integration",
+    "load": "mmicl_kernels.integration",
+    "load_official": "mmicl_kernels.integration",
+    "Handle": "mmicl_kernels.integration",
+    "UnsupportedModelError": "mmicl_kernels.integration",
+    "save_official": "mmicl_kernels.library",
+    "MimICConfig": "mmicl_kernels.methods",
+    "MimICAdapter": "mmicl_kernels.methods",
+    "CheckpointError": "mmicl_kernels.methods",
+    "AttentionShift": "mmicl_kernels.modules",
+    "ShiftedAttention": "mmicl_kernels.modules",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

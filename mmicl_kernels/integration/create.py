@@ -1,0 +1,52 @@
+"""Make or load an adapter for a model."""
+
+import os
+
+from torch import nn
+
+from mmicl_kernels.integration.anchors import Anchor, describe_backbone, find_anchors
+from mmicl_kernels.integration.attach import check_backbone
+from mmicl_kernels.library import read_adapter, read_official
+from mmicl_kernels.methods import ADAPTERS, Adapter, MimICAdapter, MimICConfig
+
+
+def create(model: nn.Module, config: MimICConfig) -> Adapter:
+    """A freshly initialised adapter for ``model``, in fp32 on its devices, not attached.
+
+    Raises:
+        UnsupportedModelError: unknown family. TypeError: ``config`` is of no known method.
+    """
+    anchors = find_anchors(model)
+    for adapter_class in ADAPTERS.values():
+        if isinstance(config, adapter_class.config_class):
+            return _place(adapter_class(config, describe_backbone(model, anchors)), anchors)
+    names = ", ".join(adapter.config_class.__name__ for adapter in ADAPTERS.values())
+    raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
+
+
+def load(folder: str | os.PathLike, model: nn.Module) -> Adapter:
+    """Read an adapter that ``save_pretrained`` wrote, check that it is ``model``'s, and place it.
+
+    Raises:
+        UnsupportedModelError, FileNotFoundError. CheckpointError: an unreadable file, or an adapter of
+        another backbone.
+    """
+    anchors = find_anchors(model)
+    adapter = read_adapter(folder)
+    check_backbone(adapter, describe_backbone(model, anchors))
+    return _place(adapter, anchors)
+
+
+def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
+    """Read ``encoder.pth`` of the official MimIC code for ``model``; ``normalizer`` is "all_keys".
+
+    Raises: as :func:`load`. The file does not say which model it belongs to: only shapes are checked.
+    """
+    anchors = find_anchors(model)
+    return _place(read_official(path, describe_backbone(model, anchors)), anchors)
+
+
+def _place(adapter: Adapter, anchors: list[Anchor]) -> Adapter:
+    for anchor in anchors:
+        adapter.layers[str(anchor.index)].to(anchor.self_attn.o_proj.weight.device)
+    return adapter

@@ -1,0 +1,227 @@
+"""What every method's adapter shares: the backbone it was made for, and its two files on disk."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "mmicl_adapter.json"
+TENSORS_FILE = "mmicl_adapter.safetensors"
+# bf16 rounds by 2^-9; a different checkpoint of the same shape differs by the size of its weights.
+FINGERPRINT_TOLERANCE = 2.0**-7
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read as an adapter, or an adapter that does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The model an adapter was made for.
+
+    ``layers`` maps the index of each patched decoder layer to its ``(num_heads, head_dim)``.
+    ``fingerprint`` samples some weights, so that another checkpoint of the same architecture is seen
+    whatever it is called; empty where the weights cannot be read (quantised, offloaded).
+    """
+
+    model_class: str
+    model_type: str
+    text_model_type: str
+    hidden_size: int
+    name: str
+    revision: str
+    layers: dict[int, tuple[int, int]]
+    fingerprint: tuple[float, ...] = ()
+
+    def differences(self, other: "Backbone") -> list[str]:
+        """Readable differences that make an adapter of ``self`` meaningless on ``other``.
+
+        ``name`` and ``revision`` are not compared: the same weights live in many places.
+        """
+        found = [
+            f"{field} is {getattr(self, field)!r} in the adapter and {getattr(other, field)!r} in the model"
+            for field in ("model_class", "model_type", "text_model_type", "hidden_size", "layers")
+            if getattr(self, field) != getattr(other, field)
+        ]
+        if not found and self.fingerprint and other.fingerprint:
+            mine, theirs = torch.tensor(self.fingerprint), torch.tensor(other.fingerprint)
+            if (
+                mine.shape != theirs.shape
+                or (mine - theirs).norm() > FINGERPRINT_TOLERANCE * mine.norm()
+            ):
+                found.append(
+                    "the model's weights are not those the adapter was trained on "
+                    f"({self.name or 'unnamed'} against {other.name or 'unnamed'})"
+                )
+        return found
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Backbone":
+        layers = {int(index): (int(h), int(d)) for index, (h, d) in data["layers"].items()}
+        fingerprint = tuple(float(x) for x in data["fingerprint"])
+        return cls(**{**data, "layers": layers, "fingerprint": fingerprint})
+
+
+class Adapter(nn.Module):
+    """Parameters of one method for one backbone, in ``layers``, keyed by decoder layer index.
+
+    Subclasses set ``method``, ``config_class`` and ``layer_shapes``, and build ``layers`` in
+    ``__init__(config, backbone)``.
+    """
+
+    method: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        self.layers = nn.ModuleDict()
+
+    @staticmethod
+    def tensor_shapes(config: Any, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the state dict, known without allocating it."""
+        raise NotImplementedError
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write ``mmicl_adapter.json`` and ``mmicl_adapter.safetensors`` into ``folder``.
+
+        Each file replaces its predecessor in one step, so a crash leaves whole files.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        description = {
+            "format_version": FORMAT_VERSION,
+            "method": self.method,
+            "config": asdict(self.config),
+            "backbone": asdict(self.backbone),
+        }
+        _replace(folder / TENSORS_FILE, lambda path: save_file(tensors, path))
+        text = json.dumps(description, indent=2)
+        _replace(folder / CONFIG_FILE, lambda path: Path(path).write_text(text))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "Adapter":
+        """Read an adapter back, bit for bit, on the CPU.
+
+        Raises:
+            FileNotFoundError: a file is missing. CheckpointError: a file is truncated, is not what it
+            claims to be, or its tensors are not those its JSON describes.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        if description["method"] != cls.method:
+            raise CheckpointError(
+                f"{folder} holds an adapter of method {description['method']!r}, expected {cls.method!r}"
+            )
+        config = _read_config(cls.config_class, description, folder)
+        backbone = _read_backbone(description, folder)
+        tensors = _read_tensors(folder / TENSORS_FILE, cls.tensor_shapes(config, backbone))
+        return cls.from_tensors(config, backbone, tensors)
+
+    @classmethod
+    def from_tensors(
+        cls, config: Any, backbone: Backbone, tensors: dict[str, torch.Tensor]
+    ) -> "Adapter":
+        """An adapter whose parameters are ``tensors``, dtype included."""
+        with torch.device("meta"):
+            adapter = cls(config, backbone)
+        adapter.load_state_dict(tensors, assign=True)
+        return adapter.requires_grad_(True)
+
+
+def read_description(folder: str | os.PathLike) -> dict[str, Any]:
+    """The JSON of an adapter's folder, its format checked. Raises as ``Adapter.from_pretrained``."""
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected an adapter's folder")
+    try:
+        description = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    expected = {"format_version", "method", "config", "backbone"}
+    if not isinstance(description, dict) or not expected <= description.keys():
+        raise CheckpointError(
+            f"{path} lacks the fields of an adapter: {', '.join(sorted(expected))}"
+        )
+    if description["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {description['format_version']!r}, expected {FORMAT_VERSION}"
+        )
+    return description
+
+
+def _read_config(config_class: type, description: dict[str, Any], folder: Path) -> Any:
+    data = description["config"]
+    known = {field.name for field in fields(config_class)}
+    if not isinstance(data, dict) or not data.keys() <= known:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} has config {data!r}, expected fields among {sorted(known)}"
+        )
+    try:
+        return config_class(**data)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has a bad config: {error}") from error
+
+
+def _read_backbone(description: dict[str, Any], folder: Path) -> Backbone:
+    try:
+        return Backbone.from_json(description["backbone"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has a bad backbone: {error!r}") from error
+
+
+def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, expected the tensors of an adapter")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    check_tensors(str(path), tensors, expected)
+    return tensors
+
+
+def check_tensors(
+    source: str, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless ``tensors`` are floating, finite and of the expected shapes."""
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or extra:
+        raise CheckpointError(
+            f"{source} lacks {sorted(missing)[:3]} and has the unknown {sorted(extra)[:3]}, "
+            f"expected {len(expected)} tensors and found {len(tensors)}"
+        )
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}"
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{source}: {name} is not a tensor of finite floating numbers")
+
+
+def _replace(path: Path, write: Callable[[str], Any]) -> None:
+    """Write a file beside ``path`` and move it there, so that readers see the old or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,39 @@
+"""The parameters of MimIC: one attention shift per decoder layer."""
+
+import torch
+from torch import nn
+
+from mmicl_kernels.methods.base import Adapter, Backbone
+from mmicl_kernels.methods.mimic.config import MimICConfig
+from mmicl_kernels.modules import AttentionShift
+from mmicl_kernels.modules.attention_shift import SHIFT_STD
+
+
+class MimICAdapter(Adapter):
+    """``layers["0"].weight, .bias, .shift`` and so on: ``[H, D]``, ``[H]``, ``[H, D]`` of that layer.
+
+    Initialised as in the paper: 263,168 parameters for 32 layers of 32 heads of 128. Layers may differ
+    in heads and head dim. ``ffn_shift [L, C]`` exists only with ``config.ffn_shift``.
+    """
+
+    method = "mimic"
+    config_class = MimICConfig
+
+    def __init__(self, config: MimICConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        for index, (num_heads, head_dim) in backbone.layers.items():
+            self.layers[str(index)] = AttentionShift(num_heads, head_dim)
+        if config.ffn_shift:
+            shape = (len(backbone.layers), backbone.hidden_size)
+            self.ffn_shift = nn.Parameter(torch.randn(shape) * SHIFT_STD)
+
+    @staticmethod
+    def tensor_shapes(config: MimICConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for index, (num_heads, head_dim) in backbone.layers.items():
+            shapes[f"layers.{index}.weight"] = (num_heads, head_dim)
+            shapes[f"layers.{index}.bias"] = (num_heads,)
+            shapes[f"layers.{index}.shift"] = (num_heads, head_dim)
+        if config.ffn_shift:
+            shapes["ffn_shift"] = (len(backbone.layers), backbone.hidden_size)
+        return shapes

@@ -1,0 +1,36 @@
+"""Choices of the MimIC method (arXiv 2504.08851)."""
+
+from dataclasses import dataclass
+
+ALIGNMENT_SITES = ("mlp", "self_attn", "layer")
+NORMALIZERS = ("visible", "all_keys")
+
+
+@dataclass(frozen=True)
+class MimICConfig:
+    """MimIC as the paper and its official code have it.
+
+    Attributes:
+        normalizer: what the gate's log-sum-exp runs over. "visible": the keys the query sees (the
+            paper). "all_keys": every cached key (the official code; its checkpoints need it).
+        align: module whose output is aligned with the teacher's: "mlp" (official code), "self_attn",
+            or "layer" (the residual stream after the layer).
+        align_weight, ce_weight: weights of the alignment and of the answer's cross-entropy.
+        ffn_shift: whether the checkpoint carries the official code's optional MLP shift.
+    """
+
+    normalizer: str = "visible"
+    align: str = "mlp"
+    align_weight: float = 1.0
+    ce_weight: float = 0.5
+    ffn_shift: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("normalizer", NORMALIZERS), ("align", ALIGNMENT_SITES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
+        for name in ("align_weight", "ce_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected a number of at least 0"
+                )

@@ -1,0 +1,6 @@
+"""Pure functions of tensors. Needs torch alone; Triton is imported when a kernel of it first runs."""
+
+from mmicl_kernels.ops.attention_shift import attention_shift
+from mmicl_kernels.ops.shifted_attention import shifted_attention
+
+__all__ = ["attention_shift", "shifted_attention"]

@@ -1,0 +1,117 @@
+"""Readable errors for bad arguments. Every message names the argument, its value and what was expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Sizes(dict):
+    """Letters of the shape legend (B, T, H, ...) bound by the first tensor that shows them."""
+
+    def bind(self, name: str, tensor: Tensor, pattern: str) -> None:
+        """Bind each letter of ``pattern`` to the size of ``tensor``, or check it if already bound.
+
+        Raises:
+            TypeError: not a tensor. ValueError: the rank or a size differs.
+        """
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        letters = pattern.split()
+        agrees = tensor.dim() == len(letters) and all(
+            self.get(letter, size) == size
+            for letter, size in zip(letters, tensor.shape, strict=True)
+        )
+        if not agrees:
+            bound = ", ".join(f"{x} = {self[x]}" for x in letters if x in self)
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]"
+                + (f" with {bound}" if bound else "")
+            )
+        self.update(zip(letters, tensor.shape, strict=True))
+
+
+def check_float(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise TypeError unless ``tensor`` is floating point (and of ``dtype`` when one is given)."""
+    allowed = FLOAT_DTYPES if dtype is None else (dtype,)
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {_names(allowed)}")
+
+
+def check_integer(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` is int32 or int64."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.int32 or torch.int64")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all given tensors are on the device of the first."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, *others = given
+    for name in others:
+        if given[name].device != given[first].device:
+            raise ValueError(
+                f"{name} is on {given[name].device}, expected {given[first].device} like {first}"
+            )
+
+
+def check_last_stride(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the last dimension of ``tensor`` is contiguous."""
+    if tensor.numel() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {list(tensor.stride())}, expected a contiguous last dimension"
+        )
+
+
+def check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless ``low <= values <= high``.
+
+    Only CPU tensors are read, because reading a CUDA tensor would synchronise, and only outside of a
+    compiled graph, because a value cannot be read while it is traced.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+        return
+    smallest, largest = int(values.min()), int(values.max())
+    if smallest < low or largest > high:
+        raise ValueError(
+            f"{name} has values from {smallest} to {largest}, expected {low} to {high}"
+        )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_shift(
+    sizes: Sizes, weight: Tensor, bias: Tensor, shift: Tensor, adapter_ids: Tensor | None
+) -> None:
+    """Check the shift's parameters ``[H, D]``, ``[H]`` or with ``adapter_ids [B]`` ``[A, H, D]``, ``[A, H]``.
+
+    ``sizes`` must have H, D and the rows of ``adapter_ids`` as B bound.
+    """
+    stacked = "" if adapter_ids is None else "A "
+    if isinstance(weight, Tensor) and weight.dim() == 3 and adapter_ids is None:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}: a 3-D weight needs adapter_ids, got None"
+        )
+    if isinstance(weight, Tensor) and weight.dim() == 2 and adapter_ids is not None:
+        raise ValueError(
+            f"adapter_ids were given beside a 2-D weight {list(weight.shape)}, expected [A, H, D]"
+        )
+    sizes.bind("weight", weight, stacked + "H D")
+    sizes.bind("bias", bias, stacked + "H")
+    sizes.bind("shift", shift, stacked + "H D")
+    for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
+        check_float(name, tensor)
+    if adapter_ids is not None:
+        sizes.bind("adapter_ids", adapter_ids, "B")
+        check_integer("adapter_ids", adapter_ids)
+        check_range("adapter_ids", adapter_ids, -1, sizes["A"] - 1)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(map(str, dtypes))

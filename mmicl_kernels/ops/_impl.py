@@ -1,0 +1,42 @@
+"""Which implementation of an op runs. A named one runs or raises; only ``auto`` chooses."""
+
+import importlib.util
+import os
+
+import torch
+
+from mmicl_kernels.ops._checks import check_choice
+
+IMPLS = ("auto", "reference", "composed", "triton", "cuda")
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported (it is not imported to find out)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise RuntimeError unless a Triton kernel can run on ``device``."""
+    if not has_triton():
+        raise RuntimeError("impl='triton' needs the package triton: pip install triton")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "impl='triton' runs on CPU tensors only under the environment variable "
+            "TRITON_INTERPRET=1; use impl='composed' there"
+        )
+
+
+def resolve(impl: str, available: tuple[str, ...], auto: str, op: str) -> str:
+    """Return the name of the implementation to run.
+
+    Args:
+        impl: what the caller asked for. available: what the op has. auto: what ``auto`` means here.
+
+    Raises:
+        ValueError: unknown name. NotImplementedError: known, but ``op`` does not have it.
+    """
+    check_choice("impl", impl, IMPLS)
+    chosen = auto if impl == "auto" else impl
+    if chosen not in available:
+        raise NotImplementedError(f"{op} has no impl={chosen!r}, only {', '.join(available)}")
+    return chosen

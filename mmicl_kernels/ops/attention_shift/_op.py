@@ -1,0 +1,95 @@
+"""``attention_shift`` as registered operators, forward and backward, under one autograd function."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmicl_kernels.ops.attention_shift._composed import (
+    kernels,
+    new_output,
+    stacked_parameters,
+)
+
+torch.library.define(
+    "mmicl::attention_shift_fwd",
+    "(Tensor out, Tensor lse, Tensor q, Tensor weight, Tensor bias, Tensor shift,"
+    " Tensor? adapter_ids, str impl) -> Tensor",
+)
+torch.library.define(
+    "mmicl::attention_shift_bwd",
+    "(Tensor dout, Tensor lse, Tensor q, Tensor weight, Tensor bias, Tensor shift,"
+    " Tensor? adapter_ids, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("mmicl::attention_shift_fwd", ("cpu", "cuda"))
+def _attention_shift_fwd(out, lse, q, weight, bias, shift, adapter_ids, impl):
+    parameters = stacked_parameters(q, weight, bias, shift)
+    return kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
+
+
+@torch.library.register_fake("mmicl::attention_shift_fwd")
+def _attention_shift_fwd_fake(out, lse, q, weight, bias, shift, adapter_ids, impl):
+    return new_output(out)
+
+
+@torch.library.impl("mmicl::attention_shift_bwd", ("cpu", "cuda"))
+def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
+    parameters = stacked_parameters(q, weight, bias, shift)
+    dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
+        dout, lse, q, *parameters, adapter_ids, None, 2, True
+    )
+    return (-dg, dq, *parameter_grads(grads, weight, bias, shift))
+
+
+@torch.library.register_fake("mmicl::attention_shift_bwd")
+def _attention_shift_bwd_fake(dout, lse, q, weight, bias, shift, adapter_ids, impl):
+    grads = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weight, bias, shift)
+    )
+    return (lse.new_empty(lse.shape), new_output(q), *grads)
+
+
+def parameter_grads(
+    grads: list[Tensor], weight: Tensor, bias: Tensor, shift: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the stacked parameters in the shapes and dtypes of the given ones."""
+    pairs = zip(grads, (weight, bias, shift), strict=True)
+    return tuple(grad.reshape(x.shape).to(x.dtype) for grad, x in pairs)
+
+
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """Gradients come in any layout (``sum().backward()`` expands a scalar); kernels need unit stride."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+class _AttentionShiftFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(out, lse, q, weight, bias, shift, adapter_ids, impl):
+        return torch.ops.mmicl.attention_shift_fwd(
+            out, lse, q, weight, bias, shift, adapter_ids, impl
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, lse, q, weight, bias, shift, adapter_ids, ctx.impl = inputs
+        ctx.save_for_backward(lse, q, weight, bias, shift, adapter_ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        dlse, dq, dweight, dbias, dshift = torch.ops.mmicl.attention_shift_bwd(
+            last_dim_contiguous(dout), *ctx.saved_tensors, ctx.impl
+        )
+        return dout, dlse, dq, dweight, dbias, dshift, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise NotImplementedError(
+            "attention_shift does not support torch.func.vmap: it is batched already; "
+            "fold the mapped dimension into B, or use impl='reference'"
+        )
+
+
+def attention_shift_op(out, lse, q, weight, bias, shift, adapter_ids, impl) -> Tensor:
+    return _AttentionShiftFunction.apply(out, lse, q, weight, bias, shift, adapter_ids, impl)

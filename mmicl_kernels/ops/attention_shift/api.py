@@ -1,0 +1,79 @@
+"""The public op: contract, checks, dispatch."""
+
+from torch import Tensor
+
+from mmicl_kernels.ops._checks import (
+    Sizes,
+    check_float,
+    check_last_stride,
+    check_same_device,
+    check_shift,
+)
+from mmicl_kernels.ops._impl import has_triton, require_triton, resolve
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops.attention_shift._op import attention_shift_op
+from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference
+
+
+def attention_shift(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    *,
+    adapter_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Shift an attention output per head: ``out + sigmoid(q.weight + bias - lse) * shift``.
+
+    For any attention kernel that returns its log-sum-exp (MimIC, arXiv 2504.08851, section 3.2). The
+    gradient flows to all six tensors, ``lse`` included: an attention backward that ignores the gradient
+    of its lse (FlashAttention 2 and 3 do) returns wrong gradients for q and k; use
+    :func:`shifted_attention` to train.
+
+    Args:
+        out: attention output ``[B, H, T, D]``, fp16, bf16, fp32 or fp64.
+        lse: its log-sum-exp ``[B, H, T]``, natural log, fp32 (fp64 when ``out`` is fp64). Where it is
+            -inf or +inf, ``out`` is left unchanged.
+        q: queries ``[B, H, T, D]`` after RoPE and not scaled, dtype of ``out``.
+        weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; with ``adapter_ids``
+            stacked to ``[A, H, D]``, ``[A, H]``, ``[A, H, D]``.
+        adapter_ids: int32 or int64 ``[B]``, -1 leaves the row unchanged. Checked against A on CPU only.
+        impl: "reference", "composed" (C++ on CPU if it was built, Triton on CUDA), "triton" or "auto".
+
+    Returns:
+        ``[B, H, T, D]`` in the dtype of ``out``, a new tensor whose ``transpose(1, 2)`` is contiguous
+        (``reference``: elementwise layout).
+
+    Raises:
+        TypeError: a dtype. ValueError: a shape, stride, device or id, or an unknown ``impl``.
+        NotImplementedError: an ``impl`` this op does not have. RuntimeError: "triton" on CPU tensors
+        without ``TRITON_INTERPRET=1``.
+    """
+    _check(out, lse, q, weight, bias, shift, adapter_ids)
+    on_gpu = q.device.type == "cuda"
+    auto = "triton" if on_gpu and has_triton() else "composed"
+    impl = resolve(impl, ("reference", "composed", "triton"), auto, "attention_shift")
+    if impl == "reference":
+        return attention_shift_reference(out, lse, q, weight, bias, shift, adapter_ids)
+    if impl == "triton":
+        require_triton(q.device)
+    return attention_shift_op(out, lse, q, weight, bias, shift, adapter_ids, impl)
+
+
+def _check(out, lse, q, weight, bias, shift, adapter_ids) -> None:
+    sizes = Sizes()
+    sizes.bind("out", out, "B H T D")
+    sizes.bind("lse", lse, "B H T")
+    sizes.bind("q", q, "B H T D")
+    check_float("out", out)
+    check_float("lse", lse, accumulation_dtype(out))
+    check_float("q", q, out.dtype)
+    check_last_stride("out", out)
+    check_last_stride("q", q)
+    check_shift(sizes, weight, bias, shift, adapter_ids)
+    check_same_device(
+        out=out, lse=lse, q=q, weight=weight, bias=bias, shift=shift, adapter_ids=adapter_ids
+    )

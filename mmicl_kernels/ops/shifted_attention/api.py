@@ -1,0 +1,239 @@
+"""The public op: contract, checks, dispatch."""
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.ops._checks import (
+    Sizes,
+    check_choice,
+    check_float,
+    check_integer,
+    check_last_stride,
+    check_range,
+    check_same_device,
+    check_shift,
+)
+from mmicl_kernels.ops._impl import resolve
+from mmicl_kernels.ops.shifted_attention._composed import Options, shifted_attention_composed
+from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
+
+NORMALIZERS = ("visible", "all_keys")
+
+
+def shifted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    q_start: int | Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    adapter_ids: Tensor | None = None,
+    normalizer: str = "visible",
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention plus a per-head shift whose magnitude depends on the query.
+
+    MimIC (arXiv 2504.08851) section 3.2, with ``s = softcap(scale * q.k)`` over the visible keys::
+
+        lse = log sum exp(s)     out = softmax(s) v + sigmoid(q.weight + bias - lse) * shift
+
+    A query that sees no key has ``out = 0`` and ``lse = -inf`` and contributes to no gradient. All
+    conditions on what a query sees are ANDed. Key ``j`` is visible to query ``i`` of row ``b`` iff
+    ``kv_start[b] <= j < kv_end[b]``; if ``causal``, ``j <= q_start[b] + i``; with ``window``,
+    ``j > q_start[b] + i - window``; and ``mask``.
+
+    Args:
+        q: ``[B, H, T, D]`` after RoPE, fp16, bf16, fp32 or fp64, any strides with a contiguous last
+            dimension. Packed: ``[1, H, N, D]``.
+        k, v: ``[B, G, S, D]`` in q's dtype; H is a multiple of G. Packed: ``[1, G, N_k, D]``.
+        weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; with ``adapter_ids``
+            stacked to ``[A, H, D]``, ``[A, H]``, ``[A, H, D]``.
+        scale: of the scores, ``D**-0.5`` by default. softcap: ``s = softcap * tanh(s / softcap)``.
+        window: number of keys a query sees to its left, itself included; at least 1.
+        q_start: absolute position of query 0, int or integer ``[B]``; ``kv_end - T`` by default.
+        kv_start, kv_end: first visible key and one past the last, integer ``[B]``; 0 and S by default.
+        mask: bool (True keeps) or floating (added to the scores; only -inf hides), broadcastable to
+            ``[B, H, T, S]``, without gradient.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[sequences + 1]``, packed sequences; causal is aligned to
+            each sequence's last key. max_seqlen_q, max_seqlen_k: their longest lengths, host ints.
+            Not together with ``mask``, ``q_start``, ``kv_start``, ``kv_end``.
+        adapter_ids: int32 or int64 ``[B]`` (packed: ``[sequences]``); -1 is no shift.
+        normalizer: "visible", or "all_keys" as the official MimIC code has it: the gate's lse (only
+            the gate's) runs over all ``j < kv_end``, whatever is hidden. A token's shift then depends
+            on keys after it, so prefill and decode disagree; needed for official checkpoints.
+        return_lse: also return the softmax's lse, differentiable.
+        impl: "reference", "composed" or "auto". "composed" loops over packed sequences, and reads
+            ``cu_seqlens`` on the host.
+
+    Returns:
+        ``out [B, H, T, D]`` in q's dtype, ``out.transpose(1, 2)`` contiguous; with ``return_lse`` also
+        ``lse [B, H, T]``, natural log, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: a dtype. ValueError: a shape, stride, device, range or combination, or an unknown
+        ``normalizer`` or ``impl``. NotImplementedError: an ``impl`` this op does not have.
+        Ids and bounds are checked on CPU tensors only.
+    """
+    q, k, v = _autocast(q, k, v)
+    sizes = _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q)
+    _check_scalars(scale, window, softcap, normalizer)
+    _check_bounds(sizes, q, q_start, kv_start, kv_end)
+    _check_packed(
+        sizes, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        q_start=q_start, kv_start=kv_start, kv_end=kv_end, mask=mask,
+    )  # fmt: skip
+    options = Options(
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=softcap,
+        causal=causal,
+        window=window,
+        q_start=None if isinstance(q_start, Tensor) else q_start,
+        q_starts=q_start if isinstance(q_start, Tensor) else None,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        mask=_checked_mask(mask, q, k),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        adapter_ids=adapter_ids,
+        all_keys=normalizer == "all_keys",
+    )
+    impl = resolve(impl, ("reference", "composed"), "composed", "shifted_attention")
+    if impl == "reference":
+        out, lse = shifted_attention_reference(
+            q, k, v, weight, bias, shift,
+            scale=options.scale, softcap=softcap, visibility=options.visibility,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            adapter_ids=adapter_ids, normalizer=normalizer,
+        )  # fmt: skip
+    else:
+        out, lse = shifted_attention_composed(q, k, v, weight, bias, shift, options)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the autocast dtype, as SDPA does; fp64 stays."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> Sizes:
+    sizes = Sizes()
+    sizes.bind("q", q, "B H T D")
+    sizes.bind("k", k, "B G S D")
+    if isinstance(v, Tensor) and v.dim() == 4 and v.shape[-1] != sizes["D"]:
+        raise ValueError(f"v has head dim {v.shape[-1]}, expected {sizes['D']} like q and k")
+    sizes.bind("v", v, "B G S D")
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"] != 0:
+        raise ValueError(
+            f"q has {sizes['H']} heads, expected a multiple of the {sizes['G']} heads of k and v"
+        )
+    check_float("q", q)
+    for name, tensor in (("k", k), ("v", v)):
+        check_float(name, tensor, q.dtype)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_last_stride(name, tensor)
+    rows = Sizes(H=sizes["H"], D=sizes["D"], B=sizes["B"])
+    if isinstance(cu_seqlens_q, Tensor):
+        rows["B"] = max(cu_seqlens_q.numel() - 1, 0)
+    check_shift(rows, weight, bias, shift, adapter_ids)
+    check_same_device(q=q, k=k, v=v, weight=weight, bias=bias, shift=shift, adapter_ids=adapter_ids)
+    return sizes
+
+
+def _check_scalars(scale, window, softcap, normalizer) -> None:
+    if scale is not None and not isinstance(scale, float | int):
+        raise TypeError(f"scale is a {type(scale).__name__}, expected a number or None")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window is {window!r}, expected an int of at least 1 or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap!r}, expected a positive number or None")
+    check_choice("normalizer", normalizer, NORMALIZERS)
+
+
+def _check_bounds(sizes: Sizes, q, q_start, kv_start, kv_end) -> None:
+    for name, value in (("q_start", q_start), ("kv_start", kv_start), ("kv_end", kv_end)):
+        if value is None or (name == "q_start" and isinstance(value, int | torch.SymInt)):
+            continue
+        sizes.bind(name, value, "B")
+        check_integer(name, value)
+        check_same_device(q=q, **{name: value})
+        if name != "q_start":
+            check_range(name, value, 0, sizes["S"])
+
+
+def _checked_mask(mask, q: Tensor, k: Tensor) -> Tensor | None:
+    """``mask`` as a 4-D tensor."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        check_float("mask", mask)
+    if mask.requires_grad:
+        raise ValueError("mask requires grad, expected a mask without gradient")
+    check_same_device(q=q, mask=mask)
+    full = (*q.shape[:3], k.shape[2])
+    tail = full[max(4 - mask.dim(), 0) :]
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape, tail, strict=True)):
+        raise ValueError(
+            f"mask has shape {list(mask.shape)}, expected one broadcastable to {list(full)}"
+        )
+    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+
+
+def _check_packed(sizes, q, k, cu_q, cu_k, max_q, max_k, **excluded) -> None:
+    if cu_q is None and cu_k is None:
+        if max_q is not None or max_k is not None:
+            raise ValueError("max_seqlen_q and max_seqlen_k need cu_seqlens_q and cu_seqlens_k")
+        return
+    for name, value in excluded.items():
+        if value is not None:
+            raise ValueError(f"{name} cannot be given together with cu_seqlens_q and cu_seqlens_k")
+    if sizes["B"] != 1:
+        raise ValueError(f"q has batch size {sizes['B']}, expected 1 for packed sequences")
+    for name, longest in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
+        if not isinstance(longest, int) or longest < 0:
+            raise ValueError(
+                f"{name} is {longest!r}, expected a non-negative int beside cu_seqlens"
+            )
+    packed = Sizes()
+    _check_cu_seqlens(packed, "cu_seqlens_q", cu_q, q, max_q)
+    _check_cu_seqlens(packed, "cu_seqlens_k", cu_k, k, max_k)
+
+
+def _check_cu_seqlens(packed: Sizes, name: str, cu_seqlens, x: Tensor, longest: int) -> None:
+    if cu_seqlens is None:
+        raise ValueError(f"{name} is None, expected both cu_seqlens_q and cu_seqlens_k")
+    packed.bind(name, cu_seqlens, "sequences+1")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {cu_seqlens.dtype}, expected torch.int32")
+    check_same_device(q=x, **{name: cu_seqlens})
+    if cu_seqlens.numel() == 0:
+        raise ValueError(f"{name} is empty, expected [0, ..., total]")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lengths = cu_seqlens.diff()
+    total = x.shape[2]
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((lengths < 0).any()):
+        raise ValueError(f"{name} is {cu_seqlens.tolist()}, expected a rise from 0 to {total}")
+    if lengths.numel() > 0 and int(lengths.max()) > longest:
+        raise ValueError(
+            f"max_seqlen{name[-2:]} is {longest}, expected at least {int(lengths.max())}"
+        )

@@ -1,0 +1,71 @@
+"""Softmax attention whose output is shifted per head by a query-dependent amount: the specification.
+
+    s_ij = scale * q_i.k_j  (softcap, mask)    lse_i = log sum_j exp(s_ij)    a_i = sum_j exp(s_ij - lse_i) v_j
+    mu_i = sigmoid(q_i.weight_h + bias_h - lse_i)                             out_i = a_i + mu_i shift_h
+
+Source: MimIC (arXiv 2504.08851) section 3.2. ``[B, H, T, S]`` is materialised here.
+"""
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference
+from mmicl_kernels.ops.shifted_attention.visibility import Visibility, masked_softmax
+
+
+def shifted_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    visibility: Visibility,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    adapter_ids: Tensor | None,
+    normalizer: str,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch form of :func:`mmicl_kernels.ops.shifted_attention`; returns ``(out, lse)``."""
+    if cu_seqlens_q is None:
+        out, lse = _dense(
+            q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer
+        )
+    else:
+        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        pieces = []
+        for n in range(len(starts_q) - 1):
+            rows = slice(starts_q[n], starts_q[n + 1])
+            keys = slice(starts_k[n], starts_k[n + 1])
+            ids = None if adapter_ids is None else adapter_ids[n : n + 1]
+            qkv = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            pieces.append(
+                _dense(*qkv, weight, bias, shift, scale, softcap, visibility, ids, normalizer)
+            )
+        out, lse = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def _dense(q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer):
+    acc = torch.promote_types(q.dtype, torch.float32)
+    (T, S), groups = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        k_acc = k.to(acc).repeat_interleave(groups, dim=1)
+        v_acc = v.to(acc).repeat_interleave(groups, dim=1)
+        scores = scale * (q.to(acc) @ k_acc.transpose(-1, -2))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+
+        keep = visibility.keep(T, S, q.device)
+        probabilities, lse = masked_softmax(scores, keep, visibility.additive_mask())
+        gate_lse = lse
+        if normalizer == "all_keys":
+            gate_lse = masked_softmax(scores, visibility.all_keys().keep(T, S, q.device), None)[1]
+            gate_lse = gate_lse.masked_fill(lse == -torch.inf, -torch.inf)
+        out = attention_shift_reference(
+            probabilities @ v_acc, gate_lse, q, weight, bias, shift, adapter_ids
+        )
+    return out.to(q.dtype), lse

@@ -1,0 +1,207 @@
+"""Tolerances derived from what plain PyTorch loses at the same dtype, and that plain PyTorch.
+
+The eager forms share no code with the ops: one boolean ``[B, 1, T, S]`` map of what is visible, made from
+diagonals and slices, block-diagonal where sequences are packed. Products are taken in the inputs' dtype,
+the softmax in fp32 (fp64 for fp64), and its probabilities are rounded to the inputs' dtype.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def assert_within_budget(name: str, actual: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Fail unless ``actual`` is about as near to ``exact`` as plain PyTorch at its dtype is.
+
+    The relative Frobenius error of ``actual`` may be twice that of ``low`` plus one rounding of the
+    output (the unit roundoff of ``actual``'s dtype). Infinities and NaN must be in the same places, and
+    where ``exact`` is zero throughout, ``actual`` must be.
+
+    Args:
+        name: what is compared, for the message. actual: any dtype. low: the eager form's result at the
+            dtype under test. exact: the same in fp64.
+
+    Raises:
+        AssertionError: with the three numbers.
+    """
+    assert exact.dtype == torch.float64, f"{name}: exact has dtype {exact.dtype}, expected float64"
+    assert actual.shape == exact.shape, f"{name}: {list(actual.shape)} != {list(exact.shape)}"
+    assert low.shape == exact.shape, f"{name}: low has shape {list(low.shape)}"
+    finite = torch.isfinite(exact)
+    wide = actual.double()
+    same = (wide == exact) | (wide.isnan() & exact.isnan())
+    misplaced = int((torch.where(finite, ~torch.isfinite(wide), ~same)).sum())
+    assert misplaced == 0, f"{name}: {misplaced} of {exact.numel()} infinities or NaN misplaced"
+
+    exact, wide = exact.where(finite, 0.0), wide.where(finite, 0.0)
+    norm = exact.norm()
+    if norm == 0:
+        assert not wide.any(), f"{name}: largest is {wide.abs().max():.3e}, expected exactly 0"
+        return
+    error = float((wide - exact).norm() / norm)
+    low_error = float((low.double().where(finite, 0.0) - exact).norm() / norm)
+    budget = 2 * low_error + unit_roundoff(actual.dtype)
+    assert error <= budget, (
+        f"{name}: relative error {error:.3e} exceeds the budget {budget:.3e}"
+        f" (twice plain PyTorch's {low_error:.3e} plus one rounding of {actual.dtype})"
+    )
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def gradients(
+    fn: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    douts: Sequence[Tensor | None],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The outputs of ``fn(*inputs)`` and the gradients of ``inputs`` for the outputs' gradients ``douts``.
+
+    Inputs are detached first (views keep their strides). An output whose ``dout`` is None is left out of
+    the backward; an input that is not reached has gradient zero.
+    """
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = fn(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(y, dy) for y, dy in zip(outputs, douts, strict=True) if dy is not None]
+    outs, grad_outs = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outs, leaves, grad_outs, allow_unused=True, materialize_grads=True)
+    return tuple(y.detach() for y in outputs), grads
+
+
+def eager_attention_shift(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    *,
+    adapter_ids: Tensor | None = None,
+) -> Tensor:
+    """:func:`mmicl_kernels.ops.attention_shift` without upcasting, with autograd."""
+    ids = None if adapter_ids is None else adapter_ids[:, None].expand(-1, q.shape[2])
+    return _shift(out, lse, q, weight, bias, shift, ids)
+
+
+def eager_shifted_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    q_start: int | Tensor | None = None,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    adapter_ids: Tensor | None = None,
+    normalizer: str = "visible",
+) -> tuple[Tensor, Tensor]:
+    """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` without upcasting, with autograd."""
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    if cu_seqlens_q is None:
+        cached = torch.zeros(B, T, S, dtype=torch.bool)
+        visible = cached.clone()
+        for b in range(B):
+            end = S if kv_end is None else int(kv_end[b])
+            start = 0 if kv_start is None else int(kv_start[b])
+            first = end - T if q_start is None else int(torch.as_tensor(q_start).expand(B)[b])
+            cached[b, :, :end] = True
+            visible[b, :, start:end] = _diagonals(T, S, first, causal, window)[:, start:end]
+        ids = None if adapter_ids is None else adapter_ids[:, None].expand(B, T)
+    else:
+        cached, visible, ids = _packed(
+            T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids
+        )
+
+    keys, values = (x[:, :, None].expand(B, G, H // G, S, D).flatten(1, 2) for x in (k, v))
+    scores = (q @ keys.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.to(_acc(q))
+    gate_scores = scores.masked_fill(~cached[:, None], -torch.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible[:, None] & mask
+    else:
+        visible = visible[:, None]
+        scores = scores if mask is None else scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    probabilities, lse = _softmax(scores)
+    gate_lse = lse
+    if normalizer == "all_keys":
+        gate_lse = _softmax(gate_scores)[1].masked_fill(lse == -torch.inf, -torch.inf)
+    a = probabilities.to(q.dtype) @ values
+    return _shift(a, gate_lse, q, weight, bias, shift, ids), lse
+
+
+def _diagonals(T: int, S: int, first: int, causal: bool, window: int | None) -> Tensor:
+    """What the query at absolute position ``first + i`` sees on either side of itself."""
+    visible = torch.ones(T, S, dtype=torch.bool)
+    if causal:
+        visible = visible.tril(first)
+    if window is not None:
+        visible = visible.triu(first - window + 1)
+    return visible
+
+
+def _packed(T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids):
+    """Block-diagonal visibility of a packed batch, and the adapter of every token."""
+    cached = torch.zeros(1, T, S, dtype=torch.bool)
+    visible = cached.clone()
+    ids = None if adapter_ids is None else adapter_ids.new_zeros(1, T)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for n, (q0, q1) in enumerate(zip(starts_q[:-1], starts_q[1:], strict=True)):
+        k0, k1 = starts_k[n : n + 2]
+        cached[0, q0:q1, k0:k1] = True
+        visible[0, q0:q1, k0:k1] = _diagonals(q1 - q0, k1 - k0, k1 - k0 - (q1 - q0), causal, window)
+        if ids is not None:
+            ids[0, q0:q1] = adapter_ids[n]
+    return cached, visible, ids
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and lse; a row without keys has 0 and -inf."""
+    top = F.pad(scores.detach(), (0, 1), value=-torch.inf).amax(-1, keepdim=True)
+    exp = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
+    total = exp.sum(-1, keepdim=True)
+    total = total.clamp(min=1.0)  # it is at least 1 where there is a key: that of the largest score
+    return exp / total, (total.log() + top)[..., 0]
+
+
+def _shift(out, lse, q, weight, bias, shift, token_ids: Tensor | None) -> Tensor:
+    """``token_ids [B, T]``: the adapter of every token, or None."""
+    if token_ids is None:
+        weight, bias, shift = (x[None, None] for x in (weight, bias, shift))
+    else:
+        rows = token_ids.clamp(min=0).long()
+        weight, bias, shift = weight[rows], bias[rows], shift[rows]
+    logit = torch.einsum("bhtd,bthd->bht", q, weight.expand(*_token_shape(q)).to(q.dtype))
+    logit = logit.to(_acc(q)) + bias.transpose(1, 2)
+    shifted = torch.isfinite(lse)
+    if token_ids is not None:
+        shifted = shifted & (token_ids >= 0)[:, None]
+    mu = torch.where(shifted, torch.sigmoid(logit - lse.where(shifted, 0.0)), 0.0)
+    return out + (mu[..., None] * shift.transpose(1, 2)).to(out.dtype)
+
+
+def _token_shape(q: Tensor) -> tuple[int, ...]:
+    B, H, T, D = q.shape
+    return B, T, H, D
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
