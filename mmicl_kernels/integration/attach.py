@@ -46,9 +46,7 @@ def attach(
     if not isinstance(adapters, Mapping) or not adapters:
         raise TypeError(f"adapter is {adapter!r}, expected an Adapter or a dict of them by name")
     if not isinstance(slots, int) or slots < len(adapters):
-        raise ValueError(
-            f"slots is {slots!r}, expected at least the {len(adapters)} adapters given"
-        )
+        raise ValueError(f"slots is {slots!r}, expected at least the {len(adapters)} adapters given")
     return Handle(model, adapters, single, impl, slots)
 
 
@@ -176,9 +174,7 @@ class Handle:
     def remove(self, name: str) -> None:
         """Free the slot of an adapter. Raises KeyError: unknown name. ValueError: it is the last one."""
         if name not in self._adapters:
-            raise KeyError(
-                f"no adapter is named {name!r}, expected one of {sorted(self._adapters)}"
-            )
+            raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(self._adapters)}")
         if len(self._adapters) == 1:
             raise ValueError(f"{name!r} is the last adapter, expected another; use detach()")
         self._slots[self._slots.index(self._adapters.pop(name))] = None
@@ -187,18 +183,14 @@ class Handle:
         if name in self._adapters or adapter in self._slots:
             raise ValueError(f"name {name!r} or its adapter is attached already")
         if None not in self._slots:
-            raise ValueError(
-                f"all {len(self._slots)} slots are taken, expected a larger slots= at attach"
-            )
+            raise ValueError(f"all {len(self._slots)} slots are taken, expected a larger slots= at attach")
         self._check_fits(name, adapter)
         self._slots[self._slots.index(None)] = adapter
         self._adapters[name] = adapter
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
         if not isinstance(adapter, MimICAdapter):
-            raise TypeError(
-                f"adapter {name!r} is a {type(adapter).__name__}, expected a MimICAdapter"
-            )
+            raise TypeError(f"adapter {name!r} is a {type(adapter).__name__}, expected a MimICAdapter")
         check_backbone(adapter, self._backbone)
         if adapter.config.ffn_shift:
             raise NotImplementedError(
@@ -271,9 +263,7 @@ class PatchedLayer:
                 )
             return *self._of(single), None
         if B % ids.shape[0] != 0:
-            raise ValueError(
-                f"rows() named {ids.shape[0]} rows, expected a divisor of the batch {B}"
-            )
+            raise ValueError(f"rows() named {ids.shape[0]} rows, expected a divisor of the batch {B}")
         return *self._stacked(), ids.to(self._stacks[0].device).repeat_interleave(B // ids.shape[0])
 
     def copy_parameters(self, slots: list[Adapter | None]) -> None:

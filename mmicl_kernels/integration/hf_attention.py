@@ -37,9 +37,7 @@ def attention_forward(
     nothing to attention; those named here are all that do.
     """
     if dropout > 0:
-        raise ValueError(
-            f"dropout is {dropout}, expected 0: set attention_dropout=0 or model.eval()"
-        )
+        raise ValueError(f"dropout is {dropout}, expected 0: set attention_dropout=0 or model.eval()")
     layer = getattr(module.config, "mmicl_layer", None)
     if layer is None:
         raise RuntimeError(
@@ -50,9 +48,7 @@ def attention_forward(
     T, S = query.shape[2], key.shape[2]
     if _is_empty_static_cache(attention_mask, layer.base_implementation, is_causal, T, S):
         key, value = key[:, :, :T], value[:, :, :T]
-    visibility = _visibility(
-        attention_mask, layer.base_implementation, is_causal, sliding_window, query, key
-    )
+    visibility = _visibility(attention_mask, layer.base_implementation, is_causal, sliding_window, query, key)
     if layer.normalizer == "all_keys" and key.shape[2] > T:
         visibility["kv_end"] = _used_keys(attention_mask, query)
     weight, bias, shift, adapter_ids = layer.parameters(query.shape[0])

@@ -54,10 +54,7 @@ class Backbone:
         ]
         if not found and self.fingerprint and other.fingerprint:
             mine, theirs = torch.tensor(self.fingerprint), torch.tensor(other.fingerprint)
-            if (
-                mine.shape != theirs.shape
-                or (mine - theirs).norm() > FINGERPRINT_TOLERANCE * mine.norm()
-            ):
+            if mine.shape != theirs.shape or (mine - theirs).norm() > FINGERPRINT_TOLERANCE * mine.norm():
                 found.append(
                     "the model's weights are not those the adapter was trained on "
                     f"({self.name or 'unnamed'} against {other.name or 'unnamed'})"
@@ -132,9 +129,7 @@ class Adapter(nn.Module):
         return cls.from_tensors(config, backbone, tensors)
 
     @classmethod
-    def from_tensors(
-        cls, config: Any, backbone: Backbone, tensors: dict[str, torch.Tensor]
-    ) -> "Adapter":
+    def from_tensors(cls, config: Any, backbone: Backbone, tensors: dict[str, torch.Tensor]) -> "Adapter":
         """An adapter whose parameters are ``tensors``, dtype included."""
         with torch.device("meta"):
             adapter = cls(config, backbone)
@@ -153,9 +148,7 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     expected = {"format_version", "method", "config", "backbone"}
     if not isinstance(description, dict) or not expected <= description.keys():
-        raise CheckpointError(
-            f"{path} lacks the fields of an adapter: {', '.join(sorted(expected))}"
-        )
+        raise CheckpointError(f"{path} lacks the fields of an adapter: {', '.join(sorted(expected))}")
     if description["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version {description['format_version']!r}, expected {FORMAT_VERSION}"
@@ -207,9 +200,7 @@ def check_tensors(
     for name, shape in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}"
-            )
+            raise CheckpointError(f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{source}: {name} is not a tensor of finite floating numbers")
 

@@ -21,8 +21,7 @@ class Sizes(dict):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         letters = pattern.split()
         agrees = tensor.dim() == len(letters) and all(
-            self.get(letter, size) == size
-            for letter, size in zip(letters, tensor.shape, strict=True)
+            self.get(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
         )
         if not agrees:
             bound = ", ".join(f"{x} = {self[x]}" for x in letters if x in self)
@@ -60,9 +59,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 def check_last_stride(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the last dimension of ``tensor`` is contiguous."""
     if tensor.numel() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has strides {list(tensor.stride())}, expected a contiguous last dimension"
-        )
+        raise ValueError(f"{name} has strides {list(tensor.stride())}, expected a contiguous last dimension")
 
 
 def check_range(name: str, values: Tensor, low: int, high: int) -> None:
@@ -75,9 +72,7 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
         return
     smallest, largest = int(values.min()), int(values.max())
     if smallest < low or largest > high:
-        raise ValueError(
-            f"{name} has values from {smallest} to {largest}, expected {low} to {high}"
-        )
+        raise ValueError(f"{name} has values from {smallest} to {largest}, expected {low} to {high}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -95,9 +90,7 @@ def check_shift(
     """
     stacked = "" if adapter_ids is None else "A "
     if isinstance(weight, Tensor) and weight.dim() == 3 and adapter_ids is None:
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}: a 3-D weight needs adapter_ids, got None"
-        )
+        raise ValueError(f"weight has shape {list(weight.shape)}: a 3-D weight needs adapter_ids, got None")
     if isinstance(weight, Tensor) and weight.dim() == 2 and adapter_ids is not None:
         raise ValueError(
             f"adapter_ids were given beside a 2-D weight {list(weight.shape)}, expected [A, H, D]"

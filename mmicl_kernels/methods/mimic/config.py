@@ -31,6 +31,4 @@ class MimICConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
         for name in ("align_weight", "ce_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected a number of at least 0"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number of at least 0")

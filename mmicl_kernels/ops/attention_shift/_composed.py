@@ -114,9 +114,7 @@ def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor |
     dq.copy_(dq + dg[..., None] * _rows(weight, adapter_ids)[:, :, None])
 
 
-def _gate(
-    lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None
-) -> Tensor:
+def _gate(lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None) -> Tensor:
     logit = torch.einsum("bhtd,bhd->bht", q.to(lse.dtype), _rows(weight, adapter_ids, q.shape[0]))
     mu = torch.sigmoid(logit + _rows(bias, adapter_ids)[:, :, None] - lse)
     active = torch.isfinite(lse)

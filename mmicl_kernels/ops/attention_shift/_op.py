@@ -44,15 +44,11 @@ def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
 
 @torch.library.register_fake("mmicl::attention_shift_bwd")
 def _attention_shift_bwd_fake(dout, lse, q, weight, bias, shift, adapter_ids, impl):
-    grads = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weight, bias, shift)
-    )
+    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weight, bias, shift))
     return (lse.new_empty(lse.shape), new_output(q), *grads)
 
 
-def parameter_grads(
-    grads: list[Tensor], weight: Tensor, bias: Tensor, shift: Tensor
-) -> tuple[Tensor, ...]:
+def parameter_grads(grads: list[Tensor], weight: Tensor, bias: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
     """Gradients of the stacked parameters in the shapes and dtypes of the given ones."""
     pairs = zip(grads, (weight, bias, shift), strict=True)
     return tuple(grad.reshape(x.shape).to(x.dtype) for grad, x in pairs)
@@ -66,9 +62,7 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
 class _AttentionShiftFunction(torch.autograd.Function):
     @staticmethod
     def forward(out, lse, q, weight, bias, shift, adapter_ids, impl):
-        return torch.ops.mmicl.attention_shift_fwd(
-            out, lse, q, weight, bias, shift, adapter_ids, impl
-        )
+        return torch.ops.mmicl.attention_shift_fwd(out, lse, q, weight, bias, shift, adapter_ids, impl)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -74,6 +74,4 @@ def _check(out, lse, q, weight, bias, shift, adapter_ids) -> None:
     check_last_stride("out", out)
     check_last_stride("q", q)
     check_shift(sizes, weight, bias, shift, adapter_ids)
-    check_same_device(
-        out=out, lse=lse, q=q, weight=weight, bias=bias, shift=shift, adapter_ids=adapter_ids
-    )
+    check_same_device(out=out, lse=lse, q=q, weight=weight, bias=bias, shift=shift, adapter_ids=adapter_ids)

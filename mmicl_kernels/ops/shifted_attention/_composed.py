@@ -21,9 +21,7 @@ _OPTIONS = (
 )
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor shift"
 
-torch.library.define(
-    "mmicl::shifted_attention_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
-)
+torch.library.define("mmicl::shifted_attention_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "mmicl::shifted_attention_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor gate_lse, bool need_dqkv,"
@@ -148,9 +146,7 @@ def _forward(q, k, v, parameters, options: Options):
     return (
         out,
         lse,
-        gate_lse.clone(memory_format=torch.contiguous_format)
-        if options.all_keys
-        else lse.new_empty(0),
+        gate_lse.clone(memory_format=torch.contiguous_format) if options.all_keys else lse.new_empty(0),
     )
 
 
@@ -194,9 +190,16 @@ def _head_major(x: Tensor) -> Tensor:
 
 
 class _ShiftedAttentionFunction(torch.autograd.Function):
+    # Named one by one, not *options: Dynamo counts the parameters to tell whether the first is ctx.
     @staticmethod
-    def forward(q, k, v, weight, bias, shift, *options):
-        return torch.ops.mmicl.shifted_attention_fwd(q, k, v, weight, bias, shift, *options)
+    def forward(
+        q, k, v, weight, bias, shift, scale, softcap, causal, window, q_start, q_starts, kv_start, kv_end,
+        mask, cu_seqlens_q, cu_seqlens_k, adapter_ids, all_keys,
+    ):  # fmt: skip
+        return torch.ops.mmicl.shifted_attention_fwd(
+            q, k, v, weight, bias, shift, scale, softcap, causal, window, q_start, q_starts, kv_start,
+            kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids, all_keys,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -229,8 +232,6 @@ class _ShiftedAttentionFunction(torch.autograd.Function):
         )
 
 
-def shifted_attention_composed(
-    q, k, v, weight, bias, shift, options: Options
-) -> tuple[Tensor, Tensor]:
+def shifted_attention_composed(q, k, v, weight, bias, shift, options: Options) -> tuple[Tensor, Tensor]:
     """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` for checked arguments."""
     return _ShiftedAttentionFunction.apply(q, k, v, weight, bias, shift, *options)[:2]

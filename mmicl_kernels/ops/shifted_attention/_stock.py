@@ -45,9 +45,7 @@ class StockAttention:
         S, n = k.shape[2], self.num_keys
         # With lse 0 a query that sees no key recomputes exp(-inf - 0) = 0; with -inf it would be NaN.
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        dq, dk, dv = self.bwd(
-            dout, q, k[:, :, :n], v[:, :, :n], out, lse, self.causal, self.bias, self.scale
-        )
+        dq, dk, dv = self.bwd(dout, q, k[:, :, :n], v[:, :, :n], out, lse, self.causal, self.bias, self.scale)
         if n < S:
             dk, dv = (F.pad(grad, (0, 0, 0, S - n)) for grad in (dk, dv))
         return dq, dk, dv
@@ -105,9 +103,7 @@ def _select(q: Tensor, bias: Tensor | None) -> tuple[Callable, Callable] | None:
 
 
 def _cpu_flash_fwd(q, k, v, causal, bias, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-    )
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
 
 def _cpu_flash_bwd(dout, q, k, v, out, lse, causal, bias, scale):

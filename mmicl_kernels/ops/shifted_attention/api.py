@@ -192,9 +192,7 @@ def _checked_mask(mask, q: Tensor, k: Tensor) -> Tensor | None:
     full = (*q.shape[:3], k.shape[2])
     tail = full[max(4 - mask.dim(), 0) :]
     if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(mask.shape, tail, strict=True)):
-        raise ValueError(
-            f"mask has shape {list(mask.shape)}, expected one broadcastable to {list(full)}"
-        )
+        raise ValueError(f"mask has shape {list(mask.shape)}, expected one broadcastable to {list(full)}")
     return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
 
 
@@ -210,9 +208,7 @@ def _check_packed(sizes, q, k, cu_q, cu_k, max_q, max_k, **excluded) -> None:
         raise ValueError(f"q has batch size {sizes['B']}, expected 1 for packed sequences")
     for name, longest in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
         if not isinstance(longest, int) or longest < 0:
-            raise ValueError(
-                f"{name} is {longest!r}, expected a non-negative int beside cu_seqlens"
-            )
+            raise ValueError(f"{name} is {longest!r}, expected a non-negative int beside cu_seqlens")
     packed = Sizes()
     _check_cu_seqlens(packed, "cu_seqlens_q", cu_q, q, max_q)
     _check_cu_seqlens(packed, "cu_seqlens_k", cu_k, k, max_k)
@@ -234,6 +230,4 @@ def _check_cu_seqlens(packed: Sizes, name: str, cu_seqlens, x: Tensor, longest: 
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((lengths < 0).any()):
         raise ValueError(f"{name} is {cu_seqlens.tolist()}, expected a rise from 0 to {total}")
     if lengths.numel() > 0 and int(lengths.max()) > longest:
-        raise ValueError(
-            f"max_seqlen{name[-2:]} is {longest}, expected at least {int(lengths.max())}"
-        )
+        raise ValueError(f"max_seqlen{name[-2:]} is {longest}, expected at least {int(lengths.max())}")

@@ -31,9 +31,7 @@ def shifted_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch form of :func:`mmicl_kernels.ops.shifted_attention`; returns ``(out, lse)``."""
     if cu_seqlens_q is None:
-        out, lse = _dense(
-            q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer
-        )
+        out, lse = _dense(q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer)
     else:
         starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         pieces = []
@@ -42,9 +40,7 @@ def shifted_attention_reference(
             keys = slice(starts_k[n], starts_k[n + 1])
             ids = None if adapter_ids is None else adapter_ids[n : n + 1]
             qkv = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-            pieces.append(
-                _dense(*qkv, weight, bias, shift, scale, softcap, visibility, ids, normalizer)
-            )
+            pieces.append(_dense(*qkv, weight, bias, shift, scale, softcap, visibility, ids, normalizer))
         out, lse = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
@@ -65,7 +61,5 @@ def _dense(q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids
         if normalizer == "all_keys":
             gate_lse = masked_softmax(scores, visibility.all_keys().keep(T, S, q.device), None)[1]
             gate_lse = gate_lse.masked_fill(lse == -torch.inf, -torch.inf)
-        out = attention_shift_reference(
-            probabilities @ v_acc, gate_lse, q, weight, bias, shift, adapter_ids
-        )
+        out = attention_shift_reference(probabilities @ v_acc, gate_lse, q, weight, bias, shift, adapter_ids)
     return out.to(q.dtype), lse

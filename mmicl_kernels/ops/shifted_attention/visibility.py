@@ -27,9 +27,7 @@ class Visibility:
         return Visibility(kv_end=self.kv_end)
 
     def is_all_keys(self) -> bool:
-        return (
-            not self.causal and self.window is None and self.kv_start is None and self.mask is None
-        )
+        return not self.causal and self.window is None and self.kv_start is None and self.mask is None
 
     def is_top_left_causal(self) -> bool:
         """Whether query i sees exactly the keys up to i: what stock kernels call causal."""
@@ -100,9 +98,7 @@ class Visibility:
         return None if self.mask is None or self.mask.dtype == torch.bool else self.mask
 
 
-def masked_softmax(
-    scores: Tensor, keep: Tensor | None, additive: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def masked_softmax(scores: Tensor, keep: Tensor | None, additive: Tensor | None) -> tuple[Tensor, Tensor]:
     """Probabilities and natural-log normaliser of ``scores [B, H, T, S]`` under a visibility.
 
     A row that sees no key has probabilities 0 and normaliser -inf, and gets no gradient.
