@@ -1,8 +1,9 @@
 """The compiled CPU kernels, `torch.ops.mmicl_cpu.*`: found and loaded on first use, absent without harm.
 
 The library registers its operators through libtorch's stable ABI (csrc/bindings.cpp) and contains no
-Python. Beside it lies `_build_info`, which says how it was built and needs no torch. MMICL_DISABLE_EXTENSION=1
-ignores both; MMICL_CPU_ISA=baseline or avx2 makes the library use less than the processor offers.
+Python. Beside it lies `_build_info`, which says how it was built and needs no torch.
+MMICL_DISABLE_EXTENSION=1 leaves the library alone; MMICL_CPU_ISA=baseline or avx2 makes it use less
+than the processor offers.
 """
 
 import functools
@@ -11,9 +12,7 @@ import os
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_NOT_BUILT = (
-    "not built: `pip install -v --no-build-isolation -e .` in the source tree builds it, or says why not"
-)
+_NOT_BUILT = "not built: `pip install -v --no-build-isolation -e .` builds it, or says why not"
 
 
 def _library():
@@ -50,8 +49,10 @@ def status() -> dict:
     """What `mmicl env` prints; never raises.
 
     Returns:
-        built: the library is there and not turned off. loaded: it also loads. reason: why either is False, else None.
-        isa: the instruction set in use, None unless loaded. build: compiler, flags, torch, ISAs; empty if unknown.
+        built: the library is there and not turned off. loaded: it also loads.
+        reason: why either is False, else None.
+        isa: the instruction set in use, None unless loaded.
+        build: compiler, compiler_version, flags, torch_version, isas; empty if unknown.
     """
     path, reason = _library()
     report = {"built": path is not None, "loaded": False, "reason": reason, "isa": None, "build": {}}

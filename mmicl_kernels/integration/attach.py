@@ -63,12 +63,12 @@ class Handle:
     ) -> None:
         self.model, self.impl = model, impl
         self.adapter_ids: Tensor | None = None
-        self._anchors = find_anchors(model)
-        self._backbone = describe_backbone(model, self._anchors)
+        self.anchors = find_anchors(model)
+        self._backbone = describe_backbone(model, self.anchors)
         self._single = single
         self._adapters: dict[str, Adapter] = {}
         self._slots: list[Adapter | None] = [None] * slots
-        self._original = [anchor.self_attn.config for anchor in self._anchors]
+        self._original = [anchor.self_attn.config for anchor in self.anchors]
         if any(hasattr(config, "mmicl_layer") for config in self._original):
             raise ValueError("the model is patched already: detach() its handle or add() to it")
         for name, adapter in adapters.items():
@@ -77,7 +77,7 @@ class Handle:
         hf_attention.register()
         self._patched = [
             _patched_config(config, PatchedLayer(self, anchor, config))
-            for anchor, config in zip(self._anchors, self._original, strict=True)
+            for anchor, config in zip(self.anchors, self._original, strict=True)
         ]
         self.enable()
 
@@ -100,7 +100,7 @@ class Handle:
     def enabled(self) -> bool:
         return any(
             anchor.self_attn.config is config
-            for anchor, config in zip(self._anchors, self._patched, strict=False)
+            for anchor, config in zip(self.anchors, self._patched, strict=False)
         )
 
     def enable(self) -> None:
@@ -156,7 +156,7 @@ class Handle:
         for config in self._patched:
             config.mmicl_layer.copy_parameters(self._slots)
         before = self.adapter_ids
-        self.adapter_ids = ids.to(self._anchors[0].self_attn.o_proj.weight.device)
+        self.adapter_ids = ids.to(self.anchors[0].self_attn.o_proj.weight.device)
         try:
             yield
         finally:
@@ -201,7 +201,7 @@ class Handle:
                 f"adapter {name!r} has normalizer {adapter.config.normalizer!r}, "
                 f"expected {self.normalizer!r} like the others"
             )
-        for anchor in self._anchors:
+        for anchor in self.anchors:
             device = anchor.self_attn.o_proj.weight.device
             parameter = adapter.layers[str(anchor.index)].weight
             if parameter.device != device:
@@ -222,7 +222,7 @@ class Handle:
         return -1
 
     def _set_configs(self, configs: list[PretrainedConfig]) -> None:
-        for anchor, config in zip(self._anchors, configs, strict=True):
+        for anchor, config in zip(self.anchors, configs, strict=True):
             anchor.self_attn.config = config
 
     def _check_attached(self) -> None:

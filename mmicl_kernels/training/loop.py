@@ -1,0 +1,100 @@
+"""A plain training loop: AdamW, linear warm-up, cosine decay, clipping, a progress bar."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mmicl_kernels.training.episodes import EpisodeBatch
+from mmicl_kernels.training.objectives import Losses
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The MimIC paper's optimisation; ``warmup`` is a fraction of the steps."""
+
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-3
+    warmup: float = 0.1
+    clip: float = 1.0
+
+
+def train(
+    objective: Callable[[EpisodeBatch], Losses],
+    parameters: dict[str, nn.Parameter],
+    batches: Iterable[EpisodeBatch],
+    steps: int,
+    *,
+    model: nn.Module,
+    config: TrainingConfig | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Minimise ``objective`` over ``parameters`` for ``steps`` batches, one update each.
+
+    All other parameters of ``model`` are frozen meanwhile, so that no gradient is computed for them.
+
+    Returns:
+        the losses of each step.
+
+    Raises:
+        ValueError: nothing to train, or ``batches`` ends early. FloatingPointError: a loss is not
+        finite; the parameters are those before that step.
+    """
+    if not parameters:
+        raise ValueError("parameters is empty, expected at least one to train")
+    config = config or TrainingConfig()
+    optimizer = torch.optim.AdamW(_groups(parameters, config), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
+    log = []
+    bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
+    with bar, frozen(model, parameters):
+        for batch in islice(batches, steps):
+            losses = objective(batch)
+            log.append({"loss": losses.total.item()} | {k: x.item() for k, x in losses.parts.items()})
+            if not math.isfinite(log[-1]["loss"]):
+                raise FloatingPointError(f"the loss is {log[-1]} at step {len(log) - 1}, expected finite")
+            optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            bar.set_postfix({name: f"{value:.4f}" for name, value in log[-1].items()}, refresh=False)
+    if len(log) < steps:
+        raise ValueError(f"batches ended after {len(log)}, expected {steps}")
+    return log
+
+
+@contextmanager
+def frozen(model: nn.Module, except_for: dict[str, nn.Parameter]) -> Iterator[None]:
+    """No parameter of ``model`` but ``except_for`` asks for gradients within a ``with`` block."""
+    kept = {id(parameter) for parameter in except_for.values()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _groups(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> list[dict]:
+    """Weight decay for all but the biases, as the official code has it."""
+    decayed = [x for name, x in parameters.items() if "bias" not in name]
+    biases = [x for name, x in parameters.items() if "bias" in name]
+    groups = [(decayed, config.weight_decay), (biases, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor: up to 1 over the warm-up, then along a half cosine to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
