@@ -1,0 +1,187 @@
+"""The whole point in one table, on a real small LVLM and real handwritten digits (`mmicl demo`)."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+import mmicl_kernels as mk
+from benchmarks.experiments.digits import data
+from benchmarks.experiments.digits.evaluate import accuracy
+from benchmarks.experiments.digits.mimic import Recipe, train_mimic
+from benchmarks.experiments.digits.model import load_model
+from benchmarks.peers import published
+from benchmarks.timing import peak_allocated_bytes
+from mmicl_kernels.integration.anchors import find_anchors
+
+TASKS = data.TASKS
+LABELS = {0: "zero-shot", 1: "1-shot", 4: "4-shot", 8: "8-shot", 16: "16-shot"}
+ROUNDS, QUICK_ROUNDS = 20, 2
+QUICK_STEPS, QUICK_SAMPLES = 20, 32
+FURTHER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer; times in milliseconds, memory in bytes."""
+
+    name: str
+    accuracy: float
+    interval: tuple[float, float]
+    prompt_tokens: int
+    first_token_ms: float
+    further_token_ms: float
+    attention_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """A prompt length and what is attached to the model while it is answered."""
+
+    name: str
+    shots: int
+    attached: Callable[[], AbstractContextManager]
+
+
+def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
+    """Train MimIC for ``task``, measure every way to answer, print the table, save it and a plot.
+
+    ``quick`` trains, samples and times just enough to see that it runs.
+    """
+    model = load_model()
+    ways = _ways(model, task, seed, quick)
+    rows = _measure(model, task, ways, seed, quick)
+    out.mkdir(parents=True, exist_ok=True)
+    described = {"task": task, "seed": seed, "quick": quick, "rows": [asdict(row) for row in rows]}
+    (out / "demo.json").write_text(json.dumps(described, indent=1) + "\n")
+    _plot(rows, task, out / "demo.png")
+    _print(rows, task)
+    print(f"saved {out / 'demo.json'} and {out / 'demo.png'}")
+
+
+def _ways(model: nn.Module, task: str, seed: int, quick: bool) -> list[Way]:
+    """Prompts with demonstrations, and MimIC trained here: as published, and as this library runs it."""
+    recipe = replace(Recipe(), steps=QUICK_STEPS) if quick else Recipe()
+    print(f"training MimIC for the task {task!r}: the gate as published, then over visible keys")
+    adapters = {
+        normalizer: train_mimic(
+            model, task, seed=seed, recipe=recipe, config=mk.MimICConfig(normalizer=normalizer)
+        )
+        for normalizer in ("all_keys", "visible")
+    }
+    return [
+        *(Way(name, shots, nullcontext) for shots, name in LABELS.items()),
+        Way("MimIC, published", 0, lambda: published(model, adapters["all_keys"])),
+        Way("MimIC, ours", 0, lambda: mk.attach(model, adapters["visible"])),
+    ]
+
+
+def _measure(model: nn.Module, task: str, ways: list[Way], seed: int, quick: bool) -> list[Row]:
+    accuracies = {}
+    for way in tqdm(ways, desc="held-out images", unit="row"):
+        with way.attached():
+            accuracies[way.name] = accuracy(
+                model, task, way.shots, "test", samples=QUICK_SAMPLES if quick else None, seed=seed
+            )
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    prompts = {}
+    for way in ways:
+        generator = torch.Generator().manual_seed(seed)
+        demonstrations, queries = data.draw_episodes(1, way.shots, split="test", generator=generator)
+        prompts[way.name] = data.episode_inputs(demonstrations, queries, task, with_answer=False)
+    times = _times(model, ways, {name: prompt.inputs for name, prompt in prompts.items()}, rounds)
+    return [
+        Row(
+            way.name,
+            accuracies[way.name].value,
+            accuracies[way.name].interval,
+            prompts[way.name].prompt_tokens,
+            *times[way.name],
+            _attention_peak_bytes(model, way, prompts[way.name].inputs),
+        )
+        for way in ways
+    ]
+
+
+def _times(
+    model: nn.Module, ways: list[Way], inputs: dict[str, dict], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Medians of time to first token and per further token; the ways take turns, as machines drift."""
+    first, further = ({way.name: [] for way in ways} for _ in range(2))
+    for number in tqdm(range(rounds + 1), desc="timing", unit="round"):
+        for way in ways:
+            with way.attached():
+                one = _generate_seconds(model, inputs[way.name], 1)
+                many = _generate_seconds(model, inputs[way.name], 1 + FURTHER_TOKENS)
+            if number > 0:  # the first round warms up
+                first[way.name].append(1e3 * one)
+                further[way.name].append(1e3 * (many - one) / FURTHER_TOKENS)
+    return {
+        way.name: (statistics.median(first[way.name]), statistics.median(further[way.name])) for way in ways
+    }
+
+
+def _generate_seconds(model: nn.Module, inputs: dict, tokens: int) -> float:
+    start = time.perf_counter()
+    model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens)
+    return time.perf_counter() - start
+
+
+def _attention_peak_bytes(model: nn.Module, way: Way, inputs: dict) -> int:
+    """Peak allocated bytes of one attention module on the whole prompt."""
+    attention = find_anchors(model)[0].self_attn
+    calls: list[dict] = []
+    hook = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    with torch.no_grad(), way.attached():
+        model(**inputs, use_cache=False)
+        hook.remove()
+        return peak_allocated_bytes(lambda: attention(**calls[0]))
+
+
+def _print(rows: list[Row], task: str) -> None:
+    table = Table(title=f"task {task!r}, held-out images, batch 1 on this CPU")
+    table.add_column("")
+    for column in ("accuracy (95 % interval)", "prompt tokens", "first token ms", "further token ms"):
+        table.add_column(column, justify="right")
+    table.add_column("attention peak KiB", justify="right")
+    for row in rows:
+        low, high = row.interval
+        table.add_row(
+            row.name,
+            f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})",
+            str(row.prompt_tokens),
+            f"{row.first_token_ms:.1f}",
+            f"{row.further_token_ms:.2f}",
+            f"{row.attention_peak_bytes / 1024:.0f}",
+        )
+    Console().print(table)
+
+
+def _plot(rows: list[Row], task: str, path: Path) -> None:
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    accuracy, latency = figure.subplots(1, 2, sharey=True)
+    names = [row.name for row in rows][::-1]
+    colours = ["tab:orange" if "MimIC" in name else "tab:blue" for name in names]
+    values = [row.accuracy for row in rows][::-1]
+    spread = [
+        [row.accuracy - row.interval[0] for row in rows][::-1],
+        [row.interval[1] - row.accuracy for row in rows][::-1],
+    ]
+    accuracy.barh(names, values, xerr=spread, color=colours)
+    accuracy.set(xlim=(0, 1), xlabel=f"accuracy on {task!r}, held-out images")
+    latency.barh(names, [row.first_token_ms for row in rows][::-1], color=colours)
+    latency.set(xlabel="time to first token (ms)")
+    figure.savefig(path, dpi=120)

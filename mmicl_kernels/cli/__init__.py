@@ -1,0 +1,27 @@
+"""The command `mmicl`. Each subcommand's module is imported when it runs."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mmicl` with ``arguments`` (the process's by default) and return its exit code."""
+    parser = argparse.ArgumentParser(prog="mmicl", description="multimodal in-context learning, shifted")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="print what a bug report needs")
+
+    demo = commands.add_parser("demo", help="in-context learning and MimIC side by side, on real digits")
+    demo.add_argument("--task", default="digit", help="attribute to ask for (default: digit)")
+    demo.add_argument("--seed", type=int, default=0, help="of the adapters and the episodes")
+    demo.add_argument("--out", default="demo", help="folder for demo.json and demo.png (default: demo)")
+    demo.add_argument("--quick", action="store_true", help="few steps and samples, to see that it runs")
+
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "env":
+        from mmicl_kernels.cli.env import report
+
+        print(report())
+        return 0
+    from mmicl_kernels.cli.demo import run
+
+    return run(task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)
