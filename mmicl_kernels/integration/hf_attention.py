@@ -45,59 +45,54 @@ def attention_forward(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    T, S = query.shape[2], key.shape[2]
-    if _is_empty_static_cache(attention_mask, layer.base_implementation, is_causal, T, S):
+    base, T = layer.base_implementation, query.shape[2]
+    if attention_mask is None and base == "sdpa" and is_causal and 1 < T < key.shape[2]:
+        # A static cache that is being filled: sdpa means top-left causal, and rows beyond T are unused.
         key, value = key[:, :, :T], value[:, :, :T]
-    visibility = _visibility(attention_mask, layer.base_implementation, is_causal, sliding_window, query, key)
-    if layer.normalizer == "all_keys" and key.shape[2] > T:
-        visibility["kv_end"] = _used_keys(attention_mask, query)
+    causal = is_causal and _leaves_causality_out(attention_mask, base)
+    mask = _four_dimensional(attention_mask, query, key)
     weight, bias, shift, adapter_ids = layer.parameters(query.shape[0])
     out = shifted_attention(
         query, key, value, weight, bias, shift,
-        scale=scaling, softcap=softcap, adapter_ids=adapter_ids,
-        normalizer=layer.normalizer, impl=layer.impl, **visibility,
+        scale=scaling, softcap=softcap, mask=mask,
+        causal=causal and T > 1, window=sliding_window if causal else None,
+        kv_end=_used_keys(mask, query, key) if layer.normalizer == "all_keys" else None,
+        adapter_ids=adapter_ids, normalizer=layer.normalizer, impl=layer.impl,
     )  # fmt: skip
     return out.transpose(1, 2), None
 
 
-def _is_empty_static_cache(mask, base: str, is_causal: bool, T: int, S: int) -> bool:
-    """Whether keys beyond the first T are unused rows of a static cache that is being filled.
+def _leaves_causality_out(mask: Tensor | BlockMask | None, base: str) -> bool:
+    """Whether the decoder's own implementation is causal by itself, beside ``mask``.
 
-    Only sdpa leaves the mask out then, and means top-left causal; flash means bottom-right.
+    sdpa is without a mask, and flash always, with a mask ``[B, S]`` of the padding alone. Eager and flex
+    attend to whatever the mask leaves.
     """
-    return mask is None and base == "sdpa" and is_causal and 1 < T < S
+    return (mask is None and base == "sdpa") or (not isinstance(mask, BlockMask) and "flash" in base)
 
 
-def _visibility(mask, base: str, is_causal: bool, window, query: Tensor, key: Tensor) -> dict:
-    """Arguments of the op for the mask as the decoder's own implementation would read it."""
-    T, S = query.shape[2], key.shape[2]
+def _four_dimensional(mask: Tensor | BlockMask | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """``mask`` as bool or additive ``[B, H or 1, T or 1, S]``."""
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 4):
+        return mask
+    B, T, S = query.shape[0], query.shape[2], key.shape[2]
     if isinstance(mask, BlockMask):
-        mask = create_mask(mask.mask_mod, query.shape[0], 1, T, S, device=query.device)
-    if mask is not None and mask.dim() == 4:
-        return {"mask": mask}
-    if mask is not None and mask.dim() == 2:
-        visible = {"mask": mask[:, None, None, -S:].bool()}
-    elif mask is None:
-        visible = {}
-    else:
-        raise ValueError(f"attention_mask has {mask.dim()} dimensions, expected 2 or 4")
-    # Without a mask eager and flex attend to every key; sdpa and flash are causal by themselves.
-    implicit = mask is not None or base == "sdpa" or "flash" in base
-    if implicit and is_causal:
-        visible |= {"causal": T > 1, "window": window}
-    return visible
+        return create_mask(mask.mask_mod, B, 1, T, S, device=query.device)
+    if mask.dim() == 2:
+        return mask[:, None, None, -S:].bool()
+    raise ValueError(f"attention_mask has {mask.dim()} dimensions, expected 2 or 4")
 
 
-def _used_keys(mask, query: Tensor) -> Tensor | None:
-    """Number of keys in use, ``[B]``: a static cache is longer, and the official gate counts no zeros.
+def _used_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """Number of cached keys in use, ``[B]``: the official gate counts none of a static cache's empty rows.
 
-    The newest key is visible to its own query, so the last key that any query of any row sees is the
-    last in use.
+    The newest key is visible to its own query, so the last key that any query of any row sees is the last
+    in use. Without a cache all keys are, the padding at the end included.
     """
-    if not isinstance(mask, Tensor):
+    if mask is None or query.shape[2] == key.shape[2]:
         return None
     if mask.is_floating_point():
         mask = mask > torch.finfo(mask.dtype).min
-    seen = mask.bool().reshape(-1, mask.shape[-1]).any(0)
+    seen = mask.reshape(-1, mask.shape[-1]).any(0)
     positions = torch.arange(1, seen.shape[0] + 1, device=seen.device)
     return (seen * positions).amax().expand(query.shape[0])
