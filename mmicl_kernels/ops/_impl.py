@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from mmicl_kernels.ops._checks import check_choice
 
@@ -40,3 +43,20 @@ def resolve(impl: str, available: tuple[str, ...], auto: str, op: str) -> str:
     if chosen not in available:
         raise NotImplementedError(f"{op} has no impl={chosen!r}, only {', '.join(available)}")
     return chosen
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd must see the op. Without, it costs a third of the time of a small call."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def refuse_vmap(op: str) -> Callable[..., NoReturn]:
+    """A vmap rule that says why there is none."""
+
+    def refuse(info: object, in_dims: object, *inputs: object) -> NoReturn:
+        raise NotImplementedError(
+            f"{op} does not support torch.func.vmap: it is batched already; "
+            "fold the mapped dimension into B, or use impl='reference'"
+        )
+
+    return refuse

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmicl_kernels.ops._impl import needs_grad, refuse_vmap
 from mmicl_kernels.ops.attention_shift._composed import (
     kernels,
     new_output,
@@ -22,10 +23,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("mmicl::attention_shift_fwd", ("cpu", "cuda"))
 def _attention_shift_fwd(out, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
     return kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
+
+
+torch.library.impl("mmicl::attention_shift_fwd", ("cpu", "cuda"), _attention_shift_fwd)
 
 
 @torch.library.register_fake("mmicl::attention_shift_fwd")
@@ -33,13 +36,15 @@ def _attention_shift_fwd_fake(out, lse, q, weight, bias, shift, adapter_ids, imp
     return new_output(out)
 
 
-@torch.library.impl("mmicl::attention_shift_bwd", ("cpu", "cuda"))
 def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
     dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
         dout, lse, q, *parameters, adapter_ids, None, 2, True
     )
     return (-dg, dq, *parameter_grads(grads, weight, bias, shift))
+
+
+torch.library.impl("mmicl::attention_shift_bwd", ("cpu", "cuda"), _attention_shift_bwd)
 
 
 @torch.library.register_fake("mmicl::attention_shift_bwd")
@@ -77,13 +82,14 @@ class _AttentionShiftFunction(torch.autograd.Function):
         )
         return dout, dlse, dq, dweight, dbias, dshift, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise NotImplementedError(
-            "attention_shift does not support torch.func.vmap: it is batched already; "
-            "fold the mapped dimension into B, or use impl='reference'"
-        )
+    vmap = staticmethod(refuse_vmap("attention_shift"))
+
+
+torch.library.register_vmap("mmicl::attention_shift_fwd", refuse_vmap("attention_shift"))
 
 
 def attention_shift_op(out, lse, q, weight, bias, shift, adapter_ids, impl) -> Tensor:
-    return _AttentionShiftFunction.apply(out, lse, q, weight, bias, shift, adapter_ids, impl)
+    inputs = (out, lse, q, weight, bias, shift)
+    if needs_grad(*inputs):
+        return _AttentionShiftFunction.apply(*inputs, adapter_ids, impl)
+    return torch.ops.mmicl.attention_shift_fwd(*inputs, adapter_ids, impl)

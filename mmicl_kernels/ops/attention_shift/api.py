@@ -53,6 +53,7 @@ def attention_shift(
         without ``TRITON_INTERPRET=1``.
     """
     _check(out, lse, q, weight, bias, shift, adapter_ids)
+    adapter_ids = None if adapter_ids is None else adapter_ids.int()
     on_gpu = q.device.type == "cuda"
     auto = "triton" if on_gpu and has_triton() else "composed"
     impl = resolve(impl, ("reference", "composed", "triton"), auto, "attention_shift")

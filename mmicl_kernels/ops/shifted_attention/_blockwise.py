@@ -50,7 +50,7 @@ class BlockwiseAttention:
             dq[:, :, rows] = self.scale * (dscores @ k)
             dk += self.scale * (dscores.transpose(-1, -2) @ q_rows)
             dv += probabilities.transpose(-1, -2) @ dout_rows
-        return dq, *(x.unflatten(1, (G, -1)).sum(2) for x in (dk, dv))
+        return dq, *(x.unflatten(1, (G, -1)).sum(2).to(q.dtype) for x in (dk, dv))
 
     def _capped(self, q_rows: Tensor, k: Tensor) -> Tensor:
         scores = self.scale * (q_rows @ k.transpose(-1, -2))

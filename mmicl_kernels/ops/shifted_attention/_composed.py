@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmicl_kernels.ops._impl import needs_grad, refuse_vmap
 from mmicl_kernels.ops.attention_shift._composed import kernels, new_output, stacked_parameters
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
@@ -68,7 +69,6 @@ class Options(NamedTuple):
         ]
 
 
-@torch.library.impl("mmicl::shifted_attention_fwd", ("cpu", "cuda"))
 def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
     options = Options(*options)
     parameters = stacked_parameters(q, weight, bias, shift)
@@ -84,6 +84,9 @@ def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
     return out, lse, gate_lse
 
 
+torch.library.impl("mmicl::shifted_attention_fwd", ("cpu", "cuda"), _shifted_attention_fwd)
+
+
 @torch.library.register_fake("mmicl::shifted_attention_fwd")
 def _shifted_attention_fwd_fake(q, k, v, weight, bias, shift, *options):
     acc = torch.promote_types(q.dtype, torch.float32)
@@ -92,7 +95,6 @@ def _shifted_attention_fwd_fake(q, k, v, weight, bias, shift, *options):
     return new_output(q), lse, gate_lse
 
 
-@torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"))
 def _shifted_attention_bwd(dout, dlse, out, lse, gate_lse, need_dqkv, q, k, v, *rest):
     weight, bias, shift, *options = rest
     options = Options(*options)
@@ -121,6 +123,9 @@ def _shifted_attention_bwd(dout, dlse, out, lse, gate_lse, need_dqkv, q, k, v, *
             else:
                 dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = dqkv
     return dq, dk, dv, *parameter_grads(grads, weight, bias, shift)
+
+
+torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"), _shifted_attention_bwd)
 
 
 @torch.library.register_fake("mmicl::shifted_attention_bwd")
@@ -224,14 +229,15 @@ class _ShiftedAttentionFunction(torch.autograd.Function):
         dqkv = grads[:3] if need_dqkv else (None, None, None)
         return *dqkv, *grads[3:], *(None,) * len(options)
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise NotImplementedError(
-            "shifted_attention does not support torch.func.vmap: it is batched already; "
-            "fold the mapped dimension into B, or use impl='reference'"
-        )
+    vmap = staticmethod(refuse_vmap("shifted_attention"))
+
+
+torch.library.register_vmap("mmicl::shifted_attention_fwd", refuse_vmap("shifted_attention"))
 
 
 def shifted_attention_composed(q, k, v, weight, bias, shift, options: Options) -> tuple[Tensor, Tensor]:
     """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` for checked arguments."""
-    return _ShiftedAttentionFunction.apply(q, k, v, weight, bias, shift, *options)[:2]
+    inputs = (q, k, v, weight, bias, shift)
+    if needs_grad(*inputs):
+        return _ShiftedAttentionFunction.apply(*inputs, *options)[:2]
+    return torch.ops.mmicl.shifted_attention_fwd(*inputs, *options)[:2]

@@ -27,6 +27,7 @@ class StockAttention:
     causal: bool
     bias: Tensor | None
     scale: float
+    additive: bool  # whether bias has values other than 0 and -inf
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``out [B, H, T, D]`` and ``lse [B, H, T]``; 0 and -inf for a query that sees no key."""
@@ -43,12 +44,25 @@ class StockAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``dq, dk, dv`` with ``delta = dout . out``."""
         S, n = k.shape[2], self.num_keys
-        # With lse 0 a query that sees no key recomputes exp(-inf - 0) = 0; with -inf it would be NaN.
-        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        if self.additive:
+            dout = dout * self._shares(lse)[..., None].to(dout.dtype)
+        # With lse +inf a query without gradient recomputes exp(s - inf) = 0 for any s, -inf included;
+        # with 0 a large s would overflow, with -inf it would be NaN.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         dq, dk, dv = self.bwd(dout, q, k[:, :, :n], v[:, :, :n], out, lse, self.causal, self.bias, self.scale)
         if n < S:
             dk, dv = (F.pad(grad, (0, 0, 0, S - n)) for grad in (dk, dv))
         return dq, dk, dv
+
+    def _shares(self, lse: Tensor) -> Tensor:
+        """1, or 1 / n for a query whose n best keys all carry so low a value that lse rounds to it.
+
+        HuggingFace's finfo.min in a whole row does. The kernel then recomputes ``exp(s - lse)`` as 1 for
+        each of them; gradients are linear in dout, so it can bring the missing factor.
+        """
+        ties = (self.bias == self.bias.amax(-1, keepdim=True)).sum(-1)
+        swallowed = torch.isfinite(lse) & (lse.abs() * torch.finfo(lse.dtype).eps > 1)
+        return torch.where(swallowed, ties.to(lse.dtype).reciprocal(), 1.0)
 
 
 def attention_kernel(
@@ -71,7 +85,9 @@ def attention_kernel(
     causal = visibility.is_top_left_causal() and (num_keys == T or q.device.type == "cpu")
     bias = None if causal else _bias(visibility, q, num_keys)
     kernel = _select(q, bias)
-    return StockAttention(*kernel, num_keys, causal, bias, scale) if kernel else blockwise
+    if kernel is None:
+        return blockwise
+    return StockAttention(*kernel, num_keys, causal, bias, scale, additive is not None)
 
 
 def _bias(visibility: Visibility, q: Tensor, S: int) -> Tensor | None:

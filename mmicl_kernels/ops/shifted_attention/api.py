@@ -108,7 +108,7 @@ def shifted_attention(
         mask=_checked_mask(mask, q, k),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        adapter_ids=adapter_ids,
+        adapter_ids=None if adapter_ids is None else adapter_ids.int(),
         all_keys=normalizer == "all_keys",
     )
     impl = resolve(impl, ("reference", "composed"), "composed", "shifted_attention")

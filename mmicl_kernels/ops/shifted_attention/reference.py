@@ -1,7 +1,8 @@
 """Softmax attention whose output is shifted per head by a query-dependent amount: the specification.
 
-    s_ij = scale * q_i.k_j  (softcap, mask)    lse_i = log sum_j exp(s_ij)    a_i = sum_j exp(s_ij - lse_i) v_j
-    mu_i = sigmoid(q_i.weight_h + bias_h - lse_i)                             out_i = a_i + mu_i shift_h
+    s_ij = scale * q_i.k_j  (softcap, mask)          lse_i = log sum_j exp(s_ij)
+    a_i = sum_j exp(s_ij - lse_i) v_j                mu_i = sigmoid(q_i.weight_h + bias_h - lse_i)
+    out_i = a_i + mu_i shift_h
 
 Source: MimIC (arXiv 2504.08851) section 3.2. ``[B, H, T, S]`` is materialised here.
 """
@@ -34,7 +35,9 @@ def shifted_attention_reference(
         out, lse = _dense(q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer)
     else:
         starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        pieces = []
+        # The empty piece gives a batch of no sequences its shape.
+        acc = torch.promote_types(q.dtype, torch.float32)
+        pieces = [(q[:, :, :0], q[:, :, :0].sum(-1, dtype=acc))]
         for n in range(len(starts_q) - 1):
             rows = slice(starts_q[n], starts_q[n + 1])
             keys = slice(starts_k[n], starts_k[n + 1])

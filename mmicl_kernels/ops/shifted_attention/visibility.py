@@ -79,11 +79,12 @@ class Visibility:
         if self.kv_end is not None:
             conditions.append(j < _column(self.kv_end))
         if self.causal or self.window is not None:
-            position = self.first_position(T, S) + torch.arange(T, device=device)[:, None]
+            i = torch.arange(T, device=device)[None, None, :, None]
+            position = self.first_position(T, S) + i
             if self.causal:
-                conditions.append((j <= position).reshape(-1, 1, T, S))
+                conditions.append(j <= position)
             if self.window is not None:
-                conditions.append((j > position - self.window).reshape(-1, 1, T, S))
+                conditions.append(j > position - self.window)
         if self.mask is not None and self.mask.dtype == torch.bool:
             conditions.append(self.mask)
         if not conditions:
@@ -109,9 +110,13 @@ def masked_softmax(scores: Tensor, keep: Tensor | None, additive: Tensor | None)
         scores = scores.masked_fill(~keep, -torch.inf)
     blind = ~(scores > -torch.inf).any(-1)
     # The blind rows' scores are replaced first: logsumexp of -inf alone has a NaN gradient.
-    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), -1)
-    probabilities = torch.exp(scores - lse[..., None]).masked_fill(blind[..., None], 0.0)
-    return probabilities, lse.masked_fill(blind, -torch.inf)
+    scores = scores.masked_fill(blind[..., None], 0.0)
+    # In two steps: where a whole row carries finfo.min, the first swallows the logarithm of the sum.
+    level = torch.logsumexp(scores, -1).detach()
+    scores = scores - level[..., None]
+    remainder = torch.logsumexp(scores, -1)
+    probabilities = torch.exp(scores - remainder[..., None]).masked_fill(blind[..., None], 0.0)
+    return probabilities, (level + remainder).masked_fill(blind, -torch.inf)
 
 
 def _column(values: Tensor) -> Tensor:
