@@ -1,0 +1,79 @@
+"""`mmicl env` reports from any installation; `mmicl demo` runs in a checkout and says so elsewhere."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def mmicl(*arguments, cwd=ROOT, path=ROOT, before=""):
+    """Run the command in a fresh interpreter, the package imported from ``path``."""
+    code = f"import sys; sys.path.insert(0, {str(path)!r})\n{before}\n"
+    code += f"from mmicl_kernels.cli import main\nsys.exit(main({list(arguments)!r}))"
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+def test_env_reports_versions():
+    import torch
+
+    result = mmicl("env")
+    assert result.returncode == 0
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert facts["torch"] == torch.__version__
+    assert facts["python"] == sys.version.split()[0]
+
+
+def test_env_survives_a_broken_installation():
+    broken = (
+        "import importlib.abc\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'triton', 'transformers'):\n"
+        "            raise RuntimeError('undefined symbol')\n"
+        "sys.meta_path.insert(0, Broken())"
+    )
+    result = mmicl("env", before=broken)
+    assert result.returncode == 0, result.stderr
+    assert "cuda" in result.stdout and "broken: RuntimeError: undefined symbol" in result.stdout
+    assert sys.version.split()[0] in result.stdout
+
+
+def test_demo_outside_of_a_checkout(tmp_path):
+    shutil.copytree(ROOT / "mmicl_kernels", tmp_path / "mmicl_kernels")
+    result = mmicl("demo", cwd=tmp_path, path=tmp_path)
+    assert result.returncode == 2
+    assert "needs a checkout" in result.stderr
+
+
+def test_demo_unknown_task(tmp_path):
+    result = mmicl("demo", "--task", "weather", "--out", str(tmp_path))
+    assert result.returncode == 2
+    assert "'weather'" in result.stderr and "digit" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_quick_demo_writes_table_and_plot(tmp_path):
+    result = mmicl("demo", "--quick", "--task", "ink", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
+    assert list(rows) == [
+        "zero-shot",
+        "1-shot",
+        "4-shot",
+        "8-shot",
+        "16-shot",
+        "MimIC, published",
+        "MimIC, ours",
+    ]
+    assert rows["MimIC, ours"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"]
+    assert rows["8-shot"]["accuracy"] > rows["zero-shot"]["accuracy"]
+    assert rows["16-shot"]["attention_peak_bytes"] > rows["zero-shot"]["attention_peak_bytes"]
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in rows:
+        assert name in result.stdout

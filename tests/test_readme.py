@@ -1,0 +1,48 @@
+"""The README says what works: its Python runs, its commands exist, its files are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_runs(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(BLOCKS[number], f"README block {number}", "exec"), names)
+    if number == 0:
+        words = re.findall(r"'(\w+)'", capsys.readouterr().out)
+        truth = names["data"].decode(names["question"].targets)
+        assert words == truth
+    else:
+        assert names["out"].shape == names["q"].shape
+
+
+def test_two_python_blocks():
+    assert len(BLOCKS) == 2
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"`?make (\w+)", README))
+    assert {"demo", "test", "bench", "lint", "gpu"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} is not in the Makefile"
+
+
+def test_links_and_modules_exist():
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).is_file(), link
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+
+
+def test_tables_are_those_of_the_committed_results():
+    for name, body in re.findall(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", README, re.DOTALL):
+        assert body.count("|") > 10, f"table {name} is empty"
