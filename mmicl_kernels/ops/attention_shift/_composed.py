@@ -117,7 +117,7 @@ def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor |
 def _gate(lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None) -> Tensor:
     logit = torch.einsum("bhtd,bhd->bht", q.to(lse.dtype), _rows(weight, adapter_ids, q.shape[0]))
     mu = torch.sigmoid(logit + _rows(bias, adapter_ids)[:, :, None] - lse)
-    active = torch.isfinite(lse)
+    active = ~torch.isinf(lse)
     if adapter_ids is not None:
         active = active & (adapter_ids >= 0)[:, None, None]
     return mu.masked_fill(~active, 0.0)

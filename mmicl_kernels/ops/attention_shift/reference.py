@@ -24,10 +24,10 @@ def attention_shift_reference(
     acc = torch.promote_types(out.dtype, torch.float32)
     with torch.autocast(out.device.type, enabled=False):
         if adapter_ids is None:
-            active = torch.isfinite(lse)
+            active = ~torch.isinf(lse)
             weight, bias, shift = weight[None], bias[None], shift[None]
         else:
-            active = torch.isfinite(lse) & (adapter_ids >= 0)[:, None, None]
+            active = ~torch.isinf(lse) & (adapter_ids >= 0)[:, None, None]
             row = adapter_ids.clamp(min=0).long()
             weight, bias, shift = weight[row], bias[row], shift[row]
 

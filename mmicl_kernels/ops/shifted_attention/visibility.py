@@ -108,7 +108,7 @@ def masked_softmax(scores: Tensor, keep: Tensor | None, additive: Tensor | None)
         scores = scores + additive.to(scores.dtype)
     if keep is not None:
         scores = scores.masked_fill(~keep, -torch.inf)
-    blind = ~(scores > -torch.inf).any(-1)
+    blind = (scores == -torch.inf).all(-1)
     # The blind rows' scores are replaced first: logsumexp of -inf alone has a NaN gradient.
     scores = scores.masked_fill(blind[..., None], 0.0)
     # In two steps: where a whole row carries finfo.min, the first swallows the logarithm of the sum.
