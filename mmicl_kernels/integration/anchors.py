@@ -124,6 +124,8 @@ def _fingerprint(anchors: list[Anchor]) -> tuple[float, ...]:
         if weight.is_meta or not weight.is_floating_point():
             return ()
         flat = weight.detach().flatten()
-        rows = torch.linspace(0, flat.numel() - 1, FINGERPRINT_SAMPLES, device=flat.device).long()
+        # In integers: a linspace in fp32 rounds differently on different devices.
+        rows = torch.arange(FINGERPRINT_SAMPLES, device=flat.device) * (flat.numel() - 1)
+        rows //= FINGERPRINT_SAMPLES - 1
         samples += flat[rows].float().tolist()
     return tuple(samples)

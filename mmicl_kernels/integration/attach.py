@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from mmicl_kernels.ops._impl import IMPLS
 
 DEFAULT_NAME = "default"
 PARAMETERS = ("weight", "bias", "shift")
+
+# A disabled handle leaves no trace on its model, so handles are also known by their first attention's id.
+_attached: "WeakValueDictionary[int, Handle]" = WeakValueDictionary()
 
 
 def attach(
@@ -69,7 +73,8 @@ class Handle:
         self._adapters: dict[str, Adapter] = {}
         self._slots: list[Adapter | None] = [None] * slots
         self._original = [anchor.self_attn.config for anchor in self.anchors]
-        if any(hasattr(config, "mmicl_layer") for config in self._original):
+        self._key = id(self.anchors[0].self_attn)
+        if self._key in _attached or any(hasattr(config, "mmicl_layer") for config in self._original):
             raise ValueError("the model is patched already: detach() its handle or add() to it")
         for name, adapter in adapters.items():
             self._take_slot(name, adapter)
@@ -80,6 +85,7 @@ class Handle:
             for anchor, config in zip(self.anchors, self._original, strict=True)
         ]
         self.enable()
+        _attached[self._key] = self
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -91,10 +97,6 @@ class Handle:
         """The adapter of all rows, where there is only one and it was attached by itself."""
         alone = self._single and len(self._adapters) == 1
         return next(iter(self._adapters.values())) if alone else None
-
-    @property
-    def normalizer(self) -> str:
-        return next(iter(self._adapters.values())).config.normalizer
 
     @property
     def enabled(self) -> bool:
@@ -121,7 +123,7 @@ class Handle:
         try:
             yield
         finally:
-            if enabled:
+            if enabled and self._patched:
                 self.enable()
 
     def detach(self) -> None:
@@ -129,6 +131,7 @@ class Handle:
         if self._patched:
             self._set_configs(self._original)
             self._patched = []
+            _attached.pop(self._key, None)
 
     def __enter__(self) -> "Handle":
         return self
@@ -147,6 +150,7 @@ class Handle:
 
         Raises:
             KeyError: an unknown name. ValueError: two MimIC adapters in one row, or no rows.
+            TypeError: an entry that is none of these.
         """
         self._check_attached()
         entries = [names] if names is None or isinstance(names, str) else list(names)
@@ -187,6 +191,7 @@ class Handle:
         self._check_fits(name, adapter)
         self._slots[self._slots.index(None)] = adapter
         self._adapters[name] = adapter
+        self.normalizer = adapter.config.normalizer  # the same for all
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
         if not isinstance(adapter, MimICAdapter):
@@ -210,6 +215,8 @@ class Handle:
                 )
 
     def _slot(self, entry: str | tuple[str, ...] | None) -> int:
+        if not isinstance(entry, str | tuple | None):
+            raise TypeError(f"a row is {entry!r}, expected a name, a tuple of names or None")
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
         if len(names) > 1:
             raise ValueError(f"a row names {names}, expected at most one MimIC adapter")
@@ -253,8 +260,9 @@ class PatchedLayer:
 
     def parameters(self, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Weight, bias, shift and adapter ids for a batch of B rows."""
-        ids, single = self._handle.adapter_ids, self._handle.single
+        ids = self._handle.adapter_ids
         if ids is None:
+            single = self._handle.single
             if single is None:
                 names = ", ".join(map(repr, self._handle.adapters))
                 raise RuntimeError(
@@ -281,9 +289,11 @@ class PatchedLayer:
 
     def _stacked(self) -> list[Tensor]:
         """The copied parameters; while training, stacked anew so that gradients reach the adapters."""
+        # Asked first: a graph compiled without gradients must not depend on which adapters there are.
+        if not torch.is_grad_enabled():
+            return self._stacks
         adapters = self._handle.adapters.values()
-        trains = any(x.requires_grad for adapter in adapters for x in self._of(adapter))
-        if not (trains and torch.is_grad_enabled()):
+        if not any(x.requires_grad for adapter in adapters for x in self._of(adapter)):
             return self._stacks
         columns = [[*stack] for stack in self._stacks]
         for slot, adapter in enumerate(self._handle._slots):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors, read_description
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
+
+# What torch.load's unpicklers trip over in damaged files: found by damaging files at random.
+DAMAGED = (
+    pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError,
+    LookupError, AttributeError, TypeError, AssertionError,
+)  # fmt: skip
 
 
 def read_adapter(folder: str | os.PathLike) -> Adapter:
@@ -92,10 +99,16 @@ def _load_tensors(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist, expected an encoder.pth")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{path} is not a checkpoint of tensors: {error}") from error
     if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(x, torch.Tensor) for key, x in loaded.items()
+        isinstance(key, str) and _is_dense(x) for key, x in loaded.items()
     ):
-        raise CheckpointError(f"{path} does not hold a dict of tensors")
+        raise CheckpointError(f"{path} does not hold a dict of dense tensors")
     return loaded
+
+
+def _is_dense(x: object) -> bool:
+    if not isinstance(x, torch.Tensor):
+        return False
+    return x.layout == torch.strided and not (x.is_meta or x.is_nested or x.is_quantized)

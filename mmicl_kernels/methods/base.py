@@ -1,9 +1,11 @@
 """What every method's adapter shares: the backbone it was made for, and its two files on disk."""
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from mmicl_kernels.ops._checks import FLOAT_DTYPES
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "mmicl_adapter.json"
@@ -54,7 +58,9 @@ class Backbone:
         ]
         if not found and self.fingerprint and other.fingerprint:
             mine, theirs = torch.tensor(self.fingerprint), torch.tensor(other.fingerprint)
-            if mine.shape != theirs.shape or (mine - theirs).norm() > FINGERPRINT_TOLERANCE * mine.norm():
+            if mine.shape != theirs.shape or not (
+                (mine - theirs).norm() <= FINGERPRINT_TOLERANCE * mine.norm()  # False for NaN
+            ):
                 found.append(
                     "the model's weights are not those the adapter was trained on "
                     f"({self.name or 'unnamed'} against {other.name or 'unnamed'})"
@@ -63,8 +69,17 @@ class Backbone:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Backbone":
-        layers = {int(index): (int(h), int(d)) for index, (h, d) in data["layers"].items()}
+        """What ``asdict`` and JSON made of a backbone; raises unless every field has its type."""
+        for name in ("model_class", "model_type", "text_model_type", "name", "revision"):
+            if not isinstance(data[name], str):
+                raise TypeError(f"{name} is {data[name]!r}, expected a string")
+        sizes = [data["hidden_size"], *(size for pair in data["layers"].values() for size in pair)]
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise ValueError(f"sizes are {sizes}, expected positive integers")
+        layers = {int(index): (h, d) for index, (h, d) in data["layers"].items()}
         fingerprint = tuple(float(x) for x in data["fingerprint"])
+        if not all(map(math.isfinite, fingerprint)):
+            raise ValueError("fingerprint has infinities or NaN, expected finite numbers")
         return cls(**{**data, "layers": layers, "fingerprint": fingerprint})
 
 
@@ -94,7 +109,8 @@ class Adapter(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``mmicl_adapter.json`` and ``mmicl_adapter.safetensors`` into ``folder``.
 
-        Each file replaces its predecessor in one step, so a crash leaves whole files.
+        Both are written beside their predecessors first and then take their places, so an error leaves
+        the old ones.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +121,12 @@ class Adapter(nn.Module):
             "config": asdict(self.config),
             "backbone": asdict(self.backbone),
         }
-        _replace(folder / TENSORS_FILE, lambda path: save_file(tensors, path))
-        text = json.dumps(description, indent=2)
-        _replace(folder / CONFIG_FILE, lambda path: Path(path).write_text(text))
+        with (
+            _replacing(folder / TENSORS_FILE) as tensors_file,
+            _replacing(folder / CONFIG_FILE) as config_file,
+        ):
+            save_file(tensors, tensors_file)
+            config_file.write_text(json.dumps(description, indent=2))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Adapter":
@@ -144,11 +163,13 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist, expected an adapter's folder")
     try:
         description = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     expected = {"format_version", "method", "config", "backbone"}
     if not isinstance(description, dict) or not expected <= description.keys():
         raise CheckpointError(f"{path} lacks the fields of an adapter: {', '.join(sorted(expected))}")
+    if not isinstance(description["method"], str):
+        raise CheckpointError(f"{path} has method {description['method']!r}, expected a name")
     if description["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format_version {description['format_version']!r}, expected {FORMAT_VERSION}"
@@ -172,7 +193,7 @@ def _read_config(config_class: type, description: dict[str, Any], folder: Path) 
 def _read_backbone(description: dict[str, Any], folder: Path) -> Backbone:
     try:
         return Backbone.from_json(description["backbone"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} has a bad backbone: {error!r}") from error
 
 
@@ -201,18 +222,20 @@ def check_tensors(
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in FLOAT_DTYPES or not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{source}: {name} is not a tensor of finite floating numbers")
 
 
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    """Write a file beside ``path`` and move it there, so that readers see the old or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end of the block, or vanishes after an error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     os.close(handle)
+    temporary = Path(name)
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise

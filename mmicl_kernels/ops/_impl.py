@@ -1,5 +1,6 @@
 """Which implementation of an op runs. A named one runs or raises; only ``auto`` chooses."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -48,6 +49,45 @@ def resolve(impl: str, available: tuple[str, ...], auto: str, op: str) -> str:
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd must see the op. Without, it costs a third of the time of a small call."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def refuse_double_backward(op: str) -> Callable[[Callable], Callable]:
+    """Decorate the backward of an autograd.Function that has no derivative of its own.
+
+    torch's ``once_differentiable`` lets a second backward pass in silence where the gradient of the
+    output is a constant; the second derivative would come out without this op's part.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx, *douts):
+            with torch.no_grad():
+                grads = backward(ctx, *douts)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return grads
+            given = (x for x in (*douts, *ctx.saved_tensors) if x is not None and x.requires_grad)
+            sources = tuple(given)
+            return tuple(x if x is None else _Undifferentiable.apply(x, op, *sources) for x in grads)
+
+        return once
+
+    return decorate
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """The gradient itself, as a function of its sources that cannot be differentiated."""
+
+    @staticmethod
+    def forward(grad, op, *sources):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(f"{ctx.op} cannot be differentiated twice; use impl='reference'")
 
 
 def refuse_vmap(op: str) -> Callable[..., NoReturn]:

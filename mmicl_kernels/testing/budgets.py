@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 # Roundings of the accumulation dtype that a gate's gradient passes between its sums: g + bias, - lse, exp,
 # 1 +, 1 /, 1 - mu, mu (1 - mu), times c. They matter in fp32 and fp64 alone, where a sum of a few terms
 # can come out exact by luck in the eager form.
@@ -142,9 +141,7 @@ def eager_shifted_attention(
             visible[b, :, start:end] = _diagonals(T, S, first, causal, window)[:, start:end]
         ids = None if adapter_ids is None else adapter_ids[:, None].expand(B, T)
     else:
-        cached, visible, ids = _packed(
-            T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids
-        )
+        cached, visible, ids = _packed(T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids)
 
     keys, values = (x[:, :, None].expand(B, G, H // G, S, D).flatten(1, 2) for x in (k, v))
     scores = (q @ keys.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)

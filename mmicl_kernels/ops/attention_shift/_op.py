@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmicl_kernels.ops._impl import needs_grad, refuse_vmap
+from mmicl_kernels.ops._impl import needs_grad, refuse_double_backward, refuse_vmap
 from mmicl_kernels.ops.attention_shift._composed import (
     kernels,
     new_output,
@@ -25,7 +24,8 @@ torch.library.define(
 
 def _attention_shift_fwd(out, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
-    return kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
+    with torch.autocast(q.device.type, enabled=False):
+        return kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
 
 
 torch.library.impl("mmicl::attention_shift_fwd", ("cpu", "cuda"), _attention_shift_fwd)
@@ -38,9 +38,10 @@ def _attention_shift_fwd_fake(out, lse, q, weight, bias, shift, adapter_ids, imp
 
 def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
-    dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
-        dout, lse, q, *parameters, adapter_ids, None, 2, True
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
+            dout, lse, q, *parameters, adapter_ids, None, 2, True
+        )
     return (-dg, dq, *parameter_grads(grads, weight, bias, shift))
 
 
@@ -75,7 +76,7 @@ class _AttentionShiftFunction(torch.autograd.Function):
         ctx.save_for_backward(lse, q, weight, bias, shift, adapter_ids)
 
     @staticmethod
-    @once_differentiable
+    @refuse_double_backward("attention_shift")
     def backward(ctx, dout):
         dlse, dq, dweight, dbias, dshift = torch.ops.mmicl.attention_shift_bwd(
             last_dim_contiguous(dout), *ctx.saved_tensors, ctx.impl

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from mmicl_kernels.ops._impl import needs_grad, refuse_vmap
+from mmicl_kernels.ops._impl import needs_grad, refuse_double_backward, refuse_vmap
 from mmicl_kernels.ops.attention_shift._composed import kernels, new_output, stacked_parameters
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
@@ -217,7 +216,7 @@ class _ShiftedAttentionFunction(torch.autograd.Function):
         ctx.save_for_backward(out, lse, gate_lse, *qkv_parameters, *tensors.values())
 
     @staticmethod
-    @once_differentiable
+    @refuse_double_backward("shifted_attention")
     def backward(ctx, dout, dlse, _):
         out, lse, gate_lse, *inputs = ctx.saved_tensors
         options = ctx.options._replace(**dict(zip(ctx.tensor_options, inputs[6:], strict=True)))

@@ -162,7 +162,7 @@ def _check_scalars(scale, window, softcap, normalizer) -> None:
         raise TypeError(f"scale is a {type(scale).__name__}, expected a number or None")
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window is {window!r}, expected an int of at least 1 or None")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not (isinstance(softcap, float | int) and softcap > 0):
         raise ValueError(f"softcap is {softcap!r}, expected a positive number or None")
     check_choice("normalizer", normalizer, NORMALIZERS)
 

@@ -1,0 +1,1 @@
+"""Benchmarks and experiments of mmicl_kernels; run from a checkout, never installed."""

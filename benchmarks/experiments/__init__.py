@@ -1,0 +1,1 @@
+"""Experiments: small end-to-end studies, one folder each."""

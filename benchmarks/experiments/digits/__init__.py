@@ -1,0 +1,1 @@
+"""A tiny real LVLM that learns in context from real handwritten digits."""

@@ -1,0 +1,163 @@
+"""Result files to tables and plots: ``python -m benchmarks.report FILES --readme README.md --plots FOLDER``.
+
+A table named NAME, "shifted_attention-cpu" say, replaces what stands between the lines
+``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+CASE = ("backward", "dtype", "T")  # what a row of a table is named by
+MIB = 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the tables that the README has markers for, and one plot per result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--readme", type=Path, help="fill the tables in this file")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write FOLDER/NAME.png")
+    options = parser.parse_args(arguments)
+    results = [result for path in options.results for result in json.loads(path.read_text())]
+    if options.readme:
+        text = options.readme.read_text()
+        options.readme.write_text(fill_tables(text, {name(result): markdown(result) for result in results}))
+    for result in results if options.plots else []:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        plot(result, options.plots / f"{name(result)}.png")
+    return 0
+
+
+def name(result: dict) -> str:
+    """Of the result's table and plot."""
+    return f"{result['op']}-{result['device']}"
+
+
+def table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: per case the providers' times, ratios to the floor, and peak memory.
+
+    Of several runs the median; behind a ratio its range over them.
+    """
+    floor, providers = result["peers"][0], _providers(result)
+    others = [provider for provider in providers if provider != floor]
+    header = ["pass", "dtype", "T", *(f"{provider} ms" for provider in providers)]
+    header += [f"{provider} / {floor}" for provider in others]
+    header += [f"{provider} MiB" for provider in providers]
+    lines = []
+    for case in _cases(result):
+        rows = {provider: _rows(result, case, provider) for provider in providers}
+        backward, dtype, T = case
+        line = ["forward + backward" if backward else "forward", dtype, str(T)]
+        line += [f"{_median(rows[provider], 'median_ms'):.2f}" for provider in providers]
+        line += [_with_range([row["ratio"][floor] for row in rows[provider]]) for provider in others]
+        line += [f"{_median(rows[provider], 'peak_bytes') / MIB:.2f}" for provider in providers]
+        lines.append(line)
+    return header, lines
+
+
+def markdown(result: dict) -> str:
+    header, lines = table(result)
+    rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+    return f"{text}\n\n{machine_line(result)}"
+
+
+def rich_table(result: dict) -> Table:
+    header, lines = table(result)
+    shown = Table(title=name(result), caption=machine_line(result))
+    for index, column in enumerate(header):
+        shown.add_column(column, justify="left" if index < 2 else "right")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def machine_line(result: dict) -> str:
+    """The machine and how it was measured, in one line."""
+    machine, runs = result["machine"], len({row["run"] for row in result["rows"]})
+    device = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    load = f"{min(machine['load']):.1f} to {max(machine['load']):.1f}"
+    return (
+        f"{device}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}; median of {runs} interleaved runs (range of the ratio in brackets); "
+        f"load average {load}; `{result['command']}`"
+    )
+
+
+def fill_tables(text: str, tables: dict[str, str]) -> str:
+    """``text`` with the tables between their markers; doing it again changes nothing.
+
+    Raises:
+        ValueError: no marker is that of a table, or one has no end.
+    """
+    filled = 0
+    for table_name, content in tables.items():
+        begin, end = f"<!-- table: {table_name} -->", "<!-- end -->"
+        if begin not in text:
+            continue
+        before, rest = text.split(begin, 1)
+        if end not in rest:
+            raise ValueError(f"{begin} has no {end} after it")
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+        filled += 1
+    if filled == 0:
+        raise ValueError(f"no marker <!-- table: NAME --> with a NAME among {', '.join(tables)}")
+    return text
+
+
+def plot(result: dict, path: Path) -> None:
+    """Time and memory against T, one column of panels per pass and dtype, as PNG."""
+    panels = sorted({case[:2] for case in _cases(result)})
+    figure = Figure(figsize=(3.2 * len(panels), 6), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    for (column, panel), provider in product(enumerate(panels), _providers(result)):
+        lengths = [case[2] for case in _cases(result) if case[:2] == panel]
+        rows = [_rows(result, (*panel, T), provider) for T in lengths]
+        style = {"label": provider, "marker": "o", "markersize": 4}
+        axes[0, column].loglog(lengths, [_median(row, "median_ms") for row in rows], **style)
+        axes[1, column].loglog(lengths, [_median(row, "peak_bytes") / MIB for row in rows], **style)
+        axes[0, column].set(title=f"{'forward + backward' if panel[0] else 'forward'}, {panel[1]}")
+        axes[1, column].set(xlabel="T", xticks=lengths, xticklabels=lengths)
+        axes[1, column].minorticks_off()
+    axes[0, 0].set(ylabel="ms")
+    axes[1, 0].set(ylabel="peak MiB")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _cases(result: dict) -> list[tuple]:
+    return list(dict.fromkeys(tuple(row[key] for key in CASE) for row in result["rows"]))
+
+
+def _providers(result: dict) -> list[str]:
+    return list(dict.fromkeys(row["provider"] for row in result["rows"]))
+
+
+def _rows(result: dict, case: tuple, provider: str) -> list[dict]:
+    """One row per run."""
+    return [
+        row
+        for row in result["rows"]
+        if row["provider"] == provider and tuple(row[key] for key in CASE) == case
+    ]
+
+
+def _median(rows: list[dict], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def _with_range(ratios: list[float]) -> str:
+    text = f"{statistics.median(ratios):.2f}"
+    return text if len(ratios) == 1 else f"{text} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+// The only file that knows torch: schemas, checks, tensors to params. Through libtorch's stable ABI, so
+// that one binary serves every torch from TORCH_TARGET_VERSION on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention_shift.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+using namespace mmicl;
+
+// ---- checks: a kernel reads memory only as these allow ----
+
+std::string to_string(const Shape& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+Shape shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+void check_tensor(const Tensor& x, const char* name, const Shape& shape, ScalarType type) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
+  STD_TORCH_CHECK(shape_of(x) == shape, name, " has shape ", to_string(shape_of(x)), ", expected ",
+                  to_string(shape));
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " has dtype ", torch::headeronly::toString(x.scalar_type()),
+                  ", expected ", torch::headeronly::toString(type));
+}
+
+void check_contiguous(const Tensor& x, const char* name, const Shape& shape, ScalarType type) {
+  check_tensor(x, name, shape, type);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+void check_rows(const Tensor& x, const char* name, const Shape& shape, ScalarType type) {
+  check_tensor(x, name, shape, type);
+  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, name, " has last stride ", x.stride(3),
+                  ", expected 1");
+}
+
+// Threads would race on an expanded tensor.
+void check_writable(const Tensor& x, const char* name) {
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    STD_TORCH_CHECK(x.size(i) <= 1 || x.stride(i) != 0, name, " is written to, but its elements along dim ",
+                    i, " share memory");
+  }
+}
+
+void check_ids(const std::optional<Tensor>& ids, int64_t B, int64_t A) {
+  if (!ids) {
+    STD_TORCH_CHECK(A >= 1 || B == 0, "weight has no adapters");
+    return;
+  }
+  check_tensor(*ids, "adapter_ids", {B}, ScalarType::Int);
+  const auto* data = static_cast<const int32_t*>(ids->const_data_ptr());
+  for (int64_t b = 0; b < B; ++b) {
+    const int32_t id = data[b * ids->stride(0)];
+    STD_TORCH_CHECK(id >= -1 && id < A, "adapter_ids[", b, "] is ", id, ", expected -1 or 0 to ", A - 1);
+  }
+}
+
+// ---- tensors to params ----
+
+ElementType element_type(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return ElementType::f32;
+    case ScalarType::Double: return ElementType::f64;
+    case ScalarType::BFloat16: return ElementType::bf16;
+    case ScalarType::Half: return ElementType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(x.scalar_type()),
+                      ", expected float32, float64, bfloat16 or float16");
+  }
+}
+
+ScalarType acc_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+ConstRows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+MutableRows writable_rows(const Tensor& x) {
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+void fill_shift(ShiftParams& p, const Tensor& like, const Tensor& weight, const std::optional<Tensor>& ids) {
+  p.B = like.size(0), p.H = like.size(1), p.T = like.size(2), p.D = like.size(3);
+  STD_TORCH_CHECK(weight.dim() == 3, "weight has ", weight.dim(), " dims, expected [A, H, D]");
+  p.A = weight.size(0);
+  check_contiguous(weight, "weight", {p.A, p.H, p.D}, acc_type(like.scalar_type()));
+  check_ids(ids, p.B, p.A);
+  p.weight = weight.const_data_ptr();
+  if (ids) {
+    p.adapter_ids = static_cast<const int32_t*>(ids->const_data_ptr());
+    p.stride_ids = ids->stride(0);
+  }
+}
+
+void fill_gate(GateParams& p, const Tensor& lse, const Tensor& q, const Tensor& weight, const Tensor& bias,
+               const Tensor& shift, const std::optional<Tensor>& ids) {
+  STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dims, expected [B, H, T, D]");
+  element_type(q, "q");
+  fill_shift(p, q, weight, ids);
+  const ScalarType acc = acc_type(q.scalar_type());
+  check_rows(q, "q", shape_of(q), q.scalar_type());
+  check_tensor(lse, "lse", {p.B, p.H, p.T}, acc);
+  check_contiguous(bias, "bias", {p.A, p.H}, acc);
+  check_contiguous(shift, "shift", {p.A, p.H, p.D}, acc);
+  p.q = rows(q), p.lse = rows(lse);
+  p.bias = bias.const_data_ptr(), p.shift = shift.const_data_ptr();
+}
+
+// [B, H, T, D] over memory ordered [B, T, H, D], which is what an output projection reads.
+Tensor empty_heads_last(const Tensor& like) {
+  const int64_t B = like.size(0), H = like.size(1), T = like.size(2), D = like.size(3);
+  return torch::stable::transpose(torch::stable::new_empty(like, {B, T, H, D}), 1, 2);
+}
+
+// Threads get about 32k elements each or stay out of it, as in ATen.
+template <class Kernel, class Params>
+void parallel_tiles(Kernel kernel, const Params& p) {
+  const int64_t elements = std::max<int64_t>(1, std::min(p.T, kTileRows) * p.D);
+  torch::stable::parallel_for(0, tiles(p), (32768 + elements - 1) / elements,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+// ---- ops ----
+
+void run_forward(const Tensor& out, const Tensor& result, const Tensor& lse, const Tensor& q,
+                 const Tensor& weight, const Tensor& bias, const Tensor& shift,
+                 const std::optional<Tensor>& ids) {
+  ForwardParams p;
+  fill_gate(p, lse, q, weight, bias, shift, ids);
+  check_rows(out, "out", shape_of(q), q.scalar_type());
+  p.out = rows(out), p.result = writable_rows(result);
+  parallel_tiles(attention_shift_kernels(element_type(q, "q")).forward, p);
+}
+
+Tensor attention_shift_fwd(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight,
+                           const Tensor& bias, const Tensor& shift, const std::optional<Tensor>& ids) {
+  STD_TORCH_CHECK(out.dim() == 4, "out has ", out.dim(), " dims, expected [B, H, T, D]");
+  Tensor result = empty_heads_last(out);
+  run_forward(out, result, lse, q, weight, bias, shift, ids);
+  return result;
+}
+
+void attention_shift_fwd_(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight,
+                          const Tensor& bias, const Tensor& shift, const std::optional<Tensor>& ids) {
+  STD_TORCH_CHECK(out.dim() == 4, "out has ", out.dim(), " dims, expected [B, H, T, D]");
+  check_writable(out, "out");
+  run_forward(out, out, lse, q, weight, bias, shift, ids);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_shift_bwd(const Tensor& dout, const Tensor& lse, const Tensor& q, const Tensor& weight,
+                              const Tensor& bias, const Tensor& shift, const std::optional<Tensor>& ids,
+                              const std::optional<Tensor>& out, int64_t gate_power, bool need_dq) {
+  BackwardParams p;
+  fill_gate(p, lse, q, weight, bias, shift, ids);
+  check_rows(dout, "dout", shape_of(q), q.scalar_type());
+  if (out) check_rows(*out, "out", shape_of(q), q.scalar_type());
+  STD_TORCH_CHECK(gate_power == 1 || gate_power == 2, "gate_power is ", gate_power, ", expected 1 or 2");
+
+  const Tensor dg = torch::stable::new_empty(lse, {p.B, p.H, p.T});
+  const Tensor dq = need_dq ? empty_heads_last(q) : torch::stable::new_empty(q, {0});
+  const Tensor base = out ? empty_heads_last(q) : torch::stable::new_empty(q, {0});
+  const Tensor dweight = torch::stable::new_zeros(weight, {p.A, p.H, p.D});
+  const Tensor dbias = torch::stable::new_zeros(weight, {p.A, p.H});
+  const Tensor dshift = torch::stable::new_zeros(weight, {p.A, p.H, p.D});
+  const Tensor partial = torch::stable::new_empty(weight, {tiles(p), 2 * p.D + 1});
+
+  p.dout = rows(dout), p.dg = writable_rows(dg), p.gate_power = gate_power;
+  if (need_dq) p.dq = writable_rows(dq);
+  if (out) p.out = rows(*out), p.base = writable_rows(base);
+  p.partial = partial.mutable_data_ptr(), p.dweight = dweight.mutable_data_ptr();
+  p.dbias = dbias.mutable_data_ptr(), p.dshift = dshift.mutable_data_ptr();
+
+  const AttentionShiftKernels& kernels = attention_shift_kernels(element_type(q, "q"));
+  parallel_tiles(kernels.backward, p);
+  const int64_t per_head = std::max<int64_t>(1, 2 * p.D * p.B * tiles_per_row(p));
+  torch::stable::parallel_for(0, p.H, (32768 + per_head - 1) / per_head,
+                              [&](int64_t begin, int64_t end) { kernels.reduce(p, begin, end); });
+  return {dg, dq, base, dweight, dbias, dshift};
+}
+
+void add_gate_grad_(const Tensor& dq, const Tensor& dg, const Tensor& weight,
+                    const std::optional<Tensor>& ids) {
+  STD_TORCH_CHECK(dq.dim() == 4, "dq has ", dq.dim(), " dims, expected [B, H, T, D]");
+  GateGradParams p;
+  const ElementType type = element_type(dq, "dq");
+  fill_shift(p, dq, weight, ids);
+  check_rows(dq, "dq", shape_of(dq), dq.scalar_type());
+  check_writable(dq, "dq");
+  check_tensor(dg, "dg", {p.B, p.H, p.T}, acc_type(dq.scalar_type()));
+  p.dq = writable_rows(dq), p.dg = rows(dg);
+  parallel_tiles(attention_shift_kernels(type).add_gate_grad, p);
+}
+
+std::string instruction_set() { return isa(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mmicl_cpu, m) {
+  m.def(
+      "attention_shift_fwd(Tensor out, Tensor lse, Tensor q, Tensor weight, Tensor bias, Tensor shift, "
+      "Tensor? adapter_ids) -> Tensor");
+  m.def(
+      "attention_shift_fwd_(Tensor(a!) out, Tensor lse, Tensor q, Tensor weight, Tensor bias, Tensor shift, "
+      "Tensor? adapter_ids) -> ()");
+  m.def(
+      "attention_shift_bwd(Tensor dout, Tensor lse, Tensor q, Tensor weight, Tensor bias, Tensor shift, "
+      "Tensor? adapter_ids, Tensor? out, int gate_power, bool need_dq) -> "
+      "(Tensor dg, Tensor dq, Tensor base, Tensor dweight, Tensor dbias, Tensor dshift)");
+  m.def("add_gate_grad_(Tensor(a!) dq, Tensor dg, Tensor weight, Tensor? adapter_ids) -> ()");
+  m.def("isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CPU, m) {
+  m.impl("attention_shift_fwd", TORCH_BOX(&attention_shift_fwd));
+  m.impl("attention_shift_fwd_", TORCH_BOX(&attention_shift_fwd_));
+  m.impl("attention_shift_bwd", TORCH_BOX(&attention_shift_bwd));
+  m.impl("add_gate_grad_", TORCH_BOX(&add_gate_grad_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&instruction_set));
+}

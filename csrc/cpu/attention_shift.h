@@ -1,0 +1,83 @@
+// attention_shift on CPU: what a kernel is given, and which kernels there are. No torch here.
+//
+//   g = q.weight_h + bias_h      mu = sigmoid(g - lse)      result = out + mu shift_h
+//   c = dout.shift_h             dg = mu (1 - mu) c
+//   dweight_h = sum dg q         dbias_h = sum dg           dshift_h = sum mu dout      dq = dg weight_h
+//
+// mu = 0 where lse is infinite or the batch row has no adapter. Letters: B batch, T queries, H heads,
+// D head dim, A adapters. acc is float for float, bfloat16 and half elements, double for double.
+#pragma once
+
+#include <cstdint>
+
+namespace mmicl {
+
+enum class ElementType { f32, f64, bf16, f16 };
+
+// Rows of a [B, H, T, D] tensor (or the scalars of a [B, H, T] one). Strides in elements.
+template <class Void>
+struct Rows {
+  Void* data = nullptr;
+  int64_t stride_b = 0, stride_h = 0, stride_t = 0;
+};
+using ConstRows = Rows<const void>;
+using MutableRows = Rows<void>;
+
+struct ShiftParams {
+  int64_t B, H, T, D, A;
+  const void* weight = nullptr;          // [A, H, D] acc, contiguous
+  const int32_t* adapter_ids = nullptr;  // [B], -1 = none; absent = adapter 0
+  int64_t stride_ids = 0;
+};
+
+struct GateParams : ShiftParams {
+  const void* bias = nullptr;   // [A, H] acc, contiguous
+  const void* shift = nullptr;  // [A, H, D] acc, contiguous
+  ConstRows q, lse;             // lse is acc
+};
+
+struct ForwardParams : GateParams {
+  ConstRows out;
+  MutableRows result;  // may be the memory of out
+};
+
+struct BackwardParams : GateParams {
+  ConstRows dout, out;
+  MutableRows dg;        // acc
+  MutableRows dq, base;  // either may be absent; base = out - mu^gate_power shift
+  int64_t gate_power = 1;
+  void* partial = nullptr;  // [tiles(), 2 D + 1] acc: dweight, dshift, dbias of one tile
+  void *dweight = nullptr, *dbias = nullptr, *dshift = nullptr;  // like weight, bias, shift
+};
+
+struct GateGradParams : ShiftParams {
+  MutableRows dq;
+  ConstRows dg;  // acc
+};
+
+// A tile is up to kTileRows queries of one head of one batch row. The tiling depends on shapes alone, so
+// sums over tiles do not depend on the number of threads. Heads run fastest: [B, T, H, D] memory is
+// then walked almost in order.
+constexpr int64_t kTileRows = 128;
+
+inline int64_t tiles_per_row(const ShiftParams& p) { return (p.T + kTileRows - 1) / kTileRows; }
+inline int64_t tiles(const ShiftParams& p) { return p.B * tiles_per_row(p) * p.H; }
+
+// Each function does the half-open range [begin, end) of its items, to be split over threads at will.
+struct AttentionShiftKernels {
+  void (*forward)(const ForwardParams&, int64_t begin, int64_t end);           // tiles
+  void (*backward)(const BackwardParams&, int64_t begin, int64_t end);         // tiles
+  void (*reduce)(const BackwardParams&, int64_t begin, int64_t end);           // heads, after backward
+  void (*add_gate_grad)(const GateGradParams&, int64_t begin, int64_t end);    // tiles
+};
+
+// The instruction set in use ("avx512", "avx2" or "baseline") and its kernels.
+const char* isa();
+const AttentionShiftKernels& attention_shift_kernels(ElementType type);
+
+// One table per translation unit, indexed by ElementType.
+extern const AttentionShiftKernels kAttentionShiftBaseline[4];
+extern const AttentionShiftKernels kAttentionShiftAvx2[4];
+extern const AttentionShiftKernels kAttentionShiftAvx512[4];
+
+}  // namespace mmicl

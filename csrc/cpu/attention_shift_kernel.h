@@ -1,0 +1,218 @@
+// The kernels themselves. Included once per instruction set, with MMICL_ISA (a namespace) and
+// MMICL_TABLE (the table to define) set by the including file, after its target pragma.
+//
+// No standard library templates below: the linker merges their instances across translation units, and
+// one compiled for AVX-512 could then run on a machine without it.
+
+#include <cstdint>
+
+#include "attention_shift.h"
+
+namespace mmicl {
+namespace MMICL_ISA {
+
+#include "vec.h"
+
+template <class T>
+MMICL_INLINE const T* row(const ConstRows& r, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const T*>(r.data) + b * r.stride_b + h * r.stride_h + t * r.stride_t;
+}
+
+template <class T>
+MMICL_INLINE T* row(const MutableRows& r, int64_t b, int64_t h, int64_t t) {
+  return static_cast<T*>(r.data) + b * r.stride_b + h * r.stride_h + t * r.stride_t;
+}
+
+struct Tile {
+  int64_t b, h, t_begin, t_end;
+  int64_t head;  // of [A * H], or -1: no adapter
+
+  MMICL_INLINE Tile(const ShiftParams& p, int64_t index) {
+    const int64_t per_row = tiles_per_row(p);
+    h = index % p.H;
+    b = index / (p.H * per_row);
+    t_begin = index / p.H % per_row * kTileRows;
+    t_end = t_begin + kTileRows < p.T ? t_begin + kTileRows : p.T;
+    const int64_t adapter = p.adapter_ids ? p.adapter_ids[b * p.stride_ids] : 0;
+    head = adapter < 0 ? -1 : adapter * p.H + h;
+  }
+};
+
+template <class T>
+MMICL_INLINE void copy(T* y, const T* x, int64_t D) {
+  if (y != x) __builtin_memcpy(y, x, D * sizeof(T));
+}
+
+// The head's parameters, and the gates of up to kLanes of its queries at once.
+template <class T>
+struct Head {
+  using acc = acc_t<T>;
+  const GateParams& p;
+  const Tile& tile;
+  const acc *weight, *shift;
+  acc bias;
+
+  MMICL_INLINE Head(const GateParams& p, const Tile& tile)
+      : p(p),
+        tile(tile),
+        weight(static_cast<const acc*>(p.weight) + tile.head * p.D),
+        shift(static_cast<const acc*>(p.shift) + tile.head * p.D),
+        bias(static_cast<const acc*>(p.bias)[tile.head]) {}
+
+  MMICL_INLINE bool is_shifted(int64_t t) const {
+    return !__builtin_isinf(*row<acc>(p.lse, tile.b, tile.h, t));
+  }
+
+  MMICL_INLINE Sigmoid<acc> gates(int64_t t, int64_t n) const {
+    acc logits[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const acc g = dot(row<T>(p.q, tile.b, tile.h, t + i), weight, p.D) + bias;
+      logits[i] = g - *row<acc>(p.lse, tile.b, tile.h, t + i);
+    }
+    return Sigmoid<acc>(load(logits));
+  }
+};
+
+MMICL_INLINE int64_t block_rows(const Tile& tile, int64_t t) {
+  return tile.t_end - t < kLanes ? tile.t_end - t : kLanes;
+}
+
+template <class T>
+void forward_unshifted(const ForwardParams& p, const Tile& tile) {
+  for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+    copy(row<T>(p.result, tile.b, tile.h, t), row<T>(p.out, tile.b, tile.h, t), p.D);
+  }
+}
+
+template <class T>
+void forward_tile(const ForwardParams& p, const Tile& tile) {
+  const Head<T> head(p, tile);
+  for (int64_t t = tile.t_begin; t < tile.t_end; t += kLanes) {
+    const int64_t n = block_rows(tile, t);
+    const auto mu = head.gates(t, n).mu;
+    for (int64_t i = 0; i < n; ++i) {
+      const T* out = row<T>(p.out, tile.b, tile.h, t + i);
+      T* result = row<T>(p.result, tile.b, tile.h, t + i);
+      if (head.is_shifted(t + i)) {
+        add_scaled(result, out, mu[i], head.shift, p.D);
+      } else {
+        copy(result, out, p.D);
+      }
+    }
+  }
+}
+
+template <class T>
+void forward(const ForwardParams& p, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile(p, index);
+    if (tile.head < 0) {
+      forward_unshifted<T>(p, tile);
+    } else {
+      forward_tile<T>(p, tile);
+    }
+  }
+}
+
+// What backward writes for a query that is not shifted.
+template <class T>
+MMICL_INLINE void backward_unshifted(const BackwardParams& p, int64_t b, int64_t h, int64_t t) {
+  *row<acc_t<T>>(p.dg, b, h, t) = 0;
+  if (p.dq.data) __builtin_memset(row<T>(p.dq, b, h, t), 0, p.D * sizeof(T));
+  if (p.base.data) copy(row<T>(p.base, b, h, t), row<T>(p.out, b, h, t), p.D);
+}
+
+template <class T>
+void backward_tile(const BackwardParams& p, const Tile& tile, acc_t<T>* partial) {
+  using acc = acc_t<T>;
+  const Head<T> head(p, tile);
+  const int64_t b = tile.b, h = tile.h;
+  acc* dweight = partial;
+  acc* dshift = partial + p.D;
+  acc dbias = 0;
+  __builtin_memset(partial, 0, 2 * p.D * sizeof(acc));
+
+  for (int64_t block = tile.t_begin; block < tile.t_end; block += kLanes) {
+    const int64_t n = block_rows(tile, block);
+    const Sigmoid<acc> gates = head.gates(block, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t t = block + i;
+      if (!head.is_shifted(t)) {
+        backward_unshifted<T>(p, b, h, t);
+        continue;
+      }
+      const acc mu = gates.mu[i];
+      const T* dout = row<T>(p.dout, b, h, t);
+      const acc dg = mu * gates.complement[i] * dot(dout, head.shift, p.D);
+
+      *row<acc>(p.dg, b, h, t) = dg;
+      dbias += dg;
+      accumulate(dweight, dg, row<T>(p.q, b, h, t), p.D);
+      accumulate(dshift, mu, dout, p.D);
+      if (p.dq.data) scale(row<T>(p.dq, b, h, t), dg, head.weight, p.D);
+      if (p.base.data) {
+        const acc factor = p.gate_power == 2 ? mu * mu : mu;
+        add_scaled(row<T>(p.base, b, h, t), row<T>(p.out, b, h, t), -factor, head.shift, p.D);
+      }
+    }
+  }
+  partial[2 * p.D] = dbias;
+}
+
+template <class T>
+void backward(const BackwardParams& p, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile(p, index);
+    if (tile.head < 0) {
+      for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+        backward_unshifted<T>(p, tile.b, tile.h, t);
+      }
+    } else {
+      backward_tile<T>(p, tile, static_cast<acc_t<T>*>(p.partial) + index * (2 * p.D + 1));
+    }
+  }
+}
+
+// Adds the tiles of each head in their order; the outputs come zeroed.
+template <class T>
+void reduce(const BackwardParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  for (int64_t h = begin; h < end; ++h) {
+    for (int64_t index = h; index < tiles(p); index += p.H) {
+      const Tile tile(p, index);
+      if (tile.head < 0) continue;
+      const acc* partial = static_cast<const acc*>(p.partial) + index * (2 * p.D + 1);
+      accumulate<acc>(static_cast<acc*>(p.dweight) + tile.head * p.D, 1, partial, p.D);
+      accumulate<acc>(static_cast<acc*>(p.dshift) + tile.head * p.D, 1, partial + p.D, p.D);
+      static_cast<acc*>(p.dbias)[tile.head] += partial[2 * p.D];
+    }
+  }
+}
+
+template <class T>
+void add_gate_grad(const GateGradParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile(p, index);
+    if (tile.head < 0) continue;
+    const acc* weight = static_cast<const acc*>(p.weight) + tile.head * p.D;
+    for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      T* dq = row<T>(p.dq, tile.b, tile.h, t);
+      add_scaled(dq, dq, *row<acc>(p.dg, tile.b, tile.h, t), weight, p.D);
+    }
+  }
+}
+
+template <class T>
+constexpr AttentionShiftKernels kKernels = {forward<T>, backward<T>, reduce<T>, add_gate_grad<T>};
+
+}  // namespace MMICL_ISA
+
+const AttentionShiftKernels MMICL_TABLE[4] = {
+    MMICL_ISA::kKernels<float>,
+    MMICL_ISA::kKernels<double>,
+    MMICL_ISA::kKernels<MMICL_ISA::bf16>,
+    MMICL_ISA::kKernels<MMICL_ISA::f16>,
+};
+
+}  // namespace mmicl

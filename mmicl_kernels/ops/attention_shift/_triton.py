@@ -1,0 +1,439 @@
+"""The shift in Triton: one read of every operand per pass, deterministic parameter gradients.
+
+The four functions of :mod:`._composed` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
+``[B, H, T, D]`` operands have any strides with a contiguous last dimension; new ones are stored so that
+``transpose(1, 2)`` is contiguous. A program owns rows of one head of one batch row; neighbouring
+programs own neighbouring heads, which lie side by side in that storage.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmicl_kernels.ops.attention_shift._composed import new_output
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """``elements`` of a tile ``[BT, BD]``, warps of a program, tiles that one program walks along."""
+
+    elements: int
+    num_warps: int
+    steps: int = 1
+
+    def tiling(self, T: int, BD: int) -> tuple[int, int]:
+        """BT and the number of steps, no more than T rows need; powers of two, so that few compile."""
+        BT = min(max(1, self.elements // BD), triton.next_power_of_2(T))
+        return BT, min(self.steps, triton.next_power_of_2(triton.cdiv(T, BT)))
+
+
+# In the forward's tile each thread of four warps has two 16-byte loads per bf16 operand, in the
+# backward's one: it holds three operands and two sums. It walks along its rows so that the partial sums
+# it writes stay near 1 % of its traffic. One row per head (decode) needs one warp.
+CONFIGS = {
+    ("fwd", "long"): LaunchConfig(elements=2048, num_warps=4),
+    ("fwd", "short"): LaunchConfig(elements=256, num_warps=1),
+    ("bwd", "long"): LaunchConfig(elements=1024, num_warps=4, steps=16),
+    ("bwd", "short"): LaunchConfig(elements=256, num_warps=1),
+}
+SHORT = 2  # queries: decode, with or without a speculated token
+
+# The sum of the partial sums: rows and columns of its tile.
+REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_WARPS = 32, 32, 4
+
+
+def launch_config(kernel: str, T: int) -> LaunchConfig:
+    """The launch of ``kernel`` ("fwd" or "bwd") for T queries."""
+    return CONFIGS[kernel, "short" if T <= SHORT else "long"]
+
+
+# ---- device helpers ----
+
+
+@triton.jit
+def _position(H, T, CT: tl.constexpr):
+    """The batch row, head (both int64: they multiply strides) and chunk of CT rows of this program."""
+    i_p = tl.program_id(0)
+    NT = tl.cdiv(T, CT)
+    i_b, i_t = i_p // H // NT, i_p // H % NT
+    return i_b.to(tl.int64), (i_p % H).to(tl.int64), i_t
+
+
+@triton.jit
+def _rows(x, s_b, s_h, s_t, i_b, i_h, o_t):
+    """Pointers to the first element of the rows ``o_t``; int64, because T * s_t may pass 2^31."""
+    return x + i_b * s_b + i_h * s_h + o_t.to(tl.int64) * s_t
+
+
+@triton.jit
+def _adapter(adapter_ids, s_ids, i_b):
+    """The row of the stacked parameters, -1 for none."""
+    i_a = i_b * 0
+    if adapter_ids is not None:
+        i_a = tl.load(adapter_ids + i_b * s_ids).to(tl.int64)
+    return i_a
+
+
+@triton.jit
+def _gate(b_q, b_weight, b_bias, b_lse, i_a):
+    """``mu = sigmoid(x)`` and ``mu (1 - mu)``, both 0 where the row has no finite lse or no adapter.
+
+    exp(-|x|) cannot overflow, and from it 1 - mu comes without cancellation.
+    """
+    b_x = tl.sum(b_q * b_weight[None, :], 1) + b_bias - b_lse
+    b_z = tl.exp(-tl.abs(b_x))
+    b_r = 1.0 / (1.0 + b_z)
+    m_active = (tl.abs(b_lse) < float("inf")) & (i_a >= 0)
+    b_mu = tl.where(m_active, tl.where(b_x >= 0, b_r, b_z * b_r), 0.0)
+    return b_mu, tl.where(m_active, b_z * b_r * b_r, 0.0)
+
+
+# ---- forward ----
+
+
+@triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
+def attention_shift_fwd_kernel(
+    out,
+    lse,
+    q,
+    weight,
+    bias,
+    shift,
+    adapter_ids,
+    shifted,
+    s_out_b,
+    s_out_h,
+    s_out_t,
+    s_lse_b,
+    s_lse_h,
+    s_lse_t,
+    s_q_b,
+    s_q_h,
+    s_q_t,
+    s_ids,
+    s_shifted_b,
+    s_shifted_h,
+    s_shifted_t,
+    H,
+    T,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_b, i_h, i_t = _position(H, T, BT)
+    o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
+    m_t, m_d = o_t < T, o_d < D
+    m_td = m_t[:, None] & m_d[None, :]
+    p_q = _rows(q, s_q_b, s_q_h, s_q_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+    p_out = _rows(out, s_out_b, s_out_h, s_out_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+    p_shifted = _rows(shifted, s_shifted_b, s_shifted_h, s_shifted_t, i_b, i_h, o_t)
+    # [BT]
+    b_lse = tl.load(_rows(lse, s_lse_b, s_lse_h, s_lse_t, i_b, i_h, o_t), mask=m_t, other=0.0)
+    # [BT, BD]
+    b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
+    b_out = tl.load(p_out, mask=m_td, other=0.0).to(b_lse.dtype)
+
+    i_a = _adapter(adapter_ids, s_ids, i_b)
+    i_ah = tl.maximum(i_a, 0) * H + i_h
+    # [BD]
+    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
+    b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d, other=0.0)
+    # [BT]
+    b_mu, _ = _gate(b_q, b_weight, tl.load(bias + i_ah), b_lse, i_a)
+    # [BT, BD]
+    b_out += b_mu[:, None] * b_shift[None, :]
+    tl.store(p_shifted[:, None] + o_d[None, :], b_out.to(shifted.dtype.element_ty), mask=m_td)
+
+
+# ---- backward ----
+
+
+@triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
+def attention_shift_bwd_kernel(
+    dout,
+    lse,
+    q,
+    weight,
+    bias,
+    shift,
+    adapter_ids,
+    out,
+    dg,
+    dq,
+    base,
+    dweight_part,
+    dbias_part,
+    dshift_part,
+    s_dout_b,
+    s_dout_h,
+    s_dout_t,
+    s_lse_b,
+    s_lse_h,
+    s_lse_t,
+    s_q_b,
+    s_q_h,
+    s_q_t,
+    s_ids,
+    s_out_b,
+    s_out_h,
+    s_out_t,
+    H,
+    T,
+    D: tl.constexpr,
+    POWER: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    NS: tl.constexpr,
+):
+    """Writes ``dg [B, H, T]``, ``dq`` and ``base`` in new storage, and the sums over NS * BT rows."""
+    i_b, i_h, i_t = _position(H, T, NS * BT)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    i_a = _adapter(adapter_ids, s_ids, i_b)
+    i_ah = tl.maximum(i_a, 0) * H + i_h
+    # [BD]
+    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
+    b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d, other=0.0)
+    b_bias = tl.load(bias + i_ah)
+
+    # Summed over rows at the end alone: a sum across warps in every step would cost more than the step.
+    # [BT]
+    b_dbias = tl.zeros([BT], dtype=b_bias.dtype)
+    # [BT, BD]
+    b_dweight = tl.zeros([BT, BD], dtype=b_bias.dtype)
+    b_dshift = tl.zeros([BT, BD], dtype=b_bias.dtype)
+    for i_s in range(NS):
+        o_t = (i_t * NS + i_s) * BT + tl.arange(0, BT)
+        m_t = o_t < T
+        m_td = m_t[:, None] & m_d[None, :]
+        p_q = _rows(q, s_q_b, s_q_h, s_q_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+        p_dout = _rows(dout, s_dout_b, s_dout_h, s_dout_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+        # [BT]
+        b_lse = tl.load(_rows(lse, s_lse_b, s_lse_h, s_lse_t, i_b, i_h, o_t), mask=m_t, other=0.0)
+        # [BT, BD]
+        b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
+        b_dout = tl.load(p_dout, mask=m_td, other=0.0).to(b_lse.dtype)
+
+        if base is not None:  # before the first store, which no later load may overtake
+            p_out = _rows(out, s_out_b, s_out_h, s_out_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+            b_out = tl.load(p_out, mask=m_td, other=0.0).to(b_lse.dtype)
+
+        # [BT]
+        b_mu, b_dmu = _gate(b_q, b_weight, b_bias, b_lse, i_a)
+        b_dg = b_dmu * tl.sum(b_dout * b_shift[None, :], 1)
+        tl.store(dg + (i_b * H + i_h) * T + o_t, b_dg, mask=m_t)
+        b_dbias += b_dg
+        # [BT, BD]
+        b_dweight += b_dg[:, None] * b_q
+        b_dshift += b_mu[:, None] * b_dout
+        o_new = _rows(0, T * H.to(tl.int64) * D, D, H * D, i_b, i_h, o_t)[:, None] + o_d[None, :]
+        if dq is not None:
+            b_dq = b_dg[:, None] * b_weight[None, :]
+            tl.store(dq + o_new, b_dq.to(dq.dtype.element_ty), mask=m_td)
+        if base is not None:
+            b_power = b_mu if POWER == 1 else b_mu * b_mu
+            b_out -= b_power[:, None] * b_shift[None, :]
+            tl.store(base + o_new, b_out.to(base.dtype.element_ty), mask=m_td)
+
+    i_n = (i_b * tl.cdiv(T, NS * BT) + i_t) * H + i_h
+    tl.store(dweight_part + i_n * D + o_d, tl.sum(b_dweight, 0), mask=m_d)
+    tl.store(dshift_part + i_n * D + o_d, tl.sum(b_dshift, 0), mask=m_d)
+    tl.store(dbias_part + i_n, tl.sum(b_dbias, 0))
+
+
+@triton.jit(do_not_specialize=["H", "N", "NT", "s_ids"])
+def attention_shift_reduce_kernel(
+    dweight_part,
+    dbias_part,
+    dshift_part,
+    adapter_ids,
+    dweight,
+    dbias,
+    dshift,
+    s_ids,
+    H,
+    N,
+    NT,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Sums the parts ``[N = B * NT, H, ...]`` that belong to one adapter, head and block of columns."""
+    i_a, i_h = tl.program_id(0) // H, tl.program_id(0) % H
+    i_d = tl.program_id(1)
+    o_d = i_d * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    # [BN]
+    b_dbias = tl.zeros([BN], dtype=dbias.dtype.element_ty)
+    # [BN, BD]
+    b_dweight = tl.zeros([BN, BD], dtype=dbias.dtype.element_ty)
+    b_dshift = tl.zeros([BN, BD], dtype=dbias.dtype.element_ty)
+    i_n = 0
+    while i_n < N:  # the interpreter cannot take N as the bound of a range under numpy 2.4
+        o_n = i_n + tl.arange(0, BN)
+        m_n = o_n < N
+        if adapter_ids is not None:
+            m_n &= tl.load(adapter_ids + (o_n // NT).to(tl.int64) * s_ids, mask=m_n, other=-1) == i_a
+        o_nh = o_n.to(tl.int64) * H + i_h
+        m_nd = m_n[:, None] & m_d[None, :]
+        b_dbias += tl.load(dbias_part + o_nh, mask=m_n, other=0.0)
+        o_nd = o_nh[:, None] * D + o_d[None, :]
+        b_dweight += tl.load(dweight_part + o_nd, mask=m_nd, other=0.0)
+        b_dshift += tl.load(dshift_part + o_nd, mask=m_nd, other=0.0)
+        i_n += BN
+
+    i_ah = tl.program_id(0).to(tl.int64)
+    tl.store(dweight + i_ah * D + o_d, tl.sum(b_dweight, 0), mask=m_d)
+    tl.store(dshift + i_ah * D + o_d, tl.sum(b_dshift, 0), mask=m_d)
+    tl.store(dbias + i_ah, tl.sum(b_dbias, 0), mask=i_d == 0)
+
+
+@triton.jit(do_not_specialize=["H", "T", "s_dg_b", "s_dg_h", "s_ids"])
+def add_gate_grad_kernel(
+    dq,
+    dg,
+    weight,
+    adapter_ids,
+    s_dq_b,
+    s_dq_h,
+    s_dq_t,
+    s_dg_b,
+    s_dg_h,
+    s_dg_t,
+    s_ids,
+    H,
+    T,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_b, i_h, i_t = _position(H, T, BT)
+    o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
+    m_t, m_d = o_t < T, o_d < D
+    m_td = m_t[:, None] & m_d[None, :]
+    i_ah = tl.maximum(_adapter(adapter_ids, s_ids, i_b), 0) * H + i_h
+    p_dq = _rows(dq, s_dq_b, s_dq_h, s_dq_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+    # [BT]
+    b_dg = tl.load(_rows(dg, s_dg_b, s_dg_h, s_dg_t, i_b, i_h, o_t), mask=m_t, other=0.0)
+    # [BD]
+    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
+    # [BT, BD]
+    b_dq = tl.load(p_dq, mask=m_td, other=0.0).to(b_dg.dtype) + b_dg[:, None] * b_weight[None, :]
+    tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_td)
+
+
+# ---- launchers: signatures and meaning as in _composed ----
+
+
+def attention_shift_fwd(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    shifted = new_output(out)
+    _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, shifted)
+    return shifted
+
+
+def attention_shift_fwd_(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    adapter_ids: Tensor | None,
+) -> None:
+    _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, out)
+
+
+def _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, shifted) -> None:
+    if q.numel() == 0:
+        return
+    B, H, T, D = q.shape
+    BD, config = triton.next_power_of_2(D), launch_config("fwd", T)
+    BT, _ = config.tiling(T, BD)
+    with torch.cuda.device_of(q):
+        attention_shift_fwd_kernel[(B * H * triton.cdiv(T, BT),)](
+            out, lse, q, weight, bias, shift, adapter_ids, shifted,
+            *_strides(out), *lse.stride(), *_strides(q), _ids_stride(adapter_ids), *_strides(shifted),
+            H, T, D, BT, BD, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def attention_shift_bwd(
+    dout: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    adapter_ids: Tensor | None,
+    out: Tensor | None,
+    gate_power: int,
+    need_dq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg = lse.new_empty(lse.shape)
+    dq = new_output(q) if need_dq else None
+    base = new_output(q) if out is not None else None
+    if q.numel() == 0:
+        grads = [torch.zeros_like(x) for x in (weight, bias, shift)]
+        return dg.zero_(), _or_empty(dq, q), _or_empty(base, q), *grads
+
+    B, H, T, D = q.shape
+    BD, config = triton.next_power_of_2(D), launch_config("bwd", T)
+    BT, NS = config.tiling(T, BD)
+    NT = triton.cdiv(T, NS * BT)
+    parts = [x.new_empty(B * NT, *x.shape[1:]) for x in (weight, bias, shift)]
+    with torch.cuda.device_of(q):
+        attention_shift_bwd_kernel[(B * H * NT,)](
+            dout, lse, q, weight, bias, shift, adapter_ids, out, dg, dq, base, *parts,
+            *_strides(dout), *lse.stride(), *_strides(q), _ids_stride(adapter_ids), *_strides(out),
+            H, T, D, gate_power, BT, BD, NS, num_warps=config.num_warps,
+        )  # fmt: skip
+        grads = _launch_reduce(parts, adapter_ids, weight.shape[0], NT)
+    return dg, _or_empty(dq, q), _or_empty(base, q), *grads
+
+
+def _launch_reduce(parts: list[Tensor], adapter_ids: Tensor | None, A: int, NT: int) -> list[Tensor]:
+    N, H, D = parts[0].shape
+    grads = [x.new_empty(A, *x.shape[1:]) for x in parts]
+    attention_shift_reduce_kernel[(A * H, triton.cdiv(D, REDUCE_COLUMNS))](
+        *parts, adapter_ids, *grads, _ids_stride(adapter_ids), H, N, NT, D, REDUCE_ROWS, REDUCE_COLUMNS,
+        num_warps=REDUCE_WARPS,
+    )  # fmt: skip
+    return grads
+
+
+def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor | None) -> None:
+    if dq.numel() == 0:
+        return
+    B, H, T, D = dq.shape
+    BD, config = triton.next_power_of_2(D), launch_config("fwd", T)
+    BT, _ = config.tiling(T, BD)
+    with torch.cuda.device_of(dq):
+        add_gate_grad_kernel[(B * H * triton.cdiv(T, BT),)](
+            dq, dg, weight, adapter_ids,
+            *_strides(dq), *dg.stride(), _ids_stride(adapter_ids),
+            H, T, D, BT, BD, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of B, H and T; that of D is 1."""
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _ids_stride(adapter_ids: Tensor | None) -> int:
+    return 0 if adapter_ids is None else adapter_ids.stride(0)
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x

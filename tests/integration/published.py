@@ -1,0 +1,134 @@
+"""MimIC once more, from the semantics of its official code, as an eager attention function of its own.
+
+Shares nothing with the package but the adapter's parameters. It is written for dynamic caches, whose
+rows are all in use, so it is also what a static cache must agree with.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+import mmicl_kernels as mk
+
+NAME = "published_mimic"
+SELF_ATTENTIONS = re.compile(r"^model\.(?:text_model\.|language_model\.)?layers\.(\d+)\.self_attn$")
+
+
+@dataclass
+class Layer:
+    """One layer's rows of the official ``log_Z1_lin`` and ``attn_shift``."""
+
+    weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    normalizer: str
+
+
+def published_attention(module, query, key, value, attention_mask, scaling, **_):
+    """``attn + mu * shift`` with ``mu = Z1 / (Z1 + Z2)``; Z2 is unmasked when "all_keys"."""
+    layer = module.config.published_layer
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    masked = scores + additive_mask(attention_mask, scores)
+    blind = (masked == -torch.inf).all(-1, keepdim=True)
+    attn = torch.softmax(masked.masked_fill(blind, 0.0), -1) @ value
+
+    log_z2 = torch.logsumexp(scores if layer.normalizer == "all_keys" else masked, -1)
+    log_z1 = torch.einsum("bhtd,hd->bht", query, layer.weight) + layer.bias[:, None]
+    mu = torch.exp(log_z1 - torch.logaddexp(log_z1, log_z2))
+    out = (attn + mu[..., None] * layer.shift[:, None]).masked_fill(blind, 0.0)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def additive_mask(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
+    """What sdpa and eager understand by their mask, where no row of the cache is unused."""
+    T, S = scores.shape[-2:]
+    if attention_mask is None:
+        assert T in (1, S), f"{T} queries and {S} keys without a mask: not a dynamic cache"
+        attention_mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    if attention_mask.dtype != torch.bool:
+        return attention_mask.to(scores.dtype)
+    return torch.zeros_like(scores).masked_fill(~attention_mask, -torch.inf)
+
+
+@contextmanager
+def published(model: PreTrainedModel, adapter: mk.MimICAdapter) -> Iterator[None]:
+    """``model`` with ``adapter`` through :func:`published_attention`."""
+    AttentionInterface.register(NAME, published_attention)
+    found = [(SELF_ATTENTIONS.match(name), module) for name, module in model.named_modules()]
+    modules = {match[1]: module for match, module in found if match}
+    assert modules.keys() == adapter.layers.keys()
+    originals = {index: module.config for index, module in modules.items()}
+    dtype = model.get_input_embeddings().weight.dtype
+    try:
+        for index, module in modules.items():
+            of = adapter.layers[index]
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation_internal = NAME
+            parameters = (x.detach().to(dtype) for x in (of.weight, of.bias, of.shift))
+            module.config.published_layer = Layer(*parameters, adapter.config.normalizer)
+        yield
+    finally:
+        for index, module in modules.items():
+            module.config = originals[index]
+
+
+def random_adapter(
+    model: PreTrainedModel, *, seed: int = 0, normalizer: str = "visible", **config
+) -> mk.MimICAdapter:
+    """An adapter with gates all over (0, 1) and shifts larger than what attention returns."""
+    adapter = mk.create(model, mk.MimICConfig(normalizer=normalizer, **config))
+    generator = torch.Generator().manual_seed(100 + seed)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            if name.endswith("bias"):
+                parameter.add_(2.0)  # about the log of the number of keys
+    return adapter
+
+
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` in fp64, the norms included, which HuggingFace computes in fp32."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = module.variance_epsilon
+            module.forward = partial(_rms_norm, weight=module.weight, eps=eps)
+    return model
+
+
+def _rms_norm(hidden: Tensor, *, weight: nn.Parameter, eps: float) -> Tensor:
+    return weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of the tokens that are not padding."""
+    return model(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def text_config(model: PreTrainedModel):
+    return model.config.get_text_config()
+
+
+def counted_calls(model: PreTrainedModel) -> tuple[dict[str, int], Callable[[], None]]:
+    """Calls per module by name, and what stops the counting."""
+    calls: dict[str, int] = {}
+
+    def hook(name, *_):
+        calls[name] = calls.get(name, 0) + 1
+
+    hooks = [module.register_forward_hook(partial(hook, name)) for name, module in model.named_modules()]
+    return calls, lambda: [x.remove() for x in hooks]

@@ -1,0 +1,405 @@
+"""The C++ operators of `torch.ops.mmicl_cpu` against the formula in float64.
+
+Errors are relative Frobenius norms. An operator may err twice as much as eager PyTorch does with the
+formula in the operator's own dtype, plus one rounding of its result. In float64 the formula errs as much
+as its peer would, so the peer is float32, scaled by the ratio of the precisions, and counts three times.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mmicl_kernels import _extension
+
+B, H, T, A = 3, 5, 63, 2  # T is odd and no multiple of the kernel's eight lanes
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+HEAD_DIMS = [8, 40, 72, 80, 96, 128, 131]
+NAMES = ["out", "lse", "q", "weight", "bias", "shift"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def ops():
+    if not _extension.load():
+        pytest.skip(f"C++ kernels: {_extension.status()['reason']}")
+    return torch.ops.mmicl_cpu
+
+
+# ---- the formula ----
+
+
+def gate(lse, q, weight, bias, ids):
+    """mu [B, H, T], in lse's dtype; the matrix product is in q's."""
+    adapter = ids.clamp(min=0)
+    g = (q @ weight[adapter][..., None]).squeeze(-1) + bias[adapter][..., None]
+    shifted = ~torch.isinf(lse) & (ids >= 0)[:, None, None]
+    return torch.where(shifted, torch.sigmoid(g - torch.where(shifted, lse, 0)), 0)
+
+
+def shift_rows(shift, ids):
+    return shift[ids.clamp(min=0)][:, :, None]  # [B, H, 1, D]
+
+
+def formula(out, lse, q, weight, bias, shift, ids):
+    mu = gate(lse, q, weight, bias, ids).to(out.dtype)
+    return out + mu[..., None] * shift_rows(shift, ids)
+
+
+def base_formula(out, lse, q, weight, bias, shift, ids, gate_power):
+    mu = gate(lse, q, weight, bias, ids).to(out.dtype)
+    return out - mu[..., None] ** gate_power * shift_rows(shift, ids)
+
+
+def evaluate(inputs, dout, ids, gate_power, dtype):
+    """Every result of the two operators, by autograd of the formula in `dtype` (lse at least float32)."""
+    acc = torch.promote_types(dtype, torch.float32)
+    leaves = [inputs[n].to(acc if n == "lse" else dtype).detach().requires_grad_() for n in NAMES]
+    value = formula(*leaves, ids)
+    _, dlse, dq, dweight, dbias, dshift = torch.autograd.grad(value, leaves, dout.to(dtype))
+    base = base_formula(*leaves, ids, gate_power)
+    return {
+        "value": value.detach(),
+        "dg": -dlse,
+        "dq": dq,
+        "base": base.detach(),
+        "dgate": torch.cat([dweight, dbias[..., None]], -1),  # bias is the weight of a constant feature
+        "dshift": dshift,
+    }
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def peer_of(dtype):
+    """The dtype eager PyTorch is tried in, and how often its error may be made."""
+    if dtype != torch.float64:
+        return dtype, 2
+    return torch.float32, 3 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+
+
+def assert_within_budget(actual, inputs, dout, ids, gate_power=2):
+    dtype = inputs["q"].dtype
+    exact = evaluate(inputs, dout, ids, gate_power, torch.float64)
+    peer, times = peer_of(dtype)
+    eager = evaluate(inputs, dout, ids, gate_power, peer)
+    for name, result in actual.items():
+        error = relative_error(result, exact[name])
+        budget = times * relative_error(eager[name], exact[name])
+        assert error <= budget + torch.finfo(result.dtype).eps / 2, name
+
+
+# ---- inputs ----
+
+
+def rows(dtype, D, layout):
+    """[B, H, T, D] of values that float32 holds, in one of the memory layouts that attention meets."""
+    if layout == "heads first":
+        return torch.randn(B, H, T, D).to(dtype)
+    if layout == "heads last":
+        return torch.randn(B, T, H, D).to(dtype).transpose(1, 2)
+    fused = torch.randn(B, T + 3, H, 3 * D + 1).to(dtype)  # a slice of a fused projection, unaligned
+    return fused[:, 3:, :, D + 1 : 2 * D + 1].transpose(1, 2)
+
+
+def make_inputs(dtype, D, layout="heads last"):
+    acc = torch.promote_types(dtype, torch.float32)
+    lse = 2 + torch.randn(B, T, H).to(acc).transpose(1, 2)
+    lse[0, 1, 5], lse[1, 2, T - 1] = -torch.inf, torch.inf
+    return {
+        "out": rows(dtype, D, layout),
+        "lse": lse,
+        "q": rows(dtype, D, layout),
+        "weight": torch.randn(A, H, D).to(acc) * D**-0.5,
+        "bias": torch.randn(A, H).to(acc),
+        "shift": torch.randn(A, H, D).to(acc),
+    }
+
+
+def backward(ops, inputs, dout, ids, out=None, gate_power=2, need_dq=True):
+    args = [inputs[n] for n in NAMES[1:]]
+    dg, dq, base, dweight, dbias, dshift = ops.attention_shift_bwd(dout, *args, ids, out, gate_power, need_dq)
+    dgate = torch.cat([dweight, dbias[..., None]], -1)
+    return {"dg": dg, "dq": dq, "base": base, "dgate": dgate, "dshift": dshift}
+
+
+IDS = torch.tensor([1, -1, 0], dtype=torch.int32)
+FIRST = torch.zeros(B, dtype=torch.int32)  # what absent ids mean
+
+
+# ---- values and gradients ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", HEAD_DIMS)
+@pytest.mark.parametrize("layout", ["heads first", "heads last", "fused"])
+@pytest.mark.parametrize("ids", [None, IDS], ids=["no ids", "ids"])
+def test_formula(ops, dtype, D, layout, ids):
+    inputs, dout = make_inputs(dtype, D, layout), rows(dtype, D, layout)
+    value = ops.attention_shift_fwd(*inputs.values(), ids)
+    results = {"value": value, **backward(ops, inputs, dout, ids, out=inputs["out"])}
+    assert_within_budget(results, inputs, dout, FIRST if ids is None else ids)
+
+    for name in ("value", "dq", "base"):
+        assert results[name].dtype == dtype and results[name].transpose(1, 2).is_contiguous(), name
+
+    in_place = inputs["out"].clone(memory_format=torch.preserve_format)
+    ops.attention_shift_fwd_(in_place, *list(inputs.values())[1:], ids)
+    assert torch.equal(in_place, value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formula_gate_power_one(ops, dtype):
+    inputs, dout = make_inputs(dtype, 40), rows(dtype, 40, "heads last")
+    results = backward(ops, inputs, dout, IDS, out=inputs["out"], gate_power=1)
+    assert_within_budget(results, inputs, dout, IDS, gate_power=1)
+
+
+def test_backward_returns_only_what_is_asked_for(ops):
+    inputs, dout = make_inputs(torch.float32, 40), rows(torch.float32, 40, "heads last")
+    full = backward(ops, inputs, dout, IDS, out=inputs["out"])
+    lean = backward(ops, inputs, dout, IDS, need_dq=False)
+    assert lean["dq"].numel() == lean["base"].numel() == 0
+    for name in ("dg", "dgate", "dshift"):
+        assert torch.equal(lean[name], full[name]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_formula_add_gate_grad(ops, dtype, D):
+    inputs = make_inputs(dtype, D)
+    weight, dg = inputs["weight"], torch.randn_like(inputs["lse"])
+    dq = rows(dtype, D, "fused")
+    before = dq.clone()
+    ops.add_gate_grad_(dq, dg, weight, IDS)
+
+    def add(x, dg, weight):
+        return x + dg.to(x.dtype)[..., None] * weight[IDS.clamp(min=0)][:, :, None].to(x.dtype)
+
+    on = IDS >= 0
+    exact = add(before.double(), dg, weight)[on]
+    peer, times = peer_of(dtype)
+    budget = times * relative_error(add(before.to(peer), dg, weight)[on], exact)
+    assert relative_error(dq[on], exact) <= budget + torch.finfo(dtype).eps / 2
+    assert torch.equal(dq[~on], before[~on])
+
+
+# ---- rows without a shift, and extremes ----
+
+
+def test_unshifted_rows_are_untouched_and_contribute_nothing(ops):
+    inputs, dout = make_inputs(torch.float32, 40), rows(torch.float32, 40, "heads last")
+    clean = backward(ops, inputs, dout, IDS, out=inputs["out"])
+    unshifted = torch.isinf(inputs["lse"]) | (IDS < 0)[:, None, None]
+    for x in (inputs["q"], dout):
+        x[unshifted] = torch.inf
+    inputs["q"][0, 1, 5] = torch.nan
+
+    value = ops.attention_shift_fwd(*inputs.values(), IDS)
+    assert torch.equal(value[unshifted], inputs["out"][unshifted])
+    assert torch.isfinite(value).all()
+    for name, result in backward(ops, inputs, dout, IDS, out=inputs["out"]).items():
+        assert torch.equal(result, clean[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saturated_gates(ops, dtype):
+    inputs, dout = make_inputs(dtype, 8), rows(dtype, 8, "heads last").round()  # sums are exact
+    inputs["bias"][0], inputs["bias"][1] = -torch.finfo(dtype).max, torch.finfo(dtype).max
+    ids = torch.tensor([0, 1, 1], dtype=torch.int32)
+    inputs["lse"].zero_()
+    value = ops.attention_shift_fwd(*inputs.values(), ids)
+    assert torch.equal(value[0], inputs["out"][0])
+    assert torch.equal(value[1:], inputs["out"][1:] + inputs["shift"][1][:, None])
+    results = backward(ops, inputs, dout, ids)
+    assert not results["dg"].any() and not results["dq"].any() and not results["dgate"].any()
+    assert torch.equal(results["dshift"][1], dout[1:].sum((0, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-7, 1e-3, 1.0, 1e4, 1e38])
+def test_formula_conversion_of_every_value(ops, dtype, magnitude):
+    # the gate is exactly 1, so that the result is one float32 sum, rounded as PyTorch rounds it
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, 512, 128)
+    shift = torch.randn(1, 1, 128) * magnitude
+    q, weight = torch.zeros_like(patterns), torch.zeros(1, 1, 128)
+    lse = torch.full((1, 1, 512), -1e4)
+    result = ops.attention_shift_fwd(patterns, lse, q, weight, torch.zeros(1, 1), shift, None)
+    expected = (patterns.float() + shift).to(dtype)
+    nan = torch.isnan(expected)
+    assert torch.equal(torch.isnan(result), nan)
+    assert torch.equal(result[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formula_conversion_keeps_every_nan(ops, dtype):
+    # all bits set: rounding this one up to bfloat16 by adding would give zero
+    acc = torch.promote_types(dtype, torch.float32)
+    shift = torch.full((1, 1, 8 * acc.itemsize), -1, dtype=torch.int8).view(acc)
+    x, weight = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.zeros(1, 1, 8, dtype=acc)
+    result = ops.attention_shift_fwd(x, weight[..., :1], x, weight, weight[..., 0], shift, None)
+    assert torch.isnan(result).all()
+
+
+@pytest.mark.parametrize("shape", [(0, H, T, 8), (B, 0, T, 8), (B, H, 0, 8), (B, H, T, 0)])
+def test_empty(ops, shape):
+    b, h, t, d = shape
+    x, lse = torch.randn(shape), torch.zeros(b, h, t)
+    parameters = torch.randn(A, h, d), torch.randn(A, h), torch.randn(A, h, d)
+    ids = torch.zeros(b, dtype=torch.int32)
+    assert ops.attention_shift_fwd(x, lse, x, *parameters, ids).shape == shape
+    dg, dq, base, *gradients = ops.attention_shift_bwd(x, lse, x, *parameters, ids, x, 2, True)
+    assert dg.shape == lse.shape and dq.shape == base.shape == shape
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        assert gradient.shape == parameter.shape and not gradient.any()
+    ops.add_gate_grad_(dq, dg, parameters[0], ids)
+
+
+def test_result_does_not_depend_on_the_number_of_threads(ops):
+    b, h, t, d = 2, 8, 1000, 128
+    x, out, dout = (torch.randn(b, t, h, d).transpose(1, 2) for _ in range(3))
+    lse = torch.randn(b, h, t)
+    parameters = torch.randn(A, h, d), torch.randn(A, h), torch.randn(A, h, d)
+    ids = torch.tensor([1, 0], dtype=torch.int32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            value = ops.attention_shift_fwd(out, lse, x, *parameters, ids)
+            grads = ops.attention_shift_bwd(dout, lse, x, *parameters, ids, out, 2, True)
+            results.append([value, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(ops, isa):
+    if ops.isa() in (isa, "baseline"):
+        pytest.skip(f"this machine already runs {ops.isa()}")
+    environment = {**os.environ, "MMICL_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    script = "from mmicl_kernels import _extension as e; print(e.status()['isa'])"
+    chosen = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert chosen.stdout.strip() == isa
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "formula and not heads"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "passed" in run.stdout, run.stdout
+
+
+# ---- bad input ----
+
+
+def expand_last(x):
+    return x[..., :1].expand_as(x)
+
+
+BAD_INPUTS = {
+    "q dims": ({"q": lambda x: x[0]}, r"q has 3 dims, expected \[B, H, T, D\]"),
+    "out dims": ({"out": lambda x: x[0]}, "out has 3 dims"),
+    "q dtype": ({"q": lambda x: x.int()}, "q has dtype Int"),
+    "out dtype": ({"out": lambda x: x.double()}, "out has dtype Double, expected Float"),
+    "out shape": ({"out": lambda x: x[:, :, 1:]}, r"out has shape \[3, 5, 62, 8\], expected"),
+    "lse shape": ({"lse": lambda x: x[..., 1:]}, r"lse has shape \[3, 5, 62\]"),
+    "lse dtype": ({"lse": lambda x: x.bfloat16()}, "lse has dtype BFloat16, expected Float"),
+    "weight dims": ({"weight": lambda x: x[0]}, r"weight has 2 dims, expected \[A, H, D\]"),
+    "weight heads": ({"weight": lambda x: x[:, 1:]}, "weight has shape"),
+    "weight strides": ({"weight": lambda x: x.mT.contiguous().mT}, "weight must be contiguous"),
+    "bias shape": ({"bias": lambda x: x[:1]}, "bias has shape"),
+    "shift shape": ({"shift": lambda x: x[:1]}, "shift has shape"),
+    "shift dtype": ({"shift": lambda x: x.half()}, "shift has dtype Half"),
+    "q last stride": ({"q": expand_last}, "q has last stride 0, expected 1"),
+    "out last stride": ({"out": lambda x: x.mT.contiguous().mT}, "out has last stride 63"),
+    "ids high": ({"ids": lambda x: x + 1}, r"adapter_ids\[0\] is 2, expected -1 or 0 to 1"),
+    "ids low": ({"ids": lambda x: x - 1}, r"adapter_ids\[1\] is -2"),
+    "ids dtype": ({"ids": lambda x: x.long()}, "adapter_ids has dtype Long, expected Int"),
+    "ids shape": ({"ids": lambda x: x[:2]}, r"adapter_ids has shape \[2\], expected \[3\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input(ops, case):
+    changes, message = BAD_INPUTS[case]
+    inputs = {**make_inputs(torch.float32, 8), "ids": IDS}
+    for name, change in changes.items():
+        inputs[name] = change(inputs[name])
+    for op in (ops.attention_shift_fwd, ops.attention_shift_fwd_):
+        with pytest.raises(RuntimeError, match=message):
+            op(*inputs.values())
+    out = inputs.pop("out")
+    dout = torch.zeros(B, H, T, 8)
+    if case != "out dims":
+        with pytest.raises(RuntimeError, match=message):
+            ops.attention_shift_bwd(dout, *inputs.values(), out, 2, True)
+
+
+def test_bad_input_of_one_operator(ops):
+    inputs, dout = make_inputs(torch.float32, 8), rows(torch.float32, 8, "heads last")
+    with pytest.raises(RuntimeError, match="gate_power is 3, expected 1 or 2"):
+        backward(ops, inputs, dout, IDS, gate_power=3)
+    with pytest.raises(RuntimeError, match="dout has shape"):
+        backward(ops, inputs, dout[:, :, 1:], IDS)
+    with pytest.raises(RuntimeError, match="out is written to, but its elements along dim 0"):
+        expanded = inputs["out"][:1].expand(B, H, T, 8)
+        ops.attention_shift_fwd_(expanded, *list(inputs.values())[1:], IDS)
+    with pytest.raises(RuntimeError, match="dg has dtype Double"):
+        ops.add_gate_grad_(dout, inputs["lse"].double(), inputs["weight"], IDS)
+    with pytest.raises(RuntimeError, match="weight has no adapters"):
+        ops.add_gate_grad_(dout, inputs["lse"], inputs["weight"][:0], None)
+
+
+def test_schemas(ops):
+    inputs, dout = make_inputs(torch.float32, 8), rows(torch.float32, 8, "heads last")
+    args = [inputs[n] for n in NAMES]
+    check = torch.library.opcheck
+    check(ops.attention_shift_fwd.default, (*args, IDS), test_utils="test_schema")
+    check(ops.attention_shift_fwd_.default, (*args, IDS), test_utils="test_schema")
+    backward_args = (dout, *args[1:], IDS, inputs["out"], 2, True)
+    check(ops.attention_shift_bwd.default, backward_args, test_utils="test_schema")
+    gate_args = (dout, torch.randn(B, H, T), inputs["weight"], IDS)
+    check(ops.add_gate_grad_.default, gate_args, test_utils="test_schema")
+
+
+# ---- loading ----
+
+
+def test_status_describes_the_build(ops):
+    status = _extension.status()
+    assert status["built"] and status["loaded"] and status["reason"] is None
+    assert status["isa"] in status["build"]["isas"]
+    assert status["build"]["torch_version"].split(".")[0] == torch.__version__.split(".")[0]
+
+
+def test_disabled(monkeypatch):
+    monkeypatch.setenv("MMICL_DISABLE_EXTENSION", "1")
+    _extension.load.cache_clear()
+    try:
+        assert _extension.load() is False
+        status = _extension.status()
+        assert not status["built"] and "MMICL_DISABLE_EXTENSION" in status["reason"]
+    finally:
+        _extension.load.cache_clear()
+
+
+def test_broken_library_is_named(monkeypatch, tmp_path):
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.delenv("MMICL_DISABLE_EXTENSION", raising=False)
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    _extension.load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=f"{broken} does not load with torch"):
+            _extension.load()
+        status = _extension.status()
+        assert status["built"] and not status["loaded"] and str(broken) in status["reason"]
+    finally:
+        _extension.load.cache_clear()
