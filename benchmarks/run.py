@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks.registry import OPS, Case, OpSpec
 from benchmarks.report import rich_table
-from benchmarks.timing import machine, peak_allocated_bytes, time_interleaved
+from benchmarks.timing import CLOCKS, machine, peak_allocated_bytes, time_interleaved
 from benchmarks.verify import is_green
 
 SCHEMA = 1
@@ -46,6 +46,7 @@ def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
         "device": options.device,
         "machine": {**machine(options.device), "load": [os.getloadavg()[0]]},
         "command": options.command,
+        "clock": options.clock,
         "peers": list(spec.peers),
         "rows": [],
     }
@@ -59,18 +60,19 @@ def _measure_op(spec: OpSpec, options: argparse.Namespace, results: list[dict]) 
     with tqdm(total=options.runs * len(cases), desc=spec.name, unit="case") as bar:
         for run in range(options.runs):
             for case in cases:
-                rows = measure_case(spec, case, options.device, seconds)
+                rows = measure_case(spec, case, options.device, seconds, options.clock)
                 result["rows"] += [{"run": run, **row} for row in rows]
                 result["machine"]["load"].append(os.getloadavg()[0])
                 _save(results, options)
                 bar.update()
 
 
-def measure_case(spec: OpSpec, case: Case, device: str, seconds: float) -> list[dict]:
+def measure_case(spec: OpSpec, case: Case, device: str, seconds: float, clock: str) -> list[dict]:
     """One row per provider: time in milliseconds, ratios to the peers, rates, peak bytes."""
+    label = f"{case.dtype} T={case.T}"
     inputs = spec.make_inputs(case, device)
     functions = {name: bind(case, inputs) for name, bind in spec.providers[device].items()}
-    samples = time_interleaved(functions, device=device, seconds=seconds, label=f"{case.dtype} T={case.T}")
+    samples = time_interleaved(functions, device=device, seconds=seconds, clock=CLOCKS[clock], label=label)
     return [
         {
             **asdict(case),
@@ -115,11 +117,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     target.add_argument("--out", type=Path, metavar="FOLDER", help="write to FOLDER/<device>/<op>.json")
     parser.add_argument("--runs", type=int, default=1, help="measure everything so often")
     parser.add_argument("--threads", type=int, help="of torch; as torch chooses by default")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="processor: with --threads 1, where busy"
+    )
     parser.add_argument("--quick", action="store_true", help="shortest sequences only, few rounds")
     options = parser.parse_args(arguments)
     options.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
+    if options.clock == "processor" and (options.device, options.threads) != ("cpu", 1):
+        parser.error("--clock processor needs --device cpu --threads 1")
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}, expected at least 1")
     return options

@@ -55,7 +55,7 @@ class MimICObjective:
 
 def alignment(states: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Mean squared difference over layers, tokens and channels, layer by layer: nothing is stacked."""
-    losses = [F.mse_loss(x.float(), y.float()) for x, y in zip(states, targets, strict=True)]
+    losses = [F.mse_loss(_wide(x), _wide(y)) for x, y in zip(states, targets, strict=True)]
     device = losses[0].device
     return sum(loss.to(device) for loss in losses) / len(losses)
 
@@ -67,9 +67,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels[:, 1:].to(logits.device)
     kept = labels != IGNORE
-    return F.cross_entropy(logits[:, :-1][kept].float(), labels[kept])
+    return F.cross_entropy(_wide(logits[:, :-1][kept]), labels[kept])
 
 
 def trainable(adapter: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of ``adapter`` that ask for gradients, by name."""
     return {name: x for name, x in adapter.named_parameters() if x.requires_grad}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

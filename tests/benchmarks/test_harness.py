@@ -218,7 +218,7 @@ def result_of(*ratios):
             )  # fmt: skip
     machine = {"cpu": "C", "cores": 2, "threads": 1, "torch": "2", "commit": "c", "date": "d", "load": [0.5]}
     return {
-        "op": "x", "device": "cpu", "peers": ["plain"], "machine": machine, "command": "m", "rows": rows,
+        "op": "x", "device": "cpu", "peers": ["plain"], "machine": machine, "command": "m", "clock": "wall", "rows": rows,
     }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def published(model: PreTrainedModel, adapter: mk.MimICAdapter) -> Iterator[None
             of = adapter.layers[index]
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = NAME
-            parameters = (x.detach().to(dtype) for x in (of.weight, of.bias, of.shift))
+            parameters = (x.to(dtype) for x in (of.weight, of.bias, of.shift))
             module.config.published_layer = Layer(*parameters, adapter.config.normalizer)
         yield
     finally:

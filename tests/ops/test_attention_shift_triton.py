@@ -248,7 +248,7 @@ def test_gate_saturates_without_overflow(lse, mu, device):
     (value,), grads = gradients(lambda *x: attention_shift(*x, impl="triton"), inputs, [dout])
     shift = parameters[2]
     assert torch.equal(value, out + mu * shift[:, None])
-    torch.testing.assert_close(grads[5], mu * dout.sum((0, 2)))
+    assert_within_budget("dshift", grads[5], mu * dout.sum((0, 2)), mu * dout.double().sum((0, 2)))
     for name, grad in zip(NAMES[1:5], grads[1:5], strict=True):
         assert torch.isfinite(grad).all(), name
         assert grad.abs().max() < 1e-30, name
@@ -358,6 +358,7 @@ def compiled(monkeypatch):
         monkeypatch.setattr(kernel, "run", compile_only(kernel.run))
 
     def launches(capability, case, dtype):
+        # not set_active: its undoing, reset_active, raises where there is no GPU
         monkeypatch.setattr(driver, "_active", _Target(capability))
         inputs, ids = case.inputs(dtype, "cpu")
         out, *rest = stacked(inputs)

@@ -5,25 +5,25 @@ and ``_triton``. Shapes are normalised before they are called: ``weight, shift [
 ``bias [A, H]`` contiguous in the accumulation dtype, ``A = 1`` where there are no ``adapter_ids``.
 """
 
+import sys
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mmicl_kernels import _extension
+from mmicl_kernels.ops._impl import has_triton
 
 
 def kernels(impl: str, device: torch.device) -> ModuleType:
     """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if impl == "triton":
+    if impl == "triton" or (device.type == "cuda" and has_triton()):
         from mmicl_kernels.ops.attention_shift import _triton
 
         return _triton
     if device.type == "cpu" and _extension.load():
         return torch.ops.mmicl_cpu
-    from mmicl_kernels.ops.attention_shift import _composed
-
-    return _composed
+    return sys.modules[__name__]
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

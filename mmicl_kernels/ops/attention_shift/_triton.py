@@ -50,9 +50,6 @@ def launch_config(kernel: str, T: int) -> LaunchConfig:
     return CONFIGS[kernel, "short" if T <= SHORT else "long"]
 
 
-# ---- device helpers ----
-
-
 @triton.jit
 def _position(H, T, CT: tl.constexpr):
     """The batch row, head (both int64: they multiply strides) and chunk of CT rows of this program."""
@@ -79,19 +76,16 @@ def _adapter(adapter_ids, s_ids, i_b):
 
 @triton.jit
 def _gate(b_q, b_weight, b_bias, b_lse, i_a):
-    """``mu = sigmoid(x)`` and ``mu (1 - mu)``, both 0 where the row has no finite lse or no adapter.
+    """``mu = sigmoid(x)`` and ``mu (1 - mu)``, both 0 where the row has an infinite lse or no adapter.
 
     exp(-|x|) cannot overflow, and from it 1 - mu comes without cancellation.
     """
     b_x = tl.sum(b_q * b_weight[None, :], 1) + b_bias - b_lse
     b_z = tl.exp(-tl.abs(b_x))
     b_r = 1.0 / (1.0 + b_z)
-    m_active = (tl.abs(b_lse) < float("inf")) & (i_a >= 0)
+    m_active = (tl.abs(b_lse) != float("inf")) & (i_a >= 0)
     b_mu = tl.where(m_active, tl.where(b_x >= 0, b_r, b_z * b_r), 0.0)
     return b_mu, tl.where(m_active, b_z * b_r * b_r, 0.0)
-
-
-# ---- forward ----
 
 
 @triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
@@ -146,9 +140,6 @@ def attention_shift_fwd_kernel(
     # [BT, BD]
     b_out += b_mu[:, None] * b_shift[None, :]
     tl.store(p_shifted[:, None] + o_d[None, :], b_out.to(shifted.dtype.element_ty), mask=m_td)
-
-
-# ---- backward ----
 
 
 @triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
@@ -323,9 +314,6 @@ def add_gate_grad_kernel(
     # [BT, BD]
     b_dq = tl.load(p_dq, mask=m_td, other=0.0).to(b_dg.dtype) + b_dg[:, None] * b_weight[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_td)
-
-
-# ---- launchers: signatures and meaning as in _composed ----
 
 
 def attention_shift_fwd(

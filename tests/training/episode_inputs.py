@@ -1,0 +1,41 @@
+"""Random episodes for the tiny models: the teacher sees the student's prompt after some more text."""
+
+import torch
+from torch.nn import functional as F
+
+from mmicl_kernels.testing.tiny_models import tiny_inputs
+from mmicl_kernels.training import EpisodeBatch
+
+DEMONSTRATION = 5  # tokens
+
+
+def episode(model, *, padding=None, seed=0, length=12):
+    """Two queries; the last three tokens are the answer, the first is not compared."""
+    student = tiny_inputs(model, length=length, padding=padding)
+    generator = torch.Generator().manual_seed(seed)
+    attended = student["attention_mask"].bool()
+    text = (student["input_ids"] < 50) & attended  # images and special tokens stay
+    ids = torch.randint(3, 50, text.shape, generator=generator)
+    student["input_ids"] = torch.where(text, ids, student["input_ids"])
+    dtype = model.get_input_embeddings().weight.dtype
+    student["pixel_values"] = student["pixel_values"].to(dtype)
+
+    query = attended.clone()
+    query[torch.arange(len(query)), attended.int().argmax(1)] = False
+    labels = torch.full_like(student["input_ids"], -100)
+    for row, last in enumerate(length - 1 - attended.flip(1).int().argmax(1)):
+        labels[row, last - 2 : last + 1] = student["input_ids"][row, last - 2 : last + 1]
+    teacher_query = F.pad(query, (DEMONSTRATION, 0), value=False)
+    return EpisodeBatch(student, demonstrated(student, generator), query, teacher_query, labels)
+
+
+def demonstrated(student, generator):
+    demonstration = torch.randint(3, 50, (len(student["input_ids"]), DEMONSTRATION), generator=generator)
+    teacher = {**student, "input_ids": torch.cat([demonstration, student["input_ids"]], 1)}
+    teacher["attention_mask"] = F.pad(student["attention_mask"], (DEMONSTRATION, 0), value=1)
+    if "mm_token_type_ids" in student:
+        teacher["mm_token_type_ids"] = F.pad(student["mm_token_type_ids"], (DEMONSTRATION, 0))
+    if "image_attention_mask" in student:
+        mask = student["image_attention_mask"]
+        teacher["image_attention_mask"] = torch.cat([mask[:, :1].expand(-1, DEMONSTRATION, -1), mask], 1)
+    return teacher

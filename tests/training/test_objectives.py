@@ -1,0 +1,230 @@
+"""MimIC's loss against its definition, and a student and a teacher in one model that never meet."""
+
+import copy
+import re
+
+import pytest
+import torch
+from episode_inputs import episode
+from published import in_double, logits, published, random_adapter
+from torch.nn import functional as F
+
+import mmicl_kernels as mk
+from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
+from mmicl_kernels.training import EpisodeBatch, MimICObjective
+from mmicl_kernels.training.objectives import cross_entropy
+from mmicl_kernels.training.record import record_outputs
+
+SITES = {"mlp": r"\.mlp", "self_attn": r"\.self_attn", "layer": ""}
+
+
+def states_and_logits(model, site, inputs):
+    """``[L, B, T, C]`` of a site of every decoder layer, and the logits."""
+    pattern = re.compile(r"^model\.(?:text_model\.|language_model\.)?layers\.\d+" + SITES[site] + "$")
+    recorded = []
+    hooks = [
+        module.register_forward_hook(lambda m, a, out: recorded.append(out if torch.is_tensor(out) else out[0]))
+        for name, module in model.named_modules()
+        if pattern.match(name)
+    ]
+    output = model(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(recorded), output
+
+
+def written_out(model, adapter, batch, site, ce_weight=0.5, align_weight=1.0):
+    """The loss token by token, the student through the published formulation."""
+    with torch.no_grad():
+        teacher, _ = states_and_logits(model, site, batch.teacher)
+    with published(model, adapter):
+        student, logits_ = states_and_logits(model, site, batch.student)
+    squares, nll = [], []
+    for row in range(len(batch.labels)):
+        mine = batch.student_query[row].nonzero()[:, 0].tolist()
+        theirs = batch.teacher_query[row].nonzero()[:, 0].tolist()
+        for i, j in zip(mine, theirs, strict=True):
+            squares.append((student[:, row, i] - teacher[:, row, j]) ** 2)
+        for t in range(1, batch.labels.shape[1]):
+            label = int(batch.labels[row, t])
+            if label != -100:
+                nll.append(-torch.log_softmax(logits_[row, t - 1], -1)[label])
+    align, ce = torch.stack(squares).mean(), torch.stack(nll).mean()
+    return align_weight * align + ce_weight * ce, align, ce
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_loss_and_gradient(name, site, padding):
+    model = in_double(tiny_model(name))
+    adapter = random_adapter(model, align=site).double()
+    batch = episode(model, padding=padding)
+    expected, align, ce = written_out(model, adapter, batch, site)
+    with mk.attach(model, adapter) as handle:
+        losses = MimICObjective(handle)(batch)
+    align, ce = align.detach(), ce.detach()
+    assert align > 1e-6 and ce > 0.1
+    # Some dozens of fp64 roundings; a wrong token or weight is off by far more than 1e-6.
+    tolerance = 1024 * torch.finfo(torch.float64).eps
+    for actual, wanted in (
+        (losses.total, expected),
+        (losses.parts["align"], align),
+        (losses.parts["ce"], ce),
+    ):
+        assert abs(actual.item() - wanted.item()) <= tolerance * wanted.item()
+    assert not any(part.requires_grad for part in losses.parts.values())
+    grads = torch.autograd.grad(losses.total, list(adapter.parameters()), allow_unused=True)
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads[: 3 if site == "mlp" else 2])
+
+
+def test_weights():
+    model = in_double(tiny_model("llava-llama"))
+    batch = episode(model)
+    adapter = random_adapter(model, align_weight=0.25, ce_weight=3.0).double()
+    expected, *_ = written_out(model, adapter, batch, "mlp", ce_weight=3.0, align_weight=0.25)
+    with mk.attach(model, adapter) as handle:
+        total = MimICObjective(handle)(batch).total
+    assert abs(float(total - expected)) <= 1024 * torch.finfo(torch.float64).eps * float(expected)
+
+
+@pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
+@pytest.mark.parametrize("impl", ["composed", "reference"])
+def test_gradient_equals_that_of_the_published_form(impl, normalizer):
+    """The op's backward inside a model, against autograd of the loss written out; fp32 sets the budget."""
+
+    def gradients(dtype, impl=None):
+        model = tiny_model("qwen2_5_vl")
+        model = in_double(model) if dtype == torch.float64 else model
+        adapter = random_adapter(model, normalizer=normalizer).to(dtype)
+        batch = episode(model, padding="left")
+        if impl is None:
+            loss = written_out(model, adapter, batch, "mlp")[0]
+            return torch.autograd.grad(loss, list(adapter.parameters()))
+        with mk.attach(model, adapter, impl=impl) as handle:
+            return torch.autograd.grad(MimICObjective(handle)(batch).total, list(adapter.parameters()))
+
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    exact, low = gradients(torch.float64), gradients(torch.float32)
+    for grad, wanted, rough in zip(gradients(torch.float64, impl), exact, low, strict=True):
+        error, low_error = ((x.double() - wanted).norm() / wanted.norm() for x in (grad, rough))
+        assert error <= 2 * scale * low_error
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_teacher_is_the_plain_model_without_gradients(name):
+    model = tiny_model(name)
+    batch = episode(model)
+    plain = logits(model, batch.teacher)
+    seen = []
+    with mk.attach(model, random_adapter(model)) as handle:
+        objective = MimICObjective(handle)
+        shifted = logits(model, batch.student)
+        hook = model.base_model.register_forward_pre_hook(
+            lambda module, args: seen.append((torch.is_grad_enabled(), handle.enabled))
+        )
+        objective(batch).total.backward()
+        hook.remove()
+        assert seen == [(False, False), (True, True)], "teacher, then student"
+        assert torch.equal(logits(model, batch.student), shifted)
+        with handle.disabled():
+            assert torch.equal(logits(model, batch.teacher), plain)
+    assert torch.equal(logits(model, batch.teacher), plain)
+
+
+def test_teacher_states_are_constants():
+    """The gradient of the alignment is that of the student's states alone."""
+    model = in_double(tiny_model("llava-llama"))
+    adapter = random_adapter(model, ce_weight=0.0).double()
+    batch = episode(model)
+    with mk.attach(model, adapter) as handle:
+        (grad,) = torch.autograd.grad(MimICObjective(handle)(batch).total, [adapter.layers["1"].shift])
+        step = 1e-6
+        shift = adapter.layers["1"].shift
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                shift[2, 3] += sign * step
+                values.append(float(MimICObjective(handle)(batch).total))
+                shift[2, 3] -= sign * step
+    numeric = (values[0] - values[1]) / (2 * step)
+    # Central differences: O(step^2) of the third derivative, and rounding / step.
+    assert abs(numeric - float(grad[2, 3])) <= 1e-4 * float(grad.norm())
+
+
+@pytest.mark.parametrize("fails", ["teacher", "student", "during"])
+def test_hooks_and_state_after_an_error(fails):
+    model = tiny_model("llava-llama")
+    batch = episode(model)
+    logits(model, batch.student)
+    with mk.attach(model, random_adapter(model)) as handle:
+        objective = MimICObjective(handle)
+        hooks = count_hooks(model)
+        shifted = logits(model, batch.student)
+        if fails == "during":
+            broken = batch
+            hook = handle.anchors[1].mlp.register_forward_pre_hook(raise_error)
+        else:
+            inputs = {**getattr(batch, fails), "input_ids": torch.full((2, 12), 10**6)}
+            broken = copy.copy(batch)
+            object.__setattr__(broken, fails, inputs)
+        with pytest.raises((IndexError, ZeroDivisionError, ValueError)):
+            objective(broken)
+        if fails == "during":
+            hook.remove()
+        assert count_hooks(model) == hooks
+        assert handle.enabled
+        assert torch.equal(logits(model, batch.student), shifted)
+
+
+def raise_error(*_):
+    raise ZeroDivisionError
+
+
+def count_hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_record_outputs():
+    first, second = torch.nn.Linear(3, 3), torch.nn.Identity()
+    tokens = torch.tensor([[True, False, True], [False, False, True]])
+    x = torch.randn(2, 3, 3)
+    with record_outputs([second, first], tokens) as states:
+        y = first(x)
+        second((y, "more"))
+    assert [tuple(s.shape) for s in states] == [(3, 3), (3, 3)]
+    for state in states:
+        assert torch.equal(state, torch.stack([y[0, 0], y[0, 2], y[1, 2]]))
+    assert states[0].requires_grad
+    first(x)
+    assert len(states) == 2, "still recording"
+
+
+def test_cross_entropy_ignores_what_has_no_label():
+    logits_ = torch.randn(2, 4, 7)
+    labels = torch.tensor([[5, -100, 3, -100], [-100, 1, -100, 2]])
+    terms = [(0, 1, 3), (1, 0, 1), (1, 2, 2)]  # the label at t is predicted at t - 1; 5 at 0 by nothing
+    expected = sum(-F.log_softmax(logits_[row, t], -1)[label] for row, t, label in terms) / 3
+    torch.testing.assert_close(cross_entropy(logits_, labels), expected)
+    everything = cross_entropy(logits_.bfloat16(), labels)
+    assert everything.dtype == torch.float32
+
+
+def test_batches_must_match():
+    model = tiny_model("llava-llama")
+    batch = episode(model)
+    fewer = batch.teacher_query.clone()
+    fewer[1, -1] = False
+    with pytest.raises(ValueError, match=r"teacher_query marks \[11, 10\] tokens per row, expected \[11, 11\]"):
+        EpisodeBatch(batch.student, batch.teacher, batch.student_query, fewer, batch.labels)
+    swapped = batch.teacher_query.clone()
+    swapped[0, -1], swapped[1, 0] = False, True  # the same total, other rows
+    with pytest.raises(ValueError, match="teacher_query"):
+        EpisodeBatch(batch.student, batch.teacher, batch.student_query, swapped, batch.labels)
+
+
+def test_objective_needs_a_single_adapter():
+    model = tiny_model("llava-llama")
+    two = {"a": random_adapter(model), "b": random_adapter(model, seed=1)}
+    with mk.attach(model, two) as handle, pytest.raises(ValueError, match=r"\['a', 'b'\], expected a single"):
+        MimICObjective(handle)
