@@ -87,8 +87,8 @@ def machine_line(result: dict) -> str:
     load = f"{min(machine['load']):.1f} to {max(machine['load']):.1f}"
     return (
         f"{device}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{machine['date']}; {result['clock']} time, median of {runs} interleaved runs (range of the ratio in brackets); "
-        f"load average {load}; `{result['command']}`"
+        f"{machine['date']}; {result['clock']} time, median of {runs} interleaved runs, "
+        f"in brackets the range of the ratio over them; load average {load}; `{result['command']}`"
     )
 
 

@@ -25,7 +25,7 @@ Clock = Callable[[], float]
 # adds up threads, and counts those that spin at a barrier, so use it with one thread.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
 QUANTILES = (0.1, 0.9)
 WARM_UPS = 3  # a compiled function, a CUDA graph and the allocator's cache settle within so many calls
 GRAPH_BELOW_MS = 0.5  # launching Python's dozen kernels takes up to about this long
@@ -76,6 +76,8 @@ def time_interleaved(
         for fn in functions.values():
             sample(fn)
         round_seconds = time.perf_counter() - start
+        if round_seconds > seconds / MIN_ROUNDS:
+            break  # what takes this long has no setting up to speak of left
     rounds = min(max(round(seconds / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
 
     names = list(functions)

@@ -39,7 +39,8 @@ def published_attention(module, query, key, value, attention_mask, scaling, **_)
     scores = query @ key.transpose(-1, -2) * scaling
     masked = scores + additive_mask(attention_mask, scores)
     blind = (masked == -torch.inf).all(-1, keepdim=True)
-    attn = torch.softmax(masked.masked_fill(blind, 0.0), -1) @ value
+    masked = masked.masked_fill(blind, 0.0)
+    attn = torch.softmax(masked, -1) @ value
 
     log_z2 = torch.logsumexp(scores if layer.normalizer == "all_keys" else masked, -1)
     log_z1 = torch.einsum("bhtd,hd->bht", query, layer.weight) + layer.bias[:, None]

@@ -41,7 +41,9 @@ WRITTEN_BY_FORWARD = ("rope_deltas",)  # by Qwen2.5-VL, attached or not
 def snapshot(model):
     """Every attribute of every module and config, by identity."""
     objects = dict(model.named_modules())
-    configs = {f"{name}.config": module.config for name, module in objects.items() if hasattr(module, "config")}
+    configs = {
+        f"{name}.config": module.config for name, module in objects.items() if hasattr(module, "config")
+    }
     state = {}
     for name, thing in {**objects, **configs}.items():
         for key, value in getattr(thing, "__dict__", {}).items():

@@ -57,9 +57,7 @@ def test_flash_padding_is_two_dimensional(T, S, normalizer):
     patched = module(parameters, "flash_attention_2", normalizer=normalizer)
     out, _ = attention_forward(patched, q, k, v, mask)
     start = torch.tensor([0, 2], dtype=torch.int32)
-    assert torch.equal(
-        out, expected(q, k, v, parameters, causal=True, kv_start=start, normalizer=normalizer)
-    )
+    assert torch.equal(out, expected(q, k, v, parameters, causal=True, kv_start=start, normalizer=normalizer))
 
 
 def test_flash_window():
@@ -106,9 +104,7 @@ def test_flex_block_masks(T, S, normalizer):
     mask = create_block_mask(visible, B, 1, T, S, device="cpu")
     out, _ = attention_forward(module(parameters, "flex_attention", normalizer=normalizer), q, k, v, mask)
     start = torch.arange(B, dtype=torch.int32)
-    assert torch.equal(
-        out, expected(q, k, v, parameters, causal=True, kv_start=start, normalizer=normalizer)
-    )
+    assert torch.equal(out, expected(q, k, v, parameters, causal=True, kv_start=start, normalizer=normalizer))
 
 
 @pytest.mark.parametrize("lowest", [False, True])

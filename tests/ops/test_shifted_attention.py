@@ -81,10 +81,10 @@ def case(why, options=None, dtypes=DTYPES, **sizes):
 
 
 PACKED = {
-    "cu_seqlens_q": ints(0, 5, 5, 22, 30),
-    "cu_seqlens_k": ints(0, 9, 12, 12, 37),
-    "max_seqlen_q": 17,
-    "max_seqlen_k": 25,
+    "cu_seqlens_q": ints(0, 5, 5, 12, 21, 30),
+    "cu_seqlens_k": ints(0, 9, 12, 12, 25, 37),
+    "max_seqlen_q": 9,
+    "max_seqlen_k": 13,
 }
 PACKED_SIZES = {"B": 1, "T": 30, "S": 37}
 
@@ -242,7 +242,7 @@ GRID = {
     "packed_causal": case("aligned to the last key", {**PACKED, "causal": True}, **PACKED_SIZES),
     "packed_window": case("with window and softcap", {**PACKED, "causal": True, "window": 3,
                                                       "softcap": 2.0}, **PACKED_SIZES),
-    "packed_ids": case("one adapter per sequence", {**PACKED, "adapter_ids": ints(1, 0, -1, 1)},
+    "packed_ids": case("one adapter per sequence", {**PACKED, "adapter_ids": ints(1, 0, 0, -1, 0)},
                        adapters=2, **PACKED_SIZES),
     "packed_all_keys": case("the gate within the sequence", {**PACKED, "causal": True,
                                                              "normalizer": "all_keys"},

@@ -27,9 +27,7 @@ def trained(impl, dtype, normalizer, seed):
     start = nn.utils.parameters_to_vector(adapter.parameters()).detach().double()
     batches = (episode(model, seed=i, padding="left") for i in range(STEPS))
     with mk.attach(model, adapter, impl=impl) as handle:
-        log = train(
-            MimICObjective(handle), trainable(adapter), batches, STEPS, model=model, progress=False
-        )
+        log = train(MimICObjective(handle), trainable(adapter), batches, STEPS, model=model, progress=False)
     assert [set(losses) for losses in log] == [{"loss", "align", "ce"}] * STEPS
     return nn.utils.parameters_to_vector(adapter.parameters()).detach().double() - start
 

@@ -1,0 +1,134 @@
+"""The package's layers import to the left only, and its files and functions stay small."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmicl_kernels
+
+PACKAGE = Path(mmicl_kernels.__file__).parent
+LAYERS = ("ops", "modules", "methods", "library", "integration", "training", "cli")
+# Modules beside the layers. The package itself names what is public, lazily, as strings.
+LEFT_OF_ALL = ("_extension", "_build_info")
+TORCH_ALONE = ("ops", "modules")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """``ops.shifted_attention.api`` of its file."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
+    """Absolute names of all that is imported anywhere in a file, functions and strings included."""
+    package = f"mmicl_kernels.{module}".rstrip(".").split(".")
+    package = package if is_package else package[:-1]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # `from mmicl_kernels import ops` imports a module, `from torch import Tensor` a name.
+            found |= {f"{source}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {x.value for x in node.args if isinstance(x, ast.Constant)}
+    return found
+
+
+def parsed(path: Path) -> set[str]:
+    return imports(ast.parse(path.read_text()), name_of(path), path.name == "__init__.py")
+
+
+def layer_of(name: str) -> str:
+    return name.removeprefix("mmicl_kernels").removeprefix(".").split(".")[0]
+
+
+def inside(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "mmicl_kernels"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_go_left(path):
+    layer = layer_of(name_of(path))
+    targets = {layer_of(name) for name in inside(parsed(path))} - {layer}
+    if layer == "testing":
+        return
+    left = LAYERS[: LAYERS.index(layer)] if layer in LAYERS else ()
+    allowed = {*left, *LEFT_OF_ALL}
+    assert targets <= allowed, f"{name_of(path)} imports {sorted(targets - allowed)}"
+
+
+def test_every_folder_is_a_layer():
+    folders = {path.relative_to(PACKAGE).parts[0] for path in FILES if path.parent != PACKAGE}
+    assert folders == {*LAYERS, "testing"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", *LEFT_OF_ALL}
+
+
+@pytest.mark.parametrize("path", [x for x in FILES if layer_of(name_of(x)) in TORCH_ALONE], ids=name_of)
+def test_ops_and_modules_need_torch_alone(path):
+    outside = {name.split(".")[0] for name in parsed(path)} - {"mmicl_kernels"}
+    foreign = outside - {"torch", *sys.stdlib_module_names}
+    allowed = {"triton"} if path.stem.startswith("_triton") else set()
+    assert foreign <= allowed, f"{name_of(path)} imports {sorted(foreign - allowed)}"
+
+
+@pytest.mark.parametrize("path", [x for x in FILES if layer_of(name_of(x)) in TORCH_ALONE], ids=name_of)
+def test_triton_files_are_imported_inside_functions(path):
+    """Importing an op must not import Triton."""
+    if path.stem.startswith("_triton"):
+        return
+    tree = ast.parse(path.read_text())
+    top_level = ast.Module([x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)], [])
+    names = imports(top_level, name_of(path), path.name == "__init__.py")
+    assert not [name for name in names if "_triton" in name.split(".")[-2:]]
+
+
+def test_layers_that_hold_models_name_no_foreign_package_but_theirs():
+    allowed = {
+        "methods": {"safetensors"},
+        "library": {"safetensors"},
+        "integration": {"transformers"},
+        "training": {"tqdm"},
+    }
+    for path in FILES:
+        layer = layer_of(name_of(path))
+        if layer in allowed:
+            outside = {name.split(".")[0] for name in parsed(path)}
+            foreign = outside - {"mmicl_kernels", "torch", *sys.stdlib_module_names} - allowed[layer]
+            assert not foreign, f"{name_of(path)} imports {sorted(foreign)}"
+
+
+def test_the_walk_sees_every_kind_of_import():
+    source = """
+import a.b
+from c import d
+def f():
+    from . import e
+    from ..g import h
+    importlib.import_module("i.j")
+"""
+    assert imports(ast.parse(source), "ops.x.api", False) == {
+        "a.b", "c.d", "mmicl_kernels.ops.x.e", "mmicl_kernels.ops.g.h", "i.j",
+    }  # fmt: skip
+    assert imports(ast.parse("from . import e"), "ops.x", True) == {"mmicl_kernels.ops.x.e"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_sizes(path):
+    """Docstrings do not count against a function: public ones are long on purpose."""
+    text = path.read_text()
+    assert len(text.splitlines()) < MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                length -= node.body[0].end_lineno - node.body[0].lineno + 1
+            kernel = path.stem.startswith("_triton") and node.name.endswith("_kernel")
+            assert length < (150 if kernel else MAX_FUNCTION_LINES), f"{node.name} has {length} lines"
