@@ -6,6 +6,7 @@ A table named NAME, "shifted_attention-cpu" say, replaces what stands between th
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -123,7 +124,8 @@ def plot(result: dict, path: Path) -> None:
         rows = [_rows(result, (*panel, T), provider) for T in lengths]
         style = {"label": provider, "marker": "o", "markersize": 4}
         axes[0, column].loglog(lengths, [_median(row, "median_ms") for row in rows], **style)
-        axes[1, column].loglog(lengths, [_median(row, "peak_bytes") / MIB for row in rows], **style)
+        memory = [_median(row, "peak_bytes") / MIB or math.nan for row in rows]  # a logarithm shows no 0
+        axes[1, column].loglog(lengths, memory, **style)
         axes[0, column].set(title=f"{'forward + backward' if panel[0] else 'forward'}, {panel[1]}")
         axes[1, column].set(xlabel="T", xticks=lengths, xticklabels=lengths)
         axes[1, column].minorticks_off()

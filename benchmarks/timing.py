@@ -71,13 +71,13 @@ def time_interleaved(
         functions, sample = {name: _cuda_ready(fn) for name, fn in functions.items()}, _cuda_sampler()
     else:
         sample = _cpu_sampler(clock)
-    for _ in range(WARM_UPS):
+    for number in range(WARM_UPS):
         start = time.perf_counter()
         for fn in functions.values():
             sample(fn)
         round_seconds = time.perf_counter() - start
-        if round_seconds > seconds / MIN_ROUNDS:
-            break  # what takes this long has no setting up to speak of left
+        if number > 0 and round_seconds > seconds / MIN_ROUNDS:
+            break  # long work has settled by now; the first round says nothing, it may have compiled
     rounds = min(max(round(seconds / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
 
     names = list(functions)

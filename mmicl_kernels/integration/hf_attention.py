@@ -87,7 +87,8 @@ def _used_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     """Number of cached keys in use, ``[B]``: the official gate counts none of a static cache's empty rows.
 
     The newest key is visible to its own query, so the last key that any query of any row sees is the last
-    in use. Without a cache all keys are, the padding at the end included.
+    in use; where it is padding in all rows, the queries' own keys are in use all the same. Without a cache
+    all keys are, the padding at the end included.
     """
     if mask is None or query.shape[2] == key.shape[2]:
         return None
@@ -95,4 +96,5 @@ def _used_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
         mask = mask > torch.finfo(mask.dtype).min
     seen = mask.reshape(-1, mask.shape[-1]).any(0)
     positions = torch.arange(1, seen.shape[0] + 1, device=seen.device)
-    return (seen * positions).amax().expand(query.shape[0])
+    used = (seen * positions).amax().clamp(min=query.shape[2])
+    return used.expand(query.shape[0])

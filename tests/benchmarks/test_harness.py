@@ -109,8 +109,15 @@ def test_peak_allocated_bytes_is_exact():
     # 1000 alone is less than 500 and 2000 together; the halves come after b is gone.
     assert timing.peak_allocated_bytes(work) == 4 * (500 + 2000)
     assert timing.peak_allocated_bytes(lambda: None) == 0
-    kept = []
+    kept, ready = [], []
     assert timing.peak_allocated_bytes(lambda: kept.append(torch.empty(250))) == 1000
+
+    def sets_up():
+        if not ready:
+            ready.append(torch.empty(999))
+        return torch.empty(250)
+
+    assert timing.peak_allocated_bytes(sets_up) == 1000
 
 
 def test_memory_of_ours_grows_with_T_and_of_published_with_its_square():
@@ -126,10 +133,10 @@ def test_interleaved_samples():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     samples = timing.time_interleaved(functions, device="cpu", seconds=1e-9)
-    rounds = 1 + timing.MIN_ROUNDS
+    rounds = 2 + timing.MIN_ROUNDS
     assert [len(samples[name].ms) for name in "abc"] == [timing.MIN_ROUNDS] * 3
     assert all(sorted(calls[3 * i : 3 * i + 3]) == ["a", "b", "c"] for i in range(rounds))
-    assert calls[3:9] == ["a", "b", "c", "b", "c", "a"]
+    assert calls[6:12] == ["a", "b", "c", "b", "c", "a"]
     slow, fast = timing.Samples((2.0, 6.0, 40.0)), timing.Samples((1.0, 2.0, 10.0))
     assert (slow.median, slow.ratio(fast), fast.ratio(slow)) == (6.0, 3.0, 1 / 3)
     assert (slow.low, slow.high) == pytest.approx((2.8, 33.2))

@@ -243,6 +243,23 @@ def test_prefill_in_pieces(normalizer, pieces):
     assert relative_error(static, expected) < logit_budget("llava-llama", "sdpa")
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_static_prefill_with_padding_at_the_end_of_every_row(normalizer, base):
+    """The official gate counts that padding too, though no query sees it."""
+    model = model_of("llava-llama", base)
+    adapter = random_adapter(model, normalizer=normalizer)
+    attention_mask = torch.ones(2, 10, dtype=torch.long)
+    attention_mask[:, 8:] = 0
+    inputs = {"input_ids": torch.randint(3, 50, (2, 10)), "attention_mask": attention_mask}
+    with published(model, adapter):
+        expected = logits(model, inputs)
+    with mk.attach(model, adapter):
+        cache = StaticCache(config=text_config(model), max_cache_len=20)
+        static = logits(model, {**inputs, "past_key_values": cache})
+    assert relative_error(static, expected) < logit_budget("llava-llama", base)
+
+
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("name", TINY_MODELS)
 @pytest.mark.parametrize("base, later", [("sdpa", "eager"), ("eager", "sdpa")])
@@ -262,6 +279,43 @@ def test_implementation_changed_after_attach(name, base, later, normalizer):
             assert torch.equal(generate(model, inputs, **cache)[0], tokens)
     plain = logits(model_of(name, later), inputs)
     assert torch.equal(logits(model, inputs), plain)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", ["idefics2", "llava-llama", "llava-qwen2", "qwen2_5_vl"])
+def test_flash_attention_masks(name, padding, normalizer):
+    """A decoder on flash gives no mask, or the padding alone; patched, it needs no flash kernel itself."""
+    model = tiny_model(name)
+    adapter = random_adapter(model, normalizer=normalizer)
+    inputs = tiny_inputs(model, padding=padding)
+    with published(model, adapter):
+        expected = logits(model, inputs)
+        tokens, _ = generate(model, inputs)
+    with mk.attach(model, adapter):
+        text_config(model)._attn_implementation_internal = "flash_attention_2"
+        assert relative_error(logits(model, inputs), expected) < logit_budget(name, "sdpa")
+        assert torch.equal(generate(model, inputs)[0], tokens)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_flash_prefill_in_pieces(normalizer):
+    """Without a mask, flash is causal from the bottom right where sdpa is from the top left."""
+    model = tiny_model("llava-llama")
+    adapter = random_adapter(model, normalizer=normalizer)
+    ids = torch.randint(3, 50, (2, 12))
+
+    @torch.no_grad()
+    def second_half():
+        cache = DynamicCache(config=text_config(model))
+        model(input_ids=ids[:, :7], past_key_values=cache)
+        return model(input_ids=ids[:, 7:], past_key_values=cache).logits
+
+    with published(model, adapter):
+        expected = second_half()
+    with mk.attach(model, adapter):
+        text_config(model)._attn_implementation_internal = "flash_attention_2"
+        assert relative_error(second_half(), expected) < logit_budget("llava-llama", "sdpa")
 
 
 @pytest.mark.slow  # transformers compiles the mask, a minute each time its shape class changes

@@ -84,8 +84,8 @@ def test_construction(module_class):
     torch.manual_seed(1)
     first = module_class(64, 64)
     assert not first.bias.any()
-    assert abs(float(first.weight.std()) / 0.02 - 1) < 0.1
-    assert abs(float(first.shift.std()) / 0.001 - 1) < 0.1
+    assert abs(first.weight.std().item() / 0.02 - 1) < 0.1
+    assert abs(first.shift.std().item() / 0.001 - 1) < 0.1
     kept = {name: x.clone() for name, x in first.state_dict().items()}
     torch.manual_seed(1)
     filled(first)
