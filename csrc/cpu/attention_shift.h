@@ -58,7 +58,7 @@ struct GateGradParams : ShiftParams {
 // A tile is up to kTileRows queries of one head of one batch row. The tiling depends on shapes alone, so
 // sums over tiles do not depend on the number of threads. Heads run fastest: [B, T, H, D] memory is
 // then walked almost in order.
-constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileRows = 16;
 
 inline int64_t tiles_per_row(const ShiftParams& p) { return (p.T + kTileRows - 1) / kTileRows; }
 inline int64_t tiles(const ShiftParams& p) { return p.B * tiles_per_row(p) * p.H; }

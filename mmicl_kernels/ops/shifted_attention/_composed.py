@@ -70,17 +70,9 @@ class Options(NamedTuple):
 
 def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
     options = Options(*options)
-    parameters = stacked_parameters(q, weight, bias, shift)
+    forward = _forward if options.cu_seqlens_q is None else _packed_forward
     with torch.autocast(q.device.type, enabled=False):
-        if options.cu_seqlens_q is None:
-            return _forward(q, k, v, parameters, options)
-        out, lse, gate_lse = _shifted_attention_fwd_fake(q, k, v, weight, bias, shift, *options)
-        for rows, keys, sequence in options.sequences():
-            results = _forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], parameters, sequence)
-            out[:, :, rows], lse[:, :, rows] = results[:2]
-            if options.all_keys:
-                gate_lse[:, :, rows] = results[2]
-    return out, lse, gate_lse
+        return forward(q, k, v, stacked_parameters(q, weight, bias, shift), options)
 
 
 torch.library.impl("mmicl::shifted_attention_fwd", ("cpu", "cuda"), _shifted_attention_fwd)
@@ -97,31 +89,12 @@ def _shifted_attention_fwd_fake(q, k, v, weight, bias, shift, *options):
 def _shifted_attention_bwd(dout, dlse, out, lse, gate_lse, need_dqkv, q, k, v, *rest):
     weight, bias, shift, *options = rest
     options = Options(*options)
-    parameters = stacked_parameters(q, weight, bias, shift)
-    grads = [torch.zeros_like(x) for x in parameters]
-    dq, dk, dv = (new_output(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
+    backward = _backward if options.cu_seqlens_q is None else _packed_backward
+    results = (out, lse, gate_lse if options.all_keys else lse)
     with torch.autocast(q.device.type, enabled=False):
-        for rows, keys, sequence in options.sequences():
-            dqkv, dparameters = _backward(
-                dout[:, :, rows],
-                None if dlse is None else dlse[:, :, rows],
-                out[:, :, rows],
-                lse[:, :, rows],
-                gate_lse[:, :, rows] if options.all_keys else lse[:, :, rows],
-                need_dqkv,
-                (q[:, :, rows], k[:, :, keys], v[:, :, keys]),
-                parameters,
-                sequence,
-            )
-            for total, part in zip(grads, dparameters, strict=True):
-                total += part
-            if not need_dqkv:
-                continue
-            if options.cu_seqlens_q is None:
-                dq, dk, dv = map(_head_major, dqkv)
-            else:
-                dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = dqkv
-    return dq, dk, dv, *parameter_grads(grads, weight, bias, shift)
+        parameters = stacked_parameters(q, weight, bias, shift)
+        dqkv, grads = backward(dout, dlse, results, need_dqkv, (q, k, v), parameters, options)
+    return *dqkv, *parameter_grads(grads, weight, bias, shift)
 
 
 torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"), _shifted_attention_bwd)
@@ -154,15 +127,27 @@ def _forward(q, k, v, parameters, options: Options):
     )
 
 
-def _backward(dout, dlse, out, lse, gate_lse, need_dqkv, qkv, parameters, options: Options):
+def _packed_forward(q, k, v, parameters, options: Options):
+    out, lse, gate_lse = _shifted_attention_fwd_fake(q, k, v, *parameters, *options)
+    for rows, keys, sequence in options.sequences():
+        results = _forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], parameters, sequence)
+        out[:, :, rows], lse[:, :, rows] = results[:2]
+        if options.all_keys:
+            gate_lse[:, :, rows] = results[2]
+    return out, lse, gate_lse
+
+
+def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+    """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters."""
     q, k, v = qkv
+    out, lse, gate_lse = results
     shift_kernels = kernels("composed", q.device)
     gate_power = 1 if options.all_keys else 2
     dg, _, base, *dparameters = shift_kernels.attention_shift_bwd(
         dout, gate_lse, q, *parameters, options.adapter_ids, out, gate_power, False
     )
     if not need_dqkv:
-        return None, dparameters
+        return [x.new_empty(0) for x in qkv], dparameters
 
     kernel = attention_kernel(q, k, options.scale, options.softcap, options.visibility)
     dq, dk, dv = kernel.backward(dout, q, k, v, base, lse)
@@ -172,7 +157,28 @@ def _backward(dout, dlse, out, lse, gate_lse, need_dqkv, qkv, parameters, option
     if dlse is not None:
         _add_lse_grad(kernel, dlse, lse, q, k, dq, dk)
     shift_kernels.add_gate_grad_(dq, dg, parameters[0], options.adapter_ids)
-    return (dq, dk, dv), dparameters
+    return [_head_major(x) for x in (dq, dk, dv)], dparameters
+
+
+def _packed_backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+    grads = [torch.zeros_like(x) for x in parameters]
+    dq, dk, dv = (new_output(x) if need_dqkv else x.new_empty(0) for x in qkv)
+    for rows, keys, sequence in options.sequences():
+        part_qkv = [x[:, :, part] for x, part in zip(qkv, (rows, keys, keys), strict=True)]
+        dqkv, dparameters = _backward(
+            dout[:, :, rows],
+            None if dlse is None else dlse[:, :, rows],
+            [x[:, :, rows] for x in results],
+            need_dqkv,
+            part_qkv,
+            parameters,
+            sequence,
+        )
+        for total, part in zip(grads, dparameters, strict=True):
+            total += part
+        if need_dqkv:
+            dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = dqkv
+    return (dq, dk, dv), grads
 
 
 def _add_lse_grad(kernel, dlse, lse, q, k, dq, dk) -> None:

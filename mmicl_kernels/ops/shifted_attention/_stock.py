@@ -31,7 +31,8 @@ class StockAttention:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``out [B, H, T, D]`` and ``lse [B, H, T]``; 0 and -inf for a query that sees no key."""
-        k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
+        if self.num_keys < k.shape[2]:
+            k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
         out, lse = self.fwd(q, k, v, self.causal, self.bias, self.scale)
         if self.bias is not None:
             blind = self.bias.amax(-1) == -torch.inf
