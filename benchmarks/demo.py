@@ -152,21 +152,31 @@ def _attention_peak_bytes(model: nn.Module, way: Way, inputs: dict) -> int:
 
 def _print(rows: list[Row], task: str) -> None:
     table = Table(title=f"task {task!r}, held-out images, batch 1 on this CPU")
-    table.add_column("")
-    for column in ("accuracy (95 % interval)", "prompt tokens", "first token ms", "further token ms"):
-        table.add_column(column, justify="right")
-    table.add_column("attention peak KiB", justify="right")
+    table.add_column("", no_wrap=True)
+    for column in (
+        "accuracy",
+        "95 % interval",
+        "prompt\ntokens",
+        "first\nms",
+        "further\nms",
+        "attention\nKiB",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         low, high = row.interval
         table.add_row(
             row.name,
-            f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})",
+            f"{row.accuracy:.1%}",
+            f"{low:.1%} - {high:.1%}",
             str(row.prompt_tokens),
             f"{row.first_token_ms:.1f}",
             f"{row.further_token_ms:.2f}",
             f"{row.attention_peak_bytes / 1024:.0f}",
         )
     Console().print(table)
+    print(
+        "first, further: time to the first token and to each further one; attention: peak memory of one layer"
+    )
 
 
 def _plot(rows: list[Row], task: str, path: Path) -> None:

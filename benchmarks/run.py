@@ -26,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr
     console, results, names = Console(), [], OPS if options.op == "all" else [options.op]
     for name in names:
         console.print(f"{name}: testing")

@@ -96,6 +96,7 @@ def peak_allocated_bytes(fn: Function) -> int:
     devices; so a fresh process, threads and other tensors do not matter. ``fn`` is called twice: the
     first call is not counted, because it also sets up what later calls find ready.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr
     fn()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = fn()

@@ -1,6 +1,7 @@
 """Patch a model with adapters, and take the patch off again."""
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
@@ -12,8 +13,8 @@ from transformers import PretrainedConfig
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import Anchor, describe_backbone, find_anchors
 from mmicl_kernels.methods import Adapter, Backbone, CheckpointError, MimICAdapter
-from mmicl_kernels.ops._checks import check_choice
-from mmicl_kernels.ops._impl import IMPLS
+from mmicl_kernels.ops._impl import resolve
+from mmicl_kernels.ops.shifted_attention.api import IMPLEMENTATIONS
 
 DEFAULT_NAME = "default"
 PARAMETERS = ("weight", "bias", "shift")
@@ -44,7 +45,7 @@ def attach(
         of another backbone. TypeError, ValueError, NotImplementedError: other bad arguments. The model
         is untouched after any of them.
     """
-    check_choice("impl", impl, IMPLS)
+    resolve(impl, IMPLEMENTATIONS, "composed", "shifted_attention")
     single = isinstance(adapter, Adapter)
     adapters = {DEFAULT_NAME: adapter} if single else adapter
     if not isinstance(adapters, Mapping) or not adapters:
@@ -176,12 +177,20 @@ class Handle:
         self._take_slot(name, adapter)
 
     def remove(self, name: str) -> None:
-        """Free the slot of an adapter. Raises KeyError: unknown name. ValueError: it is the last one."""
+        """Free the slot of an adapter.
+
+        Raises:
+            KeyError: unknown name. ValueError: it is the last one, or an open :meth:`rows` uses it.
+        """
         if name not in self._adapters:
             raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(self._adapters)}")
         if len(self._adapters) == 1:
             raise ValueError(f"{name!r} is the last adapter, expected another; use detach()")
-        self._slots[self._slots.index(self._adapters.pop(name))] = None
+        slot = self._slots.index(self._adapters[name])
+        if self.adapter_ids is not None and bool((self.adapter_ids == slot).any()):
+            raise ValueError(f"{name!r} is in use, expected no open rows() that names it")
+        self._slots[slot] = None
+        del self._adapters[name]
 
     def _take_slot(self, name: str, adapter: Adapter) -> None:
         if name in self._adapters or adapter in self._slots:
@@ -276,12 +285,10 @@ class PatchedLayer:
 
     def copy_parameters(self, slots: list[Adapter | None]) -> None:
         """Copy the current parameters of all adapters into fixed ``[slots, ...]`` tensors."""
-        if not self._stacks:
-            like = self._of(next(adapter for adapter in slots if adapter is not None))
-            self._stacks = [
-                x.new_zeros(len(slots), *x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-                for x in like
-            ]
+        attached = [self._of(adapter) for adapter in slots if adapter is not None]
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x, *_ in attached), torch.float32)
+        if not self._stacks or self._stacks[0].dtype != dtype:
+            self._stacks = [x.new_zeros(len(slots), *x.shape, dtype=dtype) for x in attached[0]]
         for slot, adapter in enumerate(slots):
             if adapter is not None:
                 for stack, parameter in zip(self._stacks, self._of(adapter), strict=True):

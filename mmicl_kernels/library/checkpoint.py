@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
-from mmicl_kernels.methods.base import check_tensors, read_description
+from mmicl_kernels.methods.base import check_tensors, read_description, replacing
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
 
 # What torch.load's unpicklers trip over in damaged files: found by damaging files at random.
@@ -91,7 +91,8 @@ def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
         encoder[f"log_Z1_lin.{row}.bias"] = layer.bias.detach().cpu().clone()
     if adapter.config.ffn_shift:
         encoder["ffn_shift"] = adapter.ffn_shift.detach().cpu().clone()
-    torch.save(encoder, path)
+    with replacing(Path(path)) as temporary:
+        torch.save(encoder, temporary)
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:

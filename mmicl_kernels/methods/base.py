@@ -122,8 +122,8 @@ class Adapter(nn.Module):
             "backbone": asdict(self.backbone),
         }
         with (
-            _replacing(folder / TENSORS_FILE) as tensors_file,
-            _replacing(folder / CONFIG_FILE) as config_file,
+            replacing(folder / TENSORS_FILE) as tensors_file,
+            replacing(folder / CONFIG_FILE) as config_file,
         ):
             save_file(tensors, tensors_file)
             config_file.write_text(json.dumps(description, indent=2))
@@ -227,7 +227,7 @@ def check_tensors(
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that takes its place at the end of the block, or vanishes after an error."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     os.close(handle)

@@ -1,11 +1,17 @@
 """Readable errors for bad arguments. Every message names the argument, its value and what was expected."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@functools.cache
+def _letters(pattern: str) -> tuple[str, ...]:
+    return tuple(pattern.split())
 
 
 class Sizes(dict):
@@ -19,17 +25,19 @@ class Sizes(dict):
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        letters = pattern.split()
-        agrees = tensor.dim() == len(letters) and all(
-            self.get(letter, size) == size for letter, size in zip(letters, tensor.shape, strict=True)
+        letters, shape = _letters(pattern), tensor.shape
+        if len(letters) == len(shape):
+            for letter, size in zip(letters, shape, strict=True):
+                if self.setdefault(letter, size) != size:
+                    break
+            else:
+                return
+        wrong = zip(letters, shape, strict=False)
+        bound = ", ".join(f"{x} = {self[x]}" for x, size in wrong if self.get(x, size) != size)
+        raise ValueError(
+            f"{name} has shape {list(shape)}, expected [{', '.join(letters)}]"
+            + (f" with {bound}" if bound else "")
         )
-        if not agrees:
-            bound = ", ".join(f"{x} = {self[x]}" for x in letters if x in self)
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, expected [{', '.join(letters)}]"
-                + (f" with {bound}" if bound else "")
-            )
-        self.update(zip(letters, tensor.shape, strict=True))
 
 
 def check_float(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -47,13 +55,14 @@ def check_integer(name: str, tensor: Tensor) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all given tensors are on the device of the first."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, *others = given
-    for name in others:
-        if given[name].device != given[first].device:
-            raise ValueError(
-                f"{name} is on {given[name].device}, expected {given[first].device} like {first}"
-            )
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device} like {first}")
 
 
 def check_last_stride(name: str, tensor: Tensor) -> None:

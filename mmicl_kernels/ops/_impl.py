@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import torch
@@ -44,6 +45,13 @@ def resolve(impl: str, available: tuple[str, ...], auto: str, op: str) -> str:
     if chosen not in available:
         raise NotImplementedError(f"{op} has no impl={chosen!r}, only {', '.join(available)}")
     return chosen
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside, a kernel computes in the dtypes it chose. Entering autocast for nothing would cost 10 us."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def needs_grad(*tensors: Tensor) -> bool:

@@ -42,8 +42,8 @@ def train(
         the losses of each step.
 
     Raises:
-        ValueError: nothing to train, or ``batches`` ends early. FloatingPointError: a loss is not
-        finite; the parameters are those before that step.
+        ValueError: nothing to train, or ``batches`` ends early. FloatingPointError: a loss or a
+        gradient is not finite; the parameters are those before that step.
     """
     if not parameters:
         raise ValueError("parameters is empty, expected at least one to train")
@@ -60,7 +60,9 @@ def train(
                 raise FloatingPointError(f"the loss is {log[-1]} at step {len(log) - 1}, expected finite")
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+            norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient's norm is {norm} at step {len(log) - 1}")
             optimizer.step()
             schedule.step()
             bar.update()

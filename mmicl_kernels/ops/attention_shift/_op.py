@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
 from mmicl_kernels.ops.attention_shift._composed import (
     kernels,
     new_output,
@@ -24,7 +24,7 @@ torch.library.define(
 
 def _attention_shift_fwd(out, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
 
 
@@ -38,7 +38,7 @@ def _attention_shift_fwd_fake(out, lse, q, weight, bias, shift, adapter_ids, imp
 
 def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
             dout, lse, q, *parameters, adapter_ids, None, 2, True
         )

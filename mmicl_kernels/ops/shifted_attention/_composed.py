@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
 from mmicl_kernels.ops.attention_shift._composed import kernels, new_output, stacked_parameters
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
@@ -71,7 +71,7 @@ class Options(NamedTuple):
 def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
     options = Options(*options)
     forward = _forward if options.cu_seqlens_q is None else _packed_forward
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return forward(q, k, v, stacked_parameters(q, weight, bias, shift), options)
 
 
@@ -91,7 +91,7 @@ def _shifted_attention_bwd(dout, dlse, out, lse, gate_lse, need_dqkv, q, k, v, *
     options = Options(*options)
     backward = _backward if options.cu_seqlens_q is None else _packed_backward
     results = (out, lse, gate_lse if options.all_keys else lse)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         parameters = stacked_parameters(q, weight, bias, shift)
         dqkv, grads = backward(dout, dlse, results, need_dqkv, (q, k, v), parameters, options)
     return *dqkv, *parameter_grads(grads, weight, bias, shift)

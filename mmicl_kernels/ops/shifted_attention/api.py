@@ -18,6 +18,7 @@ from mmicl_kernels.ops.shifted_attention._composed import Options, shifted_atten
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
 
 NORMALIZERS = ("visible", "all_keys")
+IMPLEMENTATIONS = ("reference", "composed")
 
 
 def shifted_attention(
@@ -111,7 +112,7 @@ def shifted_attention(
         adapter_ids=None if adapter_ids is None else adapter_ids.int(),
         all_keys=normalizer == "all_keys",
     )
-    impl = resolve(impl, ("reference", "composed"), "composed", "shifted_attention")
+    impl = resolve(impl, IMPLEMENTATIONS, "composed", "shifted_attention")
     if impl == "reference":
         out, lse = shifted_attention_reference(
             q, k, v, weight, bias, shift,
