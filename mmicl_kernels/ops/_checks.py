@@ -1,17 +1,11 @@
 """Readable errors for bad arguments. Every message names the argument, its value and what was expected."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@functools.cache
-def _letters(pattern: str) -> tuple[str, ...]:
-    return tuple(pattern.split())
 
 
 class Sizes(dict):
@@ -25,7 +19,7 @@ class Sizes(dict):
         """
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        letters, shape = _letters(pattern), tensor.shape
+        letters, shape = pattern.split(), tensor.shape
         if len(letters) == len(shape):
             for letter, size in zip(letters, shape, strict=True):
                 if self.setdefault(letter, size) != size:

@@ -3,6 +3,7 @@
 Registered as two operators under one autograd function. The backward's derivation is in README.md.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -200,20 +201,14 @@ def _head_major(x: Tensor) -> Tensor:
 
 
 class _ShiftedAttentionFunction(torch.autograd.Function):
-    # Named one by one, not *options: Dynamo counts the parameters to tell whether the first is ctx.
+    # The options travel as one argument: apply() binds every argument by name, which is slow.
     @staticmethod
-    def forward(
-        q, k, v, weight, bias, shift, scale, softcap, causal, window, q_start, q_starts, kv_start, kv_end,
-        mask, cu_seqlens_q, cu_seqlens_k, adapter_ids, all_keys,
-    ):  # fmt: skip
-        return torch.ops.mmicl.shifted_attention_fwd(
-            q, k, v, weight, bias, shift, scale, softcap, causal, window, q_start, q_starts, kv_start,
-            kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids, all_keys,
-        )  # fmt: skip
+    def forward(q, k, v, weight, bias, shift, options):
+        return torch.ops.mmicl.shifted_attention_fwd(q, k, v, weight, bias, shift, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        qkv_parameters, options = inputs[:6], Options(*inputs[6:])
+        *qkv_parameters, options = inputs
         out, lse, gate_lse = output
         ctx.mark_non_differentiable(gate_lse)
         ctx.set_materialize_grads(False)
@@ -232,11 +227,13 @@ class _ShiftedAttentionFunction(torch.autograd.Function):
             dout, dlse, out, lse, gate_lse, need_dqkv, *inputs[:6], *options
         )
         dqkv = grads[:3] if need_dqkv else (None, None, None)
-        return *dqkv, *grads[3:], *(None,) * len(options)
+        return *dqkv, *grads[3:], None
 
     vmap = staticmethod(refuse_vmap("shifted_attention"))
 
 
+# apply() asks for the signature at every call; making it takes longer than the shift of 256 tokens.
+_ShiftedAttentionFunction.forward.__signature__ = inspect.signature(_ShiftedAttentionFunction.forward)
 torch.library.register_vmap("mmicl::shifted_attention_fwd", refuse_vmap("shifted_attention"))
 
 
@@ -244,5 +241,5 @@ def shifted_attention_composed(q, k, v, weight, bias, shift, options: Options) -
     """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` for checked arguments."""
     inputs = (q, k, v, weight, bias, shift)
     if needs_grad(*inputs):
-        return _ShiftedAttentionFunction.apply(*inputs, *options)[:2]
+        return _ShiftedAttentionFunction.apply(*inputs, options)[:2]
     return torch.ops.mmicl.shifted_attention_fwd(*inputs, *options)[:2]
