@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -151,16 +152,9 @@ def _attention_peak_bytes(model: nn.Module, way: Way, inputs: dict) -> int:
 
 
 def _print(rows: list[Row], task: str) -> None:
-    table = Table(title=f"task {task!r}, held-out images, batch 1 on this CPU")
+    table = Table(title=f"task {task!r}, held-out images, batch 1 on this CPU", box=SIMPLE)
     table.add_column("", no_wrap=True)
-    for column in (
-        "accuracy",
-        "95 % interval",
-        "prompt\ntokens",
-        "first\nms",
-        "further\nms",
-        "attention\nKiB",
-    ):
+    for column in ("correct", "95 % interval", "prompt\ntokens", "first\nms", "further\nms", "memory\nKiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         low, high = row.interval
@@ -174,9 +168,7 @@ def _print(rows: list[Row], task: str) -> None:
             f"{row.attention_peak_bytes / 1024:.0f}",
         )
     Console().print(table)
-    print(
-        "first, further: time to the first token and to each further one; attention: peak memory of one layer"
-    )
+    print("first, further: time to the first token, to each further one. memory: peak of one attention layer")
 
 
 def _plot(rows: list[Row], task: str, path: Path) -> None:

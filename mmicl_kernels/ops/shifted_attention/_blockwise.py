@@ -4,7 +4,7 @@ Softcap, additive masks of another dtype, empty sizes. ``[B, H, BLOCK, S]`` is t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from mmicl_kernels.ops.shifted_attention.visibility import Visibility, masked_so
 BLOCK = 128
 
 
-@dataclass(frozen=True)
-class BlockwiseAttention:
+class BlockwiseAttention(NamedTuple):
     """The interface of ``StockAttention`` for any softcap, visibility and size."""
 
     scale: float

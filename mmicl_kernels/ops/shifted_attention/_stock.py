@@ -5,7 +5,7 @@ is given, which is what lets the composed gradient pass another tensor in its pl
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class StockAttention:
+class StockAttention(NamedTuple):
     """A stock kernel over the first ``num_keys`` keys, top-left causal or with an additive bias."""
 
     fwd: Callable
@@ -71,8 +70,8 @@ def attention_kernel(
 ) -> StockAttention | BlockwiseAttention:
     """The best kernel for these queries and keys; plain PyTorch in blocks where no stock one fits."""
     T, S = q.shape[2], k.shape[2]
-    blockwise = BlockwiseAttention(scale, softcap, visibility)
-    visibility = visibility.simplified(T, S)
+    given = visibility
+    visibility = given.simplified(T, S)
     num_keys = visibility.reachable_keys(T, S)
     additive = visibility.additive_mask()
     # A finite mask value of a wider dtype could become -inf when cast to q's.
@@ -80,14 +79,14 @@ def attention_kernel(
     # Stock CPU flash divides by a zero size.
     empty = q.numel() == 0 or k.numel() == 0 or num_keys == 0
     if softcap is not None or foreign_mask or empty:
-        return blockwise
+        return BlockwiseAttention(scale, softcap, given)
 
     visibility = visibility.first_keys(num_keys)
     causal = visibility.is_top_left_causal() and (num_keys == T or q.device.type == "cpu")
     bias = None if causal else _bias(visibility, q, num_keys)
     kernel = _select(q, bias)
     if kernel is None:
-        return blockwise
+        return BlockwiseAttention(scale, softcap, given)
     return StockAttention(*kernel, num_keys, causal, bias, scale, additive is not None)
 
 

@@ -1,13 +1,12 @@
 """What a query may see: the conditions of DESIGN section 2, and the softmax under them."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Visibility:
+class Visibility(NamedTuple):
     """Key ``j`` is visible to query ``i`` of row ``b`` iff all given conditions hold.
 
     ``kv_start[b] <= j < kv_end[b]``; if causal ``j <= q_start[b] + i``; if windowed
@@ -45,7 +44,7 @@ class Visibility:
             return self
         causal = self.causal and first < S - 1
         window = None if self.window is None or first + T <= self.window else self.window
-        return replace(self, causal=causal, window=window, q_start=first)
+        return self._replace(causal=causal, window=window, q_start=first)
 
     def reachable_keys(self, T: int, S: int) -> int:
         """How many of the first keys some query may see, as far as Python knows."""
@@ -57,7 +56,7 @@ class Visibility:
         """The visibility among the first ``n`` keys; ``q_start`` must be given."""
         if self.mask is None or self.mask.shape[-1] == 1:
             return self
-        return replace(self, mask=self.mask[..., :n])
+        return self._replace(mask=self.mask[..., :n])
 
     def first_position(self, T: int, S: int) -> int | Tensor:
         """The absolute position of query 0: an int, or ``[B, 1, 1, 1]``."""
