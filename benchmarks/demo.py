@@ -161,7 +161,7 @@ def _print(rows: list[Row], task: str) -> None:
         table.add_row(
             row.name,
             f"{row.accuracy:.1%}",
-            f"{low:.1%} - {high:.1%}",
+            f"{100 * low:.1f} - {100 * high:.1f}",
             str(row.prompt_tokens),
             f"{row.first_token_ms:.1f}",
             f"{row.further_token_ms:.2f}",
