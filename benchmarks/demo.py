@@ -152,7 +152,7 @@ def _attention_peak_bytes(model: nn.Module, way: Way, inputs: dict) -> int:
 
 
 def _print(rows: list[Row], task: str) -> None:
-    table = Table(title=f"task {task!r}, held-out images, batch 1 on this CPU", box=SIMPLE)
+    table = Table(title=f"task {task!r}, held-out images, batch 1 on this CPU", box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("correct", "95 % interval", "prompt\ntokens", "first\nms", "further\nms", "memory\nKiB"):
         table.add_column(column, justify="right", no_wrap=True)
