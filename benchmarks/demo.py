@@ -59,6 +59,8 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
 
     ``quick`` trains, samples and times just enough to see that it runs.
     """
+    # The model is too small to share out, and threads that wait for a busy core cost a hundredfold.
+    torch.set_num_threads(1)
     model = load_model()
     ways = _ways(model, task, seed, quick)
     rows = _measure(model, task, ways, seed, quick)
