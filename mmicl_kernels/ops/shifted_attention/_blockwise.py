@@ -23,7 +23,7 @@ class BlockwiseAttention(NamedTuple):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         acc = torch.promote_types(q.dtype, torch.float32)
-        k, v = _all_heads(k.to(acc), q), _all_heads(v.to(acc), q)
+        k, v = all_heads(k.to(acc), q), all_heads(v.to(acc), q)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=acc)
         for rows, keep, additive in self._blocks(q, k):
             scores = self._capped(q[:, :, rows].to(acc), k)
@@ -36,7 +36,7 @@ class BlockwiseAttention(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         acc = torch.promote_types(q.dtype, torch.float32)
         G = k.shape[1]
-        k, v = _all_heads(k.to(acc), q), _all_heads(v.to(acc), q)
+        k, v = all_heads(k.to(acc), q), all_heads(v.to(acc), q)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keep, additive in self._blocks(q, k):
             q_rows, dout_rows = q[:, :, rows].to(acc), dout[:, :, rows].to(acc)
@@ -65,7 +65,8 @@ class BlockwiseAttention(NamedTuple):
             yield rows, _query_rows(keep, rows), _query_rows(additive, rows)
 
 
-def _all_heads(x: Tensor, q: Tensor) -> Tensor:
+def all_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values ``[B, G, S, D]`` repeated for each of q's heads."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 

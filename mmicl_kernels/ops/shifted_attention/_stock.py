@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention
+from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention, all_heads
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def _flash_bwd(dout, q, k, v, out, lse, causal, bias, scale):
 
 
 def _efficient_fwd(q, k, v, causal, bias, scale):
-    k, v = _all_heads(k, q), _all_heads(v, q)
+    k, v = all_heads(k, q), all_heads(v, q)
     out, lse = aten._scaled_dot_product_efficient_attention(
         q, k, v, _aligned_bias(bias, q), True, 0.0, causal, scale=scale
     )[:2]
@@ -172,16 +172,12 @@ def _efficient_bwd(dout, q, k, v, out, lse, causal, bias, scale):
     # The kernel reads lse rows padded to a multiple of 32; +inf there makes their probabilities 0.
     lse = F.pad(lse, (0, -T % 32), value=torch.inf)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        *(dout, q, _all_heads(k, q), _all_heads(v, q), _aligned_bias(bias, q)),
+        *(dout, q, all_heads(k, q), all_heads(v, q), _aligned_bias(bias, q)),
         *(out, lse, seed, seed, 0.0, [True, True, True, False], causal),
         scale=scale,
     )
     G = k.shape[1]
     return dq, dk.unflatten(1, (G, -1)).sum(2), dv.unflatten(1, (G, -1)).sum(2)
-
-
-def _all_heads(x: Tensor, q: Tensor) -> Tensor:
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _expanded_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
