@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --json $(OUT)/$(DEVICE).json
+	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --runs 3 --out $(OUT)
 
 gpu: export PYTHONPATH := .
 gpu:

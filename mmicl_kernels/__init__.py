@@ -27,7 +27,13 @@ __all__ = ["__version__", *_LAZY]
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
+    try:
+        module = importlib.import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        message = f"mmicl_kernels.{name} needs transformers: pip install 'mmicl-kernels[hf]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
     return module if _LAZY[name] == f"{__name__}.{name}" else getattr(module, name)
 
 

@@ -105,3 +105,12 @@ torch.testing.assert_close(
 )
 """
     run(script)
+
+
+def test_names_that_need_transformers_say_so():
+    script = BLOCK.format(names=["transformers"]) + (
+        "import mmicl_kernels as mk\n"
+        "try:\n    mk.attach\n"
+        "except ModuleNotFoundError as error:\n    print(error)"
+    )
+    assert run(script).strip() == "mmicl_kernels.attach needs transformers: pip install 'mmicl-kernels[hf]'"

@@ -76,7 +76,10 @@ class Handle:
         self._original = [anchor.self_attn.config for anchor in self.anchors]
         self._key = id(self.anchors[0].self_attn)
         if self._key in _attached or any(hasattr(config, "mmicl_layer") for config in self._original):
-            raise ValueError("the model is patched already: detach() its handle or add() to it")
+            raise ValueError(
+                "the model is patched already: detach() its handle or add() to it "
+                "(a deepcopy of a patched model is patched too: copy it before attach)"
+            )
         for name, adapter in adapters.items():
             self._take_slot(name, adapter)
 
@@ -118,7 +121,7 @@ class Handle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The plain model within a ``with`` block."""
+        """The plain model within a ``with`` block, for all threads."""
         enabled = self.enabled
         self.disable()
         try:
@@ -132,7 +135,8 @@ class Handle:
         if self._patched:
             self._set_configs(self._original)
             self._patched = []
-            _attached.pop(self._key, None)
+            if _attached.get(self._key) is self:
+                del _attached[self._key]
 
     def __enter__(self) -> "Handle":
         return self
@@ -143,6 +147,8 @@ class Handle:
     @contextmanager
     def rows(self, names: str | None | Sequence[str | tuple[str, ...] | None]) -> Iterator[None]:
         """Say which adapter each batch row uses, within a ``with`` block.
+
+        The choice is the handle's: threads that share a model must take turns.
 
         Args:
             names: one entry per row: an adapter's name, None for no shift, or a tuple of names with at
@@ -158,10 +164,12 @@ class Handle:
         if not entries:
             raise ValueError("names is empty, expected one entry per batch row")
         ids = torch.tensor([self._slot(entry) for entry in entries], dtype=torch.int32)
-        for config in self._patched:
-            config.mmicl_layer.copy_parameters(self._slots)
-        before = self.adapter_ids
-        self.adapter_ids = ids.to(self.anchors[0].self_attn.o_proj.weight.device)
+        # Inference tensors could not be copied into again outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for config in self._patched:
+                config.mmicl_layer.copy_parameters(self._slots)
+            ids = ids.clone().to(self.anchors[0].self_attn.o_proj.weight.device)
+        before, self.adapter_ids = self.adapter_ids, ids
         try:
             yield
         finally:
@@ -180,17 +188,15 @@ class Handle:
         """Free the slot of an adapter.
 
         Raises:
-            KeyError: unknown name. ValueError: it is the last one, or an open :meth:`rows` uses it.
+            KeyError: unknown name. ValueError: it is the last one, or :meth:`rows` is open.
         """
         if name not in self._adapters:
             raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(self._adapters)}")
         if len(self._adapters) == 1:
             raise ValueError(f"{name!r} is the last adapter, expected another; use detach()")
-        slot = self._slots.index(self._adapters[name])
-        if self.adapter_ids is not None and bool((self.adapter_ids == slot).any()):
-            raise ValueError(f"{name!r} is in use, expected no open rows() that names it")
-        self._slots[slot] = None
-        del self._adapters[name]
+        if self.adapter_ids is not None:
+            raise ValueError(f"{name!r} may be in use, expected no open rows()")
+        self._slots[self._slots.index(self._adapters.pop(name))] = None
 
     def _take_slot(self, name: str, adapter: Adapter) -> None:
         if name in self._adapters or adapter in self._slots:

@@ -28,6 +28,7 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Shifted attention in the interface of transformers.
@@ -46,6 +47,8 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     base, T = layer.base_implementation, query.shape[2]
+    if cu_seq_lens_q is not None and "flash" in base:
+        raise NotImplementedError("cu_seq_lens_q: packed sequences need sdpa or eager, whose masks part them")
     if attention_mask is None and base == "sdpa" and is_causal and 1 < T < key.shape[2]:
         # A static cache that is being filled: sdpa means top-left causal, and rows beyond T are unused.
         key, value = key[:, :, :T], value[:, :, :T]

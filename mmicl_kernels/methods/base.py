@@ -57,9 +57,10 @@ class Backbone:
             if getattr(self, field) != getattr(other, field)
         ]
         if not found and self.fingerprint and other.fingerprint:
-            mine, theirs = torch.tensor(self.fingerprint), torch.tensor(other.fingerprint)
+            mine, theirs = (torch.tensor(x.fingerprint, dtype=torch.float64) for x in (self, other))
+            # Infinity, to which hostile numbers overflow, is close to everything; NaN is close to nothing.
             if mine.shape != theirs.shape or not (
-                (mine - theirs).norm() <= FINGERPRINT_TOLERANCE * mine.norm()  # False for NaN
+                (mine - theirs).norm() <= FINGERPRINT_TOLERANCE * mine.norm() < math.inf
             ):
                 found.append(
                     "the model's weights are not those the adapter was trained on "
@@ -86,7 +87,7 @@ class Backbone:
 class Adapter(nn.Module):
     """Parameters of one method for one backbone, in ``layers``, keyed by decoder layer index.
 
-    Subclasses set ``method``, ``config_class`` and ``layer_shapes``, and build ``layers`` in
+    Subclasses set ``method``, ``config_class`` and ``tensor_shapes``, and build ``layers`` in
     ``__init__(config, backbone)``.
     """
 

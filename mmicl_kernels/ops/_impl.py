@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmicl_kernels.ops._checks import check_choice
 
@@ -56,7 +57,9 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd must see the op. Without, it costs a third of the time of a small call."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    # Forward-mode derivatives must reach the function too, which refuses them; the op would drop them.
+    forward_mode = forward_ad._current_level >= 0
+    return forward_mode or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def refuse_double_backward(op: str) -> Callable[[Callable], Callable]:
@@ -96,6 +99,10 @@ class _Undifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         raise RuntimeError(f"{ctx.op} cannot be differentiated twice; use impl='reference'")
+
+    @staticmethod
+    def vmap(info, in_dims, grad, op, *sources):
+        raise NotImplementedError(f"{op} does not support torch.func.vmap; use impl='reference'")
 
 
 def refuse_vmap(op: str) -> Callable[..., NoReturn]:

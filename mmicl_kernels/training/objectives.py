@@ -37,6 +37,8 @@ class MimICObjective:
         self._sites = [getattr(anchor, self.config.align) for anchor in handle.anchors]
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
+        """Raises ValueError under gradient checkpointing, which hides what happens inside a layer."""
+        self._check_checkpointing()
         targets = self._teach(batch)
         with record_outputs(self._sites, batch.student_query) as states:
             logits = self.handle.model(**batch.student).logits
@@ -44,6 +46,15 @@ class MimICObjective:
         ce = cross_entropy(logits, batch.labels)
         total = self.config.align_weight * align + self.config.ce_weight * ce
         return Losses(total, {"align": align.detach(), "ce": ce.detach()})
+
+    def _check_checkpointing(self) -> None:
+        model = self.handle.model
+        # A checkpointed layer runs without a graph first, so what a hook inside it sees has no gradient.
+        if model.training and model.is_gradient_checkpointing and self.config.align != "layer":
+            raise ValueError(
+                f"align is {self.config.align!r} and gradient checkpointing is on, expected align='layer', "
+                "model.eval() or model.gradient_checkpointing_disable()"
+            )
 
     @torch.no_grad()
     def _teach(self, batch: EpisodeBatch) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Several adapters in one batch: every row is what its adapter alone makes of it."""
 
+import copy
+
 import pytest
 import torch
 from published import logits, random_adapter
@@ -260,3 +262,33 @@ def test_adapters_of_different_dtypes(model):
     expected = expected_rows(model, {"low": low, "high": high}, inputs, ["low", "high"])
     with mk.attach(model, {"low": low, "high": high}) as handle, handle.rows(["low", "high"]):
         torch.testing.assert_close(row_logits(model, inputs), expected, **SAME)
+
+
+def test_rows_entered_in_inference_mode_first(model, adapters):
+    inputs = tiny_inputs(model)
+    with mk.attach(model, adapters) as handle:
+        names = [next(iter(adapters)), None]
+        with torch.inference_mode(), handle.rows(names):
+            first = model(**inputs).logits
+        with torch.no_grad(), handle.rows(names):
+            assert torch.equal(model(**inputs).logits, first)
+
+
+def test_remove_waits_for_open_rows(model, adapters):
+    with mk.attach(model, adapters) as handle:
+        name = next(iter(adapters))
+        with handle.rows([name, None]), pytest.raises(ValueError, match="expected no open rows"):
+            handle.remove(name)
+        assert name in handle.adapters
+
+
+def test_detaching_a_copy_leaves_the_original_attached(model, adapters):
+    handle = mk.attach(model, adapters)
+    copied = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="deepcopy of a patched model"):
+        mk.attach(copied, adapters)
+    copied.model.language_model.layers[0].self_attn.config.mmicl_layer._handle.detach()
+    with pytest.raises(ValueError, match="patched already"):
+        mk.attach(model, adapters)
+    handle.detach()
+    mk.attach(model, adapters).detach()

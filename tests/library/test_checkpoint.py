@@ -334,6 +334,8 @@ BAD_FIELDS = {
     "fingerprint of words": lambda d, c, b: b.update(fingerprint=["a"]),
     "fingerprint of nan": lambda d, c, b: b.update(fingerprint=[float("nan")] * 128),
     "fingerprint too large": lambda d, c, b: b.update(fingerprint=[10**400]),
+    "fingerprint overflows fp32": lambda d, c, b: b.update(fingerprint=[1e39] * 128),
+    "fingerprint overflows fp64": lambda d, c, b: b.update(fingerprint=[1e300] * 128),
 }
 
 

@@ -235,3 +235,25 @@ def test_objective_needs_a_single_adapter():
     two = {"a": random_adapter(model), "b": random_adapter(model, seed=1)}
     with mk.attach(model, two) as handle, pytest.raises(ValueError, match=r"\['a', 'b'\], expected a single"):
         MimICObjective(handle)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_checkpointing_hides_what_is_inside_a_layer(site):
+    """Alignment inside a checkpointed layer is refused; at its output the gradient is the same as without."""
+    model = tiny_model("llava-llama").train()
+    adapter = mk.MimICAdapter(mk.MimICConfig(align=site, ce_weight=0.0), random_adapter(model).backbone)
+    batch = episode(model)
+
+    def gradient():
+        adapter.zero_grad()
+        MimICObjective(handle)(batch).total.backward()
+        return torch.cat([x.grad.flatten() for x in adapter.parameters()])
+
+    with mk.attach(model, adapter) as handle:
+        plain = gradient()
+        model.gradient_checkpointing_enable()
+        if site == "layer":
+            assert plain.any() and torch.equal(gradient(), plain)
+        else:
+            with pytest.raises(ValueError, match=f"align is '{site}' and gradient checkpointing"):
+                gradient()

@@ -66,7 +66,8 @@ def task_table(results: dict) -> str:
     ratios = results["mimic_over_8_shot"].values()
     note = (
         f"MimIC reaches {100 * min(ratios):.1f} to {100 * max(ratios):.1f} % of the 8-shot accuracy; "
-        f"{results['recipe']['steps']} updates, {results['seconds_per_adapter']} s an adapter on one core beside other work."
+        f"{results['recipe']['steps']} updates, {results['seconds_per_adapter']} s an adapter on one core "
+        "beside other work."
     )
     return f"{_markdown(['', *tasks, 'mean'], lines)}\n\n{note}"
 

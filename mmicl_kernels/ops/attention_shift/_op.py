@@ -62,7 +62,9 @@ def parameter_grads(grads: list[Tensor], weight: Tensor, bias: Tensor, shift: Te
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
     """Gradients come in any layout (``sum().backward()`` expands a scalar); kernels need unit stride."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    if x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class _AttentionShiftFunction(torch.autograd.Function):

@@ -82,7 +82,10 @@ def attention_kernel(
         return BlockwiseAttention(scale, softcap, given)
 
     visibility = visibility.first_keys(num_keys)
-    causal = visibility.is_top_left_causal() and (num_keys == T or q.device.type == "cpu")
+    # Stock kernels hide keys before they scale: -inf times a scale of 0 is NaN, times a negative one +inf.
+    scales_up = scale > torch.finfo(torch.float32).tiny
+    aligned = num_keys == T or q.device.type == "cpu"
+    causal = visibility.is_top_left_causal() and aligned and scales_up
     bias = None if causal else _bias(visibility, q, num_keys)
     kernel = _select(q, bias)
     if kernel is None:

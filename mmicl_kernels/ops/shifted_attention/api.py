@@ -1,5 +1,7 @@
 """The public op: contract, checks, dispatch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -91,7 +93,7 @@ def shifted_attention(
     """
     q, k, v = _autocast(q, k, v)
     sizes = _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q)
-    _check_scalars(scale, window, softcap, normalizer)
+    _check_scalars(scale, causal, window, softcap, normalizer)
     _check_bounds(sizes, q, q_start, kv_start, kv_end)
     _check_packed(
         sizes, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -128,7 +130,7 @@ def shifted_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values in the autocast dtype, as SDPA does; fp64 stays."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -145,6 +147,8 @@ def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> S
         raise ValueError(
             f"q has {sizes['H']} heads, expected a multiple of the {sizes['G']} heads of k and v"
         )
+    if sizes["D"] == 0:
+        raise ValueError(f"q has shape {list(q.shape)}, expected a head dim of at least 1")
     check_float("q", q)
     for name, tensor in (("k", k), ("v", v)):
         check_float(name, tensor, q.dtype)
@@ -158,20 +162,27 @@ def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> S
     return sizes
 
 
-def _check_scalars(scale, window, softcap, normalizer) -> None:
+def _check_scalars(scale, causal, window, softcap, normalizer) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal is {causal!r}, expected True or False")
     if scale is not None and not isinstance(scale, float | int):
         raise TypeError(f"scale is a {type(scale).__name__}, expected a number or None")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}, expected a finite number or None")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window is {window!r}, expected an int of at least 1 or None")
-    if softcap is not None and not (isinstance(softcap, float | int) and softcap > 0):
-        raise ValueError(f"softcap is {softcap!r}, expected a positive number or None")
+    if softcap is not None and not (isinstance(softcap, float | int) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap is {softcap!r}, expected a positive finite number or None")
     check_choice("normalizer", normalizer, NORMALIZERS)
 
 
 def _check_bounds(sizes: Sizes, q, q_start, kv_start, kv_end) -> None:
     for name, value in (("q_start", q_start), ("kv_start", kv_start), ("kv_end", kv_end)):
-        if value is None or (name == "q_start" and isinstance(value, int | torch.SymInt)):
+        if value is None or (name == "q_start" and type(value) in (int, torch.SymInt)):
             continue
+        if not isinstance(value, Tensor):
+            also = "an int, " if name == "q_start" else ""
+            raise TypeError(f"{name} is {value!r}, expected {also}an integer tensor [B] or None")
         sizes.bind(name, value, "B")
         check_integer(name, value)
         check_same_device(q=q, **{name: value})
