@@ -15,6 +15,7 @@ from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention, a
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 
 aten = torch.ops.aten
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class StockAttention(NamedTuple):
@@ -83,7 +84,7 @@ def attention_kernel(
 
     visibility = visibility.first_keys(num_keys)
     # Stock kernels hide keys before they scale: -inf times a scale of 0 is NaN, times a negative one +inf.
-    scales_up = scale > torch.finfo(torch.float32).tiny
+    scales_up = scale > SMALLEST_SCALE
     aligned = num_keys == T or q.device.type == "cpu"
     causal = visibility.is_top_left_causal() and aligned and scales_up
     bias = None if causal else _bias(visibility, q, num_keys)

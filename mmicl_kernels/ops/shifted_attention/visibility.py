@@ -71,6 +71,8 @@ class Visibility(NamedTuple):
 
         None when they hide nothing.
         """
+        if self.is_all_keys() and self.kv_end is None:
+            return None
         j = torch.arange(S, device=device)
         conditions = []
         if self.kv_start is not None:
