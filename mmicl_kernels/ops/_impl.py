@@ -13,17 +13,15 @@ from torch.autograd import forward_ad
 
 from mmicl_kernels.ops._checks import check_choice
 
+# Whether Triton can be imported, asked once and without importing it: a search takes longer than a launch.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 IMPLS = ("auto", "reference", "composed", "triton", "cuda")
-
-
-def has_triton() -> bool:
-    """Whether Triton can be imported (it is not imported to find out)."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def require_triton(device: torch.device) -> None:
     """Raise RuntimeError unless a Triton kernel can run on ``device``."""
-    if not has_triton():
+    if not HAS_TRITON:
         raise RuntimeError("impl='triton' needs the package triton: pip install triton")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
@@ -62,6 +60,18 @@ def needs_grad(*tensors: Tensor) -> bool:
     return forward_mode or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
+def refuse_vmap(op: str) -> Callable[..., NoReturn]:
+    """A vmap rule that says why there is none."""
+
+    def refuse(info: object, in_dims: object, *inputs: object) -> NoReturn:
+        raise NotImplementedError(
+            f"{op} does not support torch.func.vmap: it is batched already; "
+            "fold the mapped dimension into B, or use impl='reference'"
+        )
+
+    return refuse
+
+
 def refuse_double_backward(op: str) -> Callable[[Callable], Callable]:
     """Decorate the backward of an autograd.Function that has no derivative of its own.
 
@@ -76,8 +86,8 @@ def refuse_double_backward(op: str) -> Callable[[Callable], Callable]:
                 grads = backward(ctx, *douts)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return grads
-            given = (x for x in (*douts, *ctx.saved_tensors) if x is not None and x.requires_grad)
-            sources = tuple(given)
+            inputs = (*douts, *ctx.saved_tensors)
+            sources = [x for x in inputs if x is not None and x.requires_grad]
             return tuple(x if x is None else _Undifferentiable.apply(x, op, *sources) for x in grads)
 
         return once
@@ -102,16 +112,4 @@ class _Undifferentiable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, grad, op, *sources):
-        raise NotImplementedError(f"{op} does not support torch.func.vmap; use impl='reference'")
-
-
-def refuse_vmap(op: str) -> Callable[..., NoReturn]:
-    """A vmap rule that says why there is none."""
-
-    def refuse(info: object, in_dims: object, *inputs: object) -> NoReturn:
-        raise NotImplementedError(
-            f"{op} does not support torch.func.vmap: it is batched already; "
-            "fold the mapped dimension into B, or use impl='reference'"
-        )
-
-    return refuse
+        refuse_vmap(op)(info, in_dims)

@@ -9,7 +9,7 @@ from mmicl_kernels.ops._checks import (
     check_same_device,
     check_shift,
 )
-from mmicl_kernels.ops._impl import has_triton, require_triton, resolve
+from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.attention_shift._op import attention_shift_op
 from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference
@@ -54,9 +54,7 @@ def attention_shift(
     """
     _check(out, lse, q, weight, bias, shift, adapter_ids)
     adapter_ids = None if adapter_ids is None else adapter_ids.int()
-    on_gpu = q.device.type == "cuda"
-    auto = "triton" if on_gpu and has_triton() else "composed"
-    impl = resolve(impl, ("reference", "composed", "triton"), auto, "attention_shift")
+    impl = resolve(impl, ("reference", "composed", "triton"), "composed", "attention_shift")
     if impl == "reference":
         return attention_shift_reference(out, lse, q, weight, bias, shift, adapter_ids)
     if impl == "triton":
