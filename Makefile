@@ -1,4 +1,5 @@
 # make demo | test | lint : set up .venv on first use, then run. make gpu : any python with torch, no set-up.
+# make gpu STAGE=test|ops|e2e : one of its stages, each under nine minutes; results go to OUT.
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -10,7 +11,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cp
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint gpu bench clean
+.PHONY: demo test lint gpu gpu-test gpu-ops gpu-e2e bench clean
 
 demo: $(STAMP)
 	$(BIN)/mmicl demo
@@ -25,10 +26,31 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --runs 3 --out $(OUT)
 
-gpu: export PYTHONPATH := .
+STAGE ?= test ops e2e
+FIRST := tests/ops/test_stock_attention.py
+LIMIT := timeout --signal=INT --kill-after=15
+
 gpu:
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m benchmarks.run --op all --device cuda --json $(OUT)/cuda.json
+	@status=0; for stage in $(STAGE); do $(MAKE) --no-print-directory gpu-$$stage || status=1; done; exit $$status
+
+gpu-test gpu-ops gpu-e2e: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-test gpu-ops gpu-e2e: export PYTHONUNBUFFERED := 1
+gpu-test gpu-ops gpu-e2e: SHELL := bash
+
+# What everything else rests on comes first, by itself. Then all, in parallel where xdist is installed.
+gpu-test:
+	mkdir -p $(OUT)
+	set -o pipefail; { status=0; \
+	  $(LIMIT) 90 $(PYTHON) -m pytest -m gpu $(FIRST) || status=1; \
+	  $(LIMIT) 400 $(PYTHON) -m pytest -m gpu --durations=10 --ignore=$(FIRST) \
+	    $$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null) || status=1; \
+	  exit $$status; } 2>&1 | tee $(OUT)/gpu_tests.log
+
+gpu-ops:
+	$(LIMIT) 525 $(PYTHON) -m benchmarks.run --op all --device cuda --budget 500 --out $(OUT)
+
+gpu-e2e:
+	$(LIMIT) 525 $(PYTHON) -m benchmarks.e2e --size real --device cuda --budget 480 --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ def published_shifted_attention(
     ``[B, H, T, D]``. Equal to ``shifted_attention(..., normalizer="all_keys")`` in exact arithmetic;
     ``q_start`` is 0. All in q's dtype, as in a model that was loaded in it.
     """
-    k, v = _all_heads(k, q), _all_heads(v, q)
+    k, v = all_heads(k, q), all_heads(v, q)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     return _published_shift(out, q, k, weight, bias, shift, q.shape[-1] ** -0.5).transpose(1, 2)
 
@@ -50,7 +50,8 @@ def _published_shift(
     return out + mu[..., None] * shift
 
 
-def _all_heads(x: Tensor, q: Tensor) -> Tensor:
+def all_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values ``[B, G, S, D]`` once for every head of ``q [B, H, T, D]``."""
     groups = q.shape[1] // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
@@ -105,4 +106,4 @@ def _published_forward(
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parameters = (layer.weight, layer.bias, layer.shift)
-    return _published_shift(out, query, _all_heads(key, query), *parameters, scale), None
+    return _published_shift(out, query, all_heads(key, query), *parameters, scale), None

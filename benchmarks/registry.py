@@ -2,64 +2,89 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
+from benchmarks import shapes
+from benchmarks.attention_peers import (
+    BACKENDS,
+    WITH_LSE,
+    causal_block_mask,
+    compiled_shift,
+    flex_shifted_attention,
+    forced_attention,
+    shift_formula,
+    stock_and_epilogue,
+)
 from benchmarks.peers import plain_attention, published_shifted_attention
+from benchmarks.shapes import Case
 from benchmarks.timing import Function
+from benchmarks.values import Part, attention_parts, shift_parts
 from mmicl_kernels.ops import attention_shift, shifted_attention
-from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
+from mmicl_kernels.testing.inputs import (
+    attention_shift_inputs,
+    normal,
+    shift_parameters,
+    shifted_attention_inputs,
+)
 
-LENGTHS = (256, 1024, 2048)
-DTYPES = ("bfloat16", "float32")
+Inputs = tuple[Tensor, ...]
+Provider = Callable[[Case, Inputs], Function | None]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One problem size, in the letters of the ops; ``dtype`` is a name in torch."""
+class Lineup:
+    """Who takes part on one device, in what.
 
-    B: int
-    H: int
-    G: int
-    T: int
-    S: int
-    D: int
-    dtype: str
-    causal: bool = True
-    backward: bool = False
+    cases: the most valuable first. providers: by name; from inputs to a function of no arguments, or
+    None where it takes no part in a case. floors: the providers that no implementation can beat, the
+    one to name first. others: the further ones that ratios are taken to. stock: those among them that
+    compute the same as the op. ours: the op's implementations.
+    """
+
+    cases: tuple[Case, ...]
+    providers: Mapping[str, Provider]
+    floors: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    stock: tuple[str, ...] = ()
+    ours: tuple[str, ...] = ()
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    def peers(self) -> tuple[str, ...]:
+        return (*self.floors, *self.others)
 
-
-Inputs = tuple[Tensor, ...]
-Provider = Callable[[Case, Inputs], Function]
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """The providers whose values must be the op's."""
+        return (*self.stock, *self.ours)
 
 
 @dataclass(frozen=True)
 class OpSpec:
     """An op's benchmark.
 
-    tests: what pytest must pass before anything is measured. make_inputs: from a case and a device.
-    bytes, flops: the least memory traffic and the products of a case, whoever computes it.
-    providers: by device and name; the inputs to a function of no arguments. peers: the providers that
-    ratios are taken to, the floor first.
+    tests: what pytest must pass before anything is measured on a CPU. make_inputs: from a case and a
+    device. bytes, flops: the least memory traffic and the products of a case, whoever computes it.
+    parts: what outputs must be near. lineups: by device. share: of a run's time, where that is limited.
     """
 
     name: str
     tests: tuple[str, ...]
-    cases: tuple[Case, ...]
     make_inputs: Callable[[Case, str], Inputs]
     bytes: Callable[[Case], int]
     flops: Callable[[Case], int]
-    providers: Mapping[str, Mapping[str, Provider]]
-    peers: tuple[str, ...]
+    parts: Callable[[Case, Inputs], list[Part]]
+    lineups: Mapping[str, Lineup]
+    share: float = 1.0
 
 
-# ---- shifted_attention: q, k, v lie in memory as projections leave them, [B, T, H, D] ----
+def _draw(B: int, H: int, T: int, D: int, case: Case, device: str) -> Tensor:
+    """Normal numbers as a projection leaves them, ``[B, T, H, D]`` in memory, made on the device."""
+    return torch.randn(B, T, H, D, dtype=case.torch_dtype, device=device).transpose(1, 2)
+
+
+# ---- shifted_attention: q, k, v lie in memory as projections leave them, [B, T, H, D], or in a cache ----
 
 
 def _attention_inputs(case: Case, device: str) -> Inputs:
@@ -68,6 +93,19 @@ def _attention_inputs(case: Case, device: str) -> Inputs:
     dout = normal(case.B, case.H, case.T, case.D, seed=30, **options)
     leaves = [x.requires_grad_(case.backward) for x in inputs]
     return *leaves, dout
+
+
+def _cuda_attention_inputs(case: Case, device: str) -> Inputs:
+    """The same, fast for gigabytes; the keys and values of a decode are dense, as caches are."""
+    torch.manual_seed(0)
+    q, dout = (_draw(case.B, case.H, case.T, case.D, case, device) for _ in range(2))
+    if case.section == "decode":
+        shape = (case.B, case.G, case.S, case.D)
+        k, v = (torch.randn(shape, dtype=case.torch_dtype, device=device) for _ in range(2))
+    else:
+        k, v = (_draw(case.B, case.G, case.S, case.D, case, device) for _ in range(2))
+    inputs = (q, k, v, *shift_parameters(case.H, case.D, keys=case.S, device=device))
+    return *(x.requires_grad_(case.backward) for x in inputs), dout
 
 
 def _attention_bytes(case: Case) -> int:
@@ -98,28 +136,64 @@ def _attention(fn: Callable[..., Tensor], num_inputs: int) -> Provider:
     return bind
 
 
-def _composed(*inputs: Tensor, causal: bool) -> Tensor:
-    return shifted_attention(*inputs, causal=causal, impl="composed")
+def _ours(impl: str) -> Provider:
+    return _attention(lambda *inputs, causal: shifted_attention(*inputs, causal=causal, impl=impl), 6)
 
 
-_ATTENTION_PROVIDERS = {
-    "plain": _attention(plain_attention, 3),
-    "published": _attention(published_shifted_attention, 6),
-    "composed": _attention(_composed, 6),
-}
+def _forward_only(provider: Provider) -> Provider:
+    return lambda case, inputs: None if case.backward else provider(case, inputs)
+
+
+def _flex(case: Case, inputs: Inputs) -> Function | None:
+    if case not in shapes.WITH_FLEX:
+        return None
+    fn = torch.compile(flex_shifted_attention, dynamic=False, fullgraph=True)
+    block_mask = causal_block_mask(case.T, inputs[0].device) if case.causal else None
+    return _attention(lambda *arguments, causal: fn(*arguments, block_mask), 6)(case, inputs)
+
+
+OURS = ("composed", "triton", "auto")
 
 SHIFTED_ATTENTION = OpSpec(
     name="shifted_attention",
     tests=("tests/ops/test_shifted_attention.py",),
-    cases=tuple(
-        Case(B=1, H=8, G=8, T=T, S=T, D=128, dtype=dtype, backward=backward)
-        for backward, dtype, T in product((False, True), DTYPES, LENGTHS)
+    make_inputs=lambda case, device: (
+        _attention_inputs(case, device) if device == "cpu" else _cuda_attention_inputs(case, device)
     ),
-    make_inputs=_attention_inputs,
     bytes=_attention_bytes,
     flops=_attention_flops,
-    providers={"cpu": _ATTENTION_PROVIDERS, "cuda": _ATTENTION_PROVIDERS},
-    peers=("plain", "published"),
+    parts=attention_parts,
+    lineups={
+        "cpu": Lineup(
+            cases=shapes.CPU_ATTENTION,
+            providers={
+                "plain": _attention(plain_attention, 3),
+                "published": _attention(published_shifted_attention, 6),
+                "composed": _ours("composed"),
+            },
+            floors=("plain",),
+            others=("published",),
+            ours=("composed",),
+        ),
+        "cuda": Lineup(
+            cases=shapes.CUDA_ATTENTION,
+            providers={
+                **{name: _attention(forced_attention(name), 3) for name in BACKENDS},
+                "published": _attention(published_shifted_attention, 6),
+                **{
+                    f"{name} + epilogue": _forward_only(_attention(stock_and_epilogue(name), 6))
+                    for name in WITH_LSE
+                },
+                "flex + epilogue": _flex,
+                **{impl: _ours(impl) for impl in OURS},
+            },
+            floors=tuple(BACKENDS),
+            others=("published", *(f"{name} + epilogue" for name in WITH_LSE), "flex + epilogue"),
+            stock=(*(f"{name} + epilogue" for name in WITH_LSE), "flex + epilogue"),
+            ours=OURS,
+        ),
+    },
+    share=0.88,
 )
 
 
@@ -127,9 +201,14 @@ SHIFTED_ATTENTION = OpSpec(
 
 
 def _shift_inputs(case: Case, device: str) -> Inputs:
-    return attention_shift_inputs(
-        case.B, case.H, case.T, case.D, dtype=case.torch_dtype, device=device, layout="heads_last"
-    )
+    if device == "cpu":
+        return attention_shift_inputs(
+            case.B, case.H, case.T, case.D, dtype=case.torch_dtype, device=device, layout="heads_last"
+        )
+    torch.manual_seed(0)
+    out, q = (_draw(case.B, case.H, case.T, case.D, case, device) for _ in range(2))
+    lse = torch.randn(case.B, case.H, case.T, device=device)
+    return out, lse, q, *shift_parameters(case.H, case.D, device=device)
 
 
 def _shift_bytes(case: Case) -> int:
@@ -142,18 +221,12 @@ def _shift_flops(case: Case) -> int:
     return 4 * case.B * case.H * case.T * case.D
 
 
-def _formula(out: Tensor, lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
-    logit = (q.to(lse.dtype) * weight[:, None]).sum(-1) + bias[:, None]
-    mu = torch.sigmoid(logit - lse)
-    return (out.to(lse.dtype) + mu[..., None] * shift[:, None]).to(out.dtype)
-
-
 def _shift(impl: str) -> Provider:
     return lambda case, inputs: lambda: attention_shift(*inputs, impl=impl)
 
 
 def _compiled(case: Case, inputs: Inputs) -> Function:
-    fn = torch.compile(_formula, dynamic=False)
+    fn = torch.compile(shift_formula, dynamic=False)
     return lambda: fn(*inputs)
 
 
@@ -163,22 +236,38 @@ def _memcpy(case: Case, inputs: Inputs) -> Function:
     return lambda: half[1].copy_(half[0])
 
 
-_SHIFT_PROVIDERS = {
-    "memcpy": _memcpy,
-    "formula": lambda case, inputs: lambda: _formula(*inputs),
-    "compiled": _compiled,
-    "composed": _shift("composed"),
-}
+_SHIFT_PEERS = {"memcpy": _memcpy, "formula": lambda case, inputs: lambda: shift_formula(*inputs)}
 
 ATTENTION_SHIFT = OpSpec(
     name="attention_shift",
     tests=("tests/ops/test_attention_shift.py",),
-    cases=tuple(Case(B=1, H=8, G=8, T=T, S=T, D=128, dtype=dtype) for dtype, T in product(DTYPES, LENGTHS)),
     make_inputs=_shift_inputs,
     bytes=_shift_bytes,
     flops=_shift_flops,
-    providers={"cpu": _SHIFT_PROVIDERS, "cuda": {**_SHIFT_PROVIDERS, "triton": _shift("triton")}},
-    peers=("memcpy", "formula", "compiled"),
+    parts=shift_parts,
+    lineups={
+        "cpu": Lineup(
+            cases=shapes.CPU_SHIFT,
+            providers={**_SHIFT_PEERS, "compiled": _compiled, "composed": _shift("composed")},
+            floors=("memcpy",),
+            others=("formula", "compiled"),
+            stock=("formula", "compiled"),
+            ours=("composed",),
+        ),
+        "cuda": Lineup(
+            cases=shapes.CUDA_SHIFT,
+            providers={
+                **_SHIFT_PEERS,
+                "compiled": lambda case, inputs: lambda: compiled_shift(*inputs),
+                **{impl: _shift(impl) for impl in OURS},
+            },
+            floors=("memcpy",),
+            others=("formula", "compiled"),
+            stock=("formula", "compiled"),
+            ours=OURS,
+        ),
+    },
+    share=0.12,
 )
 
 OPS = {spec.name: spec for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT)}

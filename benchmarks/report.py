@@ -1,7 +1,7 @@
 """Result files to tables and plots: ``python -m benchmarks.report FILES --readme README.md --plots FOLDER``.
 
-A table named NAME, "shifted_attention-cpu" say, replaces what stands between the lines
-``<!-- table: NAME -->`` and ``<!-- end -->``.
+A table named NAME, "shifted_attention-cpu" or "shifted_attention-cuda-decode" say, replaces what stands
+between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse
@@ -16,12 +16,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmarks.report_cuda import cuda_tables, plot_section, sections, why_not
+
 CASE = ("backward", "dtype", "T")  # what a row of a table is named by
 MIB = 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables that the README has markers for, and one plot per result."""
+    """Write the tables that the README has markers for, and one plot per result or section of it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--readme", type=Path, help="fill the tables in this file")
@@ -29,12 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = [result for path in options.results for result in json.loads(path.read_text())]
     if options.readme:
-        text = options.readme.read_text()
-        options.readme.write_text(fill_tables(text, {name(result): markdown(result) for result in results}))
+        filled = {key: text for result in results for key, text in tables(result).items()}
+        options.readme.write_text(fill_tables(options.readme.read_text(), filled))
     for result in results if options.plots else []:
         options.plots.mkdir(parents=True, exist_ok=True)
-        plot(result, options.plots / f"{name(result)}.png")
+        if result["device"] == "cuda":
+            for section in sections(result):
+                plot_section(result, section, options.plots / f"{name(result)}-{section}.png")
+        else:
+            plot(result, options.plots / f"{name(result)}.png")
     return 0
+
+
+def tables(result: dict) -> dict[str, str]:
+    """The result's tables by name, in Markdown: one, or on CUDA one per section."""
+    if result["device"] == "cuda":
+        return {
+            key: f"{_markdown(header, lines, 4)}\n\n" + "\n\n".join(notes)
+            for key, (header, lines, notes) in cuda_tables(result).items()
+        }
+    return {name(result): markdown(result)}
 
 
 def name(result: dict) -> str:
@@ -58,22 +74,36 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
         backward, dtype, T = case
         line = ["forward + backward" if backward else "forward", dtype, str(T)]
         line += [f"{_median(rows[provider], 'median_ms'):.2f}" for provider in providers]
-        line += [_with_range([row["ratio"][floor] for row in rows[provider]]) for provider in others]
+        line += [
+            _with_range([row["ratio"][floor] for row in rows[provider] if floor in row["ratio"]])
+            for provider in others
+        ]
         line += [f"{_median(rows[provider], 'peak_bytes') / MIB:.2f}" for provider in providers]
         lines.append(line)
     return header, lines
 
 
 def markdown(result: dict) -> str:
-    header, lines = table(result)
-    rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
-    return f"{text}\n\n{machine_line(result)}"
+    return f"{_markdown(*table(result), 3)}\n\n{machine_line(result)}"
 
 
-def rich_table(result: dict) -> Table:
-    header, lines = table(result)
-    shown = Table(title=name(result), caption=machine_line(result))
+def _markdown(header: list[str], lines: list[list[str]], num_names: int) -> str:
+    """The first ``num_names`` columns name a line, the rest are numbers."""
+    rule = ["---"] * num_names + ["---:"] * (len(header) - num_names)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def rich_tables(result: dict) -> list[Table]:
+    if result["device"] == "cuda":
+        return [
+            _rich_table(key, header, lines, "\n".join(notes))
+            for key, (header, lines, notes) in cuda_tables(result).items()
+        ]
+    return [_rich_table(name(result), *table(result), machine_line(result))]
+
+
+def _rich_table(title: str, header: list[str], lines: list[list[str]], caption: str) -> Table:
+    shown = Table(title=title, caption=caption)
     for index, column in enumerate(header):
         shown.add_column(column, justify="left" if index < 2 else "right")
     for line in lines:
@@ -144,19 +174,21 @@ def _providers(result: dict) -> list[str]:
 
 
 def _rows(result: dict, case: tuple, provider: str) -> list[dict]:
-    """One row per run."""
+    """One row per run, of those that have a time and no wrong values."""
     return [
         row
         for row in result["rows"]
-        if row["provider"] == provider and tuple(row[key] for key in CASE) == case
+        if row["provider"] == provider and tuple(row[key] for key in CASE) == case and not why_not(row)
     ]
 
 
 def _median(rows: list[dict], key: str) -> float:
-    return statistics.median(row[key] for row in rows)
+    return statistics.median(row[key] for row in rows) if rows else math.nan
 
 
 def _with_range(ratios: list[float]) -> str:
+    if not ratios:
+        return "nan"
     text = f"{statistics.median(ratios):.2f}"
     return text if len(ratios) == 1 else f"{text} ({min(ratios):.2f}-{max(ratios):.2f})"
 

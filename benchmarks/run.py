@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,33 +13,77 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.registry import OPS, Case, OpSpec
-from benchmarks.report import rich_table
-from benchmarks.timing import CLOCKS, machine, peak_allocated_bytes, time_interleaved
-from benchmarks.verify import is_green
+from benchmarks.measure import DeviceLost, measure_case
+from benchmarks.registry import OPS, OpSpec
+from benchmarks.report import rich_tables
+from benchmarks.shapes import Case
+from benchmarks.supervisor import LOST, Worker, supervise
+from benchmarks.timing import CLOCKS, machine
+from benchmarks.verify import is_green, is_right
 
-SCHEMA = 1
-SECONDS, QUICK_SECONDS = 4.0, 0.1  # for one case, all its providers together
+SCHEMA = 2
+# For timing one case, all its providers together. A GPU settles sooner, and has more cases.
+SECONDS, QUICK_SECONDS = {"cpu": 4.0, "cuda": 1.0}, 0.1
+WIDTH = 240  # characters, of a table in a log
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print tables and save JSON after every case. Returns 1 if an op's tests failed."""
+    """Measure, print tables and save JSON after every case.
+
+    Returns 1 if an op's tests failed, or one of its implementations: with an error, or wrong values.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(arguments)
+    if options.device == "cuda" and options.worker is None:
+        return supervise(arguments, options.budget)
+    try:
+        return _run(options)
+    except DeviceLost as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(LOST)  # at once: what would be cleaned up needs the device
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
-    console, results, names = Console(), [], OPS if options.op == "all" else [options.op]
+    start, worker, console = time.monotonic(), Worker(options.worker), _console()
+    names = list(OPS) if options.op == "all" else [options.op]
+    deadlines = _deadlines(names, start, options.budget)
+    # Another process measured before this one if it lost something; its results are continued.
+    results = _load(names, options) if worker.lost else []
+    good = True
     for name in names:
-        console.print(f"{name}: testing")
-        if is_green(OPS[name]):
-            results.append(_new_result(OPS[name], options))
-            _measure_op(OPS[name], options, results)
-            console.print(rich_table(results[-1]))
-        else:
+        if options.device == "cpu" and not is_green(OPS[name]):
             console.print(f"{name}: its tests fail, so it is not measured")
-    return 0 if len(results) == len(names) else 1
+            good = False
+            continue
+        result = next((r for r in results if r["op"] == name), None)
+        if result is None:
+            result = _new_result(OPS[name], options)
+            results.append(result)
+        _measure_op(OPS[name], options, results, result, deadlines[name], worker)
+        for table in rich_tables(result):
+            console.print(table)
+        good = good and is_right(result)
+    return 0 if good else 1
+
+
+def _console() -> Console:
+    """As wide as the tables where nobody set a width."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH)
+
+
+def _deadlines(names: list[str], start: float, budget: float) -> dict[str, float]:
+    """When each op must be done, by its share; what one leaves over goes to those after it."""
+    whole, passed, deadlines = sum(OPS[name].share for name in names), 0.0, {}
+    for name in names:
+        passed += OPS[name].share / whole
+        deadlines[name] = start + budget * min(passed, 1.0)
+    return deadlines
 
 
 def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
+    lineup = spec.lineups[options.device]
     return {
         "schema": SCHEMA,
         "op": spec.name,
@@ -46,58 +91,76 @@ def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
         "machine": {**machine(options.device), "load": [os.getloadavg()[0]]},
         "command": options.command,
         "clock": options.clock,
-        "peers": list(spec.peers),
+        "peers": list(lineup.peers),
+        "floors": list(lineup.floors),
+        "stock": list(lineup.stock),
+        "ours": list(lineup.ours),
+        "left_out": [],
         "rows": [],
     }
 
 
-def _measure_op(spec: OpSpec, options: argparse.Namespace, results: list[dict]) -> None:
-    """Fill the last of ``results`` and save after every case, so that an interruption loses little."""
-    result, shortest = results[-1], min(case.T for case in spec.cases)
-    cases = [case for case in spec.cases if not options.quick or shortest == case.T]
-    seconds = QUICK_SECONDS if options.quick else SECONDS
-    with tqdm(total=options.runs * len(cases), desc=spec.name, unit="case") as bar:
-        for run in range(options.runs):
-            for case in cases:
-                rows = measure_case(spec, case, options.device, seconds, options.clock)
-                result["rows"] += [{"run": run, **row} for row in rows]
-                result["machine"]["load"].append(os.getloadavg()[0])
-                _save(results, options)
-                bar.update()
+def _measure_op(
+    spec: OpSpec,
+    options: argparse.Namespace,
+    results: list[dict],
+    result: dict,
+    deadline: float,
+    worker: Worker,
+) -> None:
+    """Fill ``result``, one of ``results``; saved after every case, so that an interruption loses little."""
+    cases = _cases(spec, options)
+    seconds = QUICK_SECONDS if options.quick else SECONDS[options.device]
+    todo = [(run, case) for run in range(options.runs) for case in cases]
+    done = [(row["run"], *(row[key] for key in asdict(cases[0]))) for row in result["rows"]]
+    todo = [(run, case) for run, case in todo if (run, *asdict(case).values()) not in done]
+    result["left_out"] = []
+    for run, case in tqdm(todo, desc=spec.name, unit="case", disable=None):
+        if time.monotonic() >= deadline:
+            result["left_out"].append({"run": run, **asdict(case)})
+            continue
+        rows = measure_case(
+            spec,
+            case,
+            options.device,
+            seconds,
+            options.clock,
+            check=options.check,
+            lost=worker.lost_in(spec.name, case.section, case.label),
+            started=lambda name, case=case: worker.started(spec.name, case.section, case.label, name),
+        )
+        result["rows"] += [{"run": run, **row} for row in rows]
+        result["machine"]["load"].append(os.getloadavg()[0])
+        _save(results, result, options)
+    _save(results, result, options)
 
 
-def measure_case(spec: OpSpec, case: Case, device: str, seconds: float, clock: str) -> list[dict]:
-    """One row per provider: time in milliseconds, ratios to the peers, rates, peak bytes."""
-    label = f"{case.dtype} T={case.T}"
-    inputs = spec.make_inputs(case, device)
-    functions = {name: bind(case, inputs) for name, bind in spec.providers[device].items()}
-    samples = time_interleaved(functions, device=device, seconds=seconds, clock=CLOCKS[clock], label=label)
-    return [
-        {
-            **asdict(case),
-            "provider": name,
-            "rounds": len(samples[name].ms),
-            "median_ms": samples[name].median,
-            "q10_ms": samples[name].low,
-            "q90_ms": samples[name].high,
-            "ratio": {peer: samples[name].ratio(samples[peer]) for peer in spec.peers},
-            "gb_per_s": spec.bytes(case) / samples[name].median / 1e6,
-            "gflop_per_s": spec.flops(case) / samples[name].median / 1e6,
-            "peak_bytes": peak_allocated_bytes(fn),
-        }
-        for name, fn in functions.items()
-    ]
+def _cases(spec: OpSpec, options: argparse.Namespace) -> list[Case]:
+    cases = spec.lineups[options.device].cases
+    shortest = min(case.S for case in cases)
+    return [case for case in cases if not options.quick or shortest == case.S]
 
 
-def _save(results: list[dict], options: argparse.Namespace) -> None:
-    """All results in the one file of ``--json``, or the last in its own below ``--out``."""
-    path = options.json
-    if path is None:
-        results = results[-1:]
-        folder = device_folder(results[0]["machine"], options.device)
-        path = options.out / folder / f"{results[0]['op']}.json"
+def _path(result: dict, options: argparse.Namespace) -> Path:
+    """All results in the one file of ``--json``, or each in its own below ``--out``."""
+    if options.json:
+        return options.json
+    return options.out / device_folder(result["machine"], options.device) / f"{result['op']}.json"
+
+
+def _save(results: list[dict], result: dict, options: argparse.Namespace) -> None:
+    path = _path(result, options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")  # replaced whole: never half written
+    new.write_text(json.dumps(results if options.json else [result], indent=1) + "\n")
+    new.replace(path)
+
+
+def _load(names: list[str], options: argparse.Namespace) -> list[dict]:
+    line = {"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else machine("cpu")
+    paths = dict.fromkeys(_path({"machine": line, "op": name}, options) for name in names)
+    results = [result for path in paths if path.exists() for result in json.loads(path.read_text())]
+    return [result for result in results if result["op"] in names]
 
 
 def device_folder(machine_line: dict, device: str) -> str:
@@ -107,7 +170,7 @@ def device_folder(machine_line: dict, device: str) -> str:
     return "-".join(words)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--op", choices=(*OPS, "all"), default="all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -119,15 +182,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="processor: with --threads 1, where busy"
     )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after so long"
+    )
+    parser.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="compare values with fp64 in every case; on cuda by default, where it stands for the op's tests",
+    )
     parser.add_argument("--quick", action="store_true", help="shortest sequences only, few rounds")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of benchmarks.supervisor
     options = parser.parse_args(arguments)
-    options.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    # The supervisor appends four words of its own.
+    options.command = " ".join([parser.prog, *(arguments[:-4] if options.worker else arguments)])
+    options.check = options.device == "cuda" if options.check is None else options.check
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
     if options.clock == "processor" and (options.device, options.threads) != ("cpu", 1):
         parser.error("--clock processor needs --device cpu --threads 1")
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}, expected at least 1")
+    if not options.budget >= 0:
+        parser.error(f"--budget is {options.budget}, expected at least 0")
     return options
 
 

@@ -28,14 +28,16 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 QUANTILES = (0.1, 0.9)
 WARM_UPS = 3  # a compiled function, a CUDA graph and the allocator's cache settle within so many calls
-GRAPH_BELOW_MS = 0.5  # launching Python's dozen kernels takes up to about this long
+GRAPH_BELOW_MS = 2.0  # launching the few dozen kernels of a published backward takes up to about this long
+COPY_BYTES, MATMUL_SIZE = 2**30, 8192
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Milliseconds of one provider, one per round."""
+    """Milliseconds of one provider, one per round; ``graph``: replayed as a CUDA graph."""
 
     ms: tuple[float, ...]
+    graph: bool = False
 
     @property
     def median(self) -> float:
@@ -54,6 +56,14 @@ class Samples:
         return statistics.median(a / b for a, b in zip(self.ms, peer.ms, strict=True))
 
 
+class ProviderError(Exception):
+    """One of several functions failed while it was timed; the cause is chained."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def time_interleaved(
     functions: Mapping[str, Function],
     *,
@@ -64,38 +74,51 @@ def time_interleaved(
 ) -> dict[str, Samples]:
     """Time every function once a round, for about ``seconds``, each round in another order.
 
-    On CUDA the L2 cache is emptied before each sample, and small work is replayed as a CUDA graph.
-    ``clock`` is for the CPU; see ``CLOCKS``.
+    On CUDA the L2 cache holds none of the inputs before each sample, and small work is replayed as a CUDA
+    graph; the graphs and their memory are gone on return. ``clock`` is for the CPU; see ``CLOCKS``.
+
+    Raises:
+        ProviderError: a function raised; it names which.
     """
+    graphs: set[str] = set()
     if device == "cuda":
-        functions, sample = {name: _cuda_ready(fn) for name, fn in functions.items()}, _cuda_sampler()
+        functions, graphs, sample = *_cuda_ready(functions), _cuda_sampler()
     else:
         sample = _cpu_sampler(clock)
+
+    def one(name: str) -> float:
+        try:
+            return sample(functions[name])
+        except Exception as error:
+            raise ProviderError(name) from error
+
+    names = list(functions)
     for number in range(WARM_UPS):
         start = time.perf_counter()
-        for fn in functions.values():
-            sample(fn)
+        for name in names:
+            one(name)
         round_seconds = time.perf_counter() - start
         if number > 0 and round_seconds > seconds / MIN_ROUNDS:
             break  # long work has settled by now; the first round says nothing, it may have compiled
     rounds = min(max(round(seconds / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
 
-    names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in tqdm(range(rounds), desc=label or "timing", unit="round", leave=False):
+    for number in tqdm(range(rounds), desc=label or "timing", unit="round", leave=False, disable=None):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(sample(functions[name]))
-    return {name: Samples(tuple(ms)) for name, ms in times.items()}
+            times[name].append(one(name))
+    return {name: Samples(tuple(ms), name in graphs) for name, ms in times.items()}
 
 
-def peak_allocated_bytes(fn: Function) -> int:
+def peak_allocated_bytes(fn: Function, device: str = "cpu") -> int:
     """The most memory that ``fn`` held at once above what was held before, in bytes, by one call.
 
-    Counted as torch.profiler does, from every allocation and free of torch's allocators, on all
-    devices; so a fresh process, threads and other tensors do not matter. ``fn`` is called twice: the
-    first call is not counted, because it also sets up what later calls find ready.
+    On CUDA as its caching allocator counts (in blocks of 512 bytes). On the CPU as torch.profiler does,
+    from every allocation and free; so a fresh process, threads and other tensors do not matter. ``fn`` is
+    called twice: the first call is not counted, because it also sets up what later calls find ready.
     """
+    if device == "cuda":
+        return _cuda_peak_bytes(fn)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr
     fn()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -109,8 +132,19 @@ def peak_allocated_bytes(fn: Function) -> int:
     return peak
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """What a measurement depends on: processor, threads, versions, commit, date."""
+def _cuda_peak_bytes(fn: Function) -> int:
+    fn()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = fn()
+    torch.cuda.synchronize()
+    del result  # only now, so that the result counts
+    return torch.cuda.max_memory_allocated() - before
+
+
+def machine(device: str) -> dict[str, str | int | float]:
+    """What a measurement depends on: processor, threads, versions, commit, date; what the GPU can do."""
     line = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
@@ -123,7 +157,21 @@ def machine(device: str) -> dict[str, str | int]:
     if device == "cuda":
         line["gpu"] = torch.cuda.get_device_name()
         line["cuda"] = torch.version.cuda or ""
+        line["cudnn"] = torch.backends.cudnn.version() or 0
+        line |= cuda_rates()
     return line
+
+
+def cuda_rates() -> dict[str, float]:
+    """What a GPU does at best: bytes per second of a copy (read and written), and a bf16 product's rate."""
+    source, target = torch.zeros(2, COPY_BYTES, dtype=torch.uint8, device="cuda")
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device="cuda")
+    functions = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    samples = time_interleaved(functions, device="cuda", seconds=0.3)
+    return {
+        "copy_gb_per_s": 2 * COPY_BYTES / samples["copy"].median / 1e6,
+        "matmul_tflop_per_s": 2 * MATMUL_SIZE**3 / samples["matmul"].median / 1e9,
+    }
 
 
 def _cpu_sampler(clock: Clock) -> Callable[[Function], float]:
@@ -140,39 +188,81 @@ def _cpu_sampler(clock: Clock) -> Callable[[Function], float]:
 def _cuda_sampler() -> Callable[[Function], float]:
     """Milliseconds between two events around a call that finds none of its inputs in L2."""
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device="cuda")
+    # Read, not written: lines left dirty would be written back during the call, at its cost. The reading
+    # takes some 50 us, in which the host gets ahead of the device.
+    other = torch.zeros(l2_bytes, dtype=torch.float32, device="cuda")
 
     def sample(fn: Function) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        other.sum()
         start.record()
-        fn()
+        result = fn()
         end.record()
         end.synchronize()
+        del result
         return start.elapsed_time(end)
 
     return sample
 
 
-def _cuda_ready(fn: Function) -> Function:
-    """``fn``, or where launching could take longer than running its replay as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture must not see first-call work, and needs a side stream
-        for _ in range(WARM_UPS):
-            fn()
-        stream.synchronize()
+def _cuda_ready(functions: Mapping[str, Function]) -> tuple[dict[str, Function], set[str]]:
+    """Every function, or its replay as a CUDA graph where launching could take longer; which are graphs."""
+    ready, graphs = dict(functions), set()
+    for name, fn in functions.items():
+        try:
+            graph = _captured(fn) if _is_small(fn) and not _synchronizes(fn) else None
+        except Exception as error:
+            raise ProviderError(name) from error
+        if graph is not None:
+            ready[name] = graph.replay
+            graphs.add(name)
+    return ready, graphs
+
+
+def _is_small(fn: Function) -> bool:
+    for _ in range(WARM_UPS):
+        torch.cuda.synchronize()
         start = time.perf_counter()
         fn()
-        stream.synchronize()
+        torch.cuda.synchronize()
         small = 1e3 * (time.perf_counter() - start) < GRAPH_BELOW_MS
-    torch.cuda.current_stream().wait_stream(stream)
-    if not small:
-        return fn
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    return small
+
+
+def _synchronizes(fn: Function) -> bool:
+    """Whether the host waits in ``fn``. Asked before a capture, because one that fails leaves traces."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         fn()
-    return graph.replay
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
+
+
+def _captured(fn: Function) -> torch.cuda.CUDAGraph | None:
+    """``fn`` as a CUDA graph with its own memory, or None where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what a first call on a side stream sets up must not be captured
+        for _ in range(WARM_UPS):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            fn()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        torch.cuda.synchronize()  # raises again if the device is lost, not if it only refused
+        return None
+    return graph
 
 
 def _quantile(values: tuple[float, ...], q: float) -> float:

@@ -1,5 +1,7 @@
 """What every test shares: seeds, poisoned allocations, devices, implementations."""
 
+import os
+
 import pytest
 import torch
 
@@ -48,13 +50,37 @@ def composed(request, monkeypatch):
     return "composed"
 
 
-@pytest.fixture(params=["reference", "composed", "composed_without_extension"])
+# A process either interprets Triton's kernels, on CPU tensors, or compiles them, for CUDA.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patched = set()
+
+    def _call_device_function(self, *args, **kwargs):
+        """Triton patches its language at every call of a device function, for half of the time; once does."""
+        module = self.fn.__globals__["__name__"]
+        if module not in _patched:
+            _patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call_device_function
+
+_IMPLS = ["triton"] if INTERPRETED else ["reference", "composed", "composed_without_extension"]
+
+
+@pytest.fixture(params=_IMPLS + (["triton"] if _CUDA and not INTERPRETED else []))
 def impl(request, monkeypatch):
-    """The implementations of every op that run on any device."""
-    if request.param == "reference":
-        return "reference"
+    """The implementations of every op that run in this process."""
     if request.param == "composed_without_extension":
         monkeypatch.setattr(_extension, "load", lambda: False)
-    elif not _extension.load():
+    elif request.param == "composed" and not _extension.load():
         pytest.skip("the C++ extension is not built")
-    return "composed"
+    elif request.param == "triton" and not INTERPRETED and _runs_on_cpu(request):
+        pytest.skip("Triton's kernels run on CPU tensors in the interpreter alone")
+    return request.param.removesuffix("_without_extension")
+
+
+def _runs_on_cpu(request):
+    return "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"

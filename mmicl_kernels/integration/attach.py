@@ -45,7 +45,7 @@ def attach(
         of another backbone. TypeError, ValueError, NotImplementedError: other bad arguments. The model
         is untouched after any of them.
     """
-    resolve(impl, IMPLEMENTATIONS, "composed", "shifted_attention")
+    resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention")
     single = isinstance(adapter, Adapter)
     adapters = {DEFAULT_NAME: adapter} if single else adapter
     if not isinstance(adapters, Mapping) or not adapters:

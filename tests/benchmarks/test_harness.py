@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import registry, report, run, timing
+from benchmarks import attention_peers, registry, report, run, shapes, timing
 from benchmarks.peers import plain_attention, published, published_shifted_attention
 from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.testing.budgets import assert_within_budget, eager_shifted_attention, gradients
@@ -145,7 +145,7 @@ def test_interleaved_samples():
 @pytest.mark.parametrize("name", registry.OPS)
 def test_work_is_counted(name):
     spec = registry.OPS[name]
-    case = spec.cases[0]
+    case = spec.lineups["cpu"].cases[0]
     tensors = spec.make_inputs(case, "cpu")
     forward = dataclasses.replace(case, backward=False)
     parameters = sum(x.nbytes for x in tensors if x.dim() < 4 and x.shape[:1] == (case.H,))
@@ -166,7 +166,7 @@ def test_the_formula_of_the_epilogue_is_the_op():
     inputs = attention_shift_inputs(dtype=torch.float32, layout="heads_last")
     exact = attention_shift(*(x.double() for x in inputs), impl="reference")
     low = attention_shift(*inputs, impl="reference")
-    assert_within_budget("out", registry._formula(*inputs), low, exact)
+    assert_within_budget("out", attention_peers.shift_formula(*inputs), low, exact)
 
 
 @pytest.fixture
@@ -175,11 +175,12 @@ def small_op(monkeypatch, tmp_path):
     test = tmp_path / "test_op.py"
     test.write_text("def test_op():\n    pass\n")
     cases = tuple(
-        registry.Case(B=1, H=2, G=2, T=T, S=T, D=16, dtype="float32", backward=backward)
+        shapes.Case(B=1, H=2, G=2, T=T, S=T, D=16, dtype="float32", backward=backward)
         for backward in (False, True)
         for T in (16, 32)
     )
-    spec = dataclasses.replace(registry.SHIFTED_ATTENTION, tests=(str(test),), cases=cases)
+    lineup = dataclasses.replace(registry.SHIFTED_ATTENTION.lineups["cpu"], cases=cases)
+    spec = dataclasses.replace(registry.SHIFTED_ATTENTION, tests=(str(test),), lineups={"cpu": lineup})
     monkeypatch.setitem(run.OPS, spec.name, spec)
     return test
 

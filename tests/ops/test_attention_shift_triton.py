@@ -16,10 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+pytest.importorskip("triton")
 
 from mmicl_kernels.ops import attention_shift  # noqa: E402
 from mmicl_kernels.ops.attention_shift import _composed, _triton  # noqa: E402
@@ -29,6 +26,7 @@ from mmicl_kernels.testing.budgets import (  # noqa: E402
     eager_attention_shift,
     gradients,
 )
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -329,22 +327,6 @@ def test_opcheck(ids, device):
 # ---- machine code, without a GPU ----
 
 
-class _Target:
-    """Stands in for a driver: says what to compile for, and has nothing to launch on."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_device(self):
-        return self.capability  # the key of Triton's caches
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-
 KERNELS = (
     _triton.attention_shift_fwd_kernel,
     _triton.attention_shift_bwd_kernel,
@@ -353,41 +335,15 @@ KERNELS = (
 )
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """What the launchers would launch on a CUDA device, specialised by Triton itself, not launched."""
-    kernels = []
-
-    def compile_only(run):
-        def launch(*args, grid, warmup, **options):
-            kernels.append(run(*args, grid=grid, warmup=True, **options))
-
-        return launch
-
-    for kernel in KERNELS:
-        monkeypatch.setattr(kernel, "run", compile_only(kernel.run))
-
-    def launches(capability, case, dtype):
-        # not set_active: its undoing, reset_active, raises where there is no GPU
-        monkeypatch.setattr(driver, "_active", _Target(capability))
-        inputs, ids = case.inputs(dtype, "cpu")
-        out, *rest = stacked(inputs)
+def compiled(capability, case, dtype):
+    """Machine code of what the launchers would launch on a CUDA device, specialised by Triton itself."""
+    inputs, ids = case.inputs(dtype, "cpu")
+    out, *rest = stacked(inputs)
+    with compiling_for(capability, KERNELS) as kernels:
         _triton.attention_shift_fwd(out, *rest, ids)
         dg, dq, *_ = _triton.attention_shift_bwd(out, *rest, ids, out, 2, True)
         _triton.add_gate_grad_(dq, dg, rest[2], ids)
-        return kernels
-
-    return launches
-
-
-def resources(kernel, folder) -> dict[str, int]:
-    """Registers per thread and bytes of spills, as ``cuobjdump`` reads them from the cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    listing = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    usage = re.findall(r"(REG|STACK|LOCAL):(\d+)", listing.stdout)
-    return {name: int(value) for name, value in usage}
+    return [machine_code(kernel) for kernel in kernels]
 
 
 # Registers that leave room for 8 programs of 4 warps on an SM of 65536, or 5 in the backward, which
@@ -404,29 +360,27 @@ COMPILED = [
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("case", COMPILED)
-def test_registers_and_vector_loads(case, dtype, capability, compiled, tmp_path):
-    kernels = compiled(capability, case, dtype)
-    assert [k.name for k in kernels] == [k.__name__ for k in KERNELS]
-    for kernel in kernels:
-        usage = resources(kernel, tmp_path)
-        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, (kernel.name, usage)
-        assert usage["REG"] <= REGISTERS.get(kernel.name, OTHER_REGISTERS), (kernel.name, usage)
-        ptx, reduces = kernel.asm["ptx"], kernel.name == "attention_shift_reduce_kernel"
+def test_registers_and_vector_loads(case, dtype, capability):
+    codes = compiled(capability, case, dtype)
+    assert [code.name for code in codes] == [k.__name__ for k in KERNELS]
+    for code in codes:
+        assert code.spilled_bytes == 0, code.name
+        assert code.registers <= REGISTERS.get(code.name, OTHER_REGISTERS), (code.name, code.registers)
+        reduces = code.name == "attention_shift_reduce_kernel"
         # One row of 128 16-bit numbers over the lanes of one warp is 8 bytes a lane.
         width = "v2" if case.T == 1 and dtype.itemsize == 2 and not reduces else "v4"
-        assert f"ld.global.{width}.b32" in ptx, kernel.name
-        assert reduces or f"st.global.{width}.b32" in ptx, kernel.name
-        assert not re.search(r"(ld|st)\.global\.b16", ptx), kernel.name
+        assert f"ld.global.{width}.b32" in code.ptx, code.name
+        assert reduces or f"st.global.{width}.b32" in code.ptx, code.name
+        assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
 
 
 @compiles
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
 @pytest.mark.parametrize("D", (40, 80, 256))
-def test_no_spills_at_other_head_dims(D, dtype, compiled, tmp_path):
+def test_no_spills_at_other_head_dims(D, dtype):
     case = Case("", B=3, H=2, T=256, D=D, layout="heads_last", ids=torch.int64)
-    for kernel in compiled(90, case, dtype):
-        usage = resources(kernel, tmp_path)
-        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, (kernel.name, usage)
+    for code in compiled(90, case, dtype):
+        assert code.spilled_bytes == 0, code.name
 
 
 # ---- on a GPU alone ----

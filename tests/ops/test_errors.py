@@ -58,7 +58,12 @@ SHIFTED_ATTENTION = {
     "softcap_type": ({"softcap": "5"}, ValueError, "softcap is '5', expected a positive"),
     "normalizer": ({"normalizer": "some"}, ValueError, "normalizer is 'some', expected.*'all_keys'"),
     "impl": ({"impl": "fast"}, ValueError, "impl is 'fast', expected one of"),
-    "impl_triton": ({"impl": "triton"}, NotImplementedError, "shifted_attention has no impl='triton'"),
+    "impl_triton_cpu": ({"impl": "triton"}, RuntimeError, "TRITON_INTERPRET=1"),
+    "impl_triton_fp64": (
+        {"impl": "triton", **{name: torch.zeros(2, 4, 5, 16, dtype=torch.float64) for name in "qkv"}},
+        NotImplementedError,
+        "impl='triton' has no torch.float64 with head dim 16",
+    ),
     "impl_cuda": ({"impl": "cuda"}, NotImplementedError, "shifted_attention has no impl='cuda'"),
     "q_start_type": ({"q_start": 1.5}, TypeError, "q_start is 1.5, expected an int, an integer tensor"),
     "q_start_bool": ({"q_start": True}, TypeError, "q_start is True, expected an int"),

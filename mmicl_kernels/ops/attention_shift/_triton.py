@@ -75,12 +75,12 @@ def _adapter(adapter_ids, s_ids, i_b):
 
 
 @triton.jit
-def _gate(b_q, b_weight, b_bias, b_lse, i_a):
-    """``mu = sigmoid(x)`` and ``mu (1 - mu)``, both 0 where the row has an infinite lse or no adapter.
+def gate(b_logit, b_lse, i_a):
+    """``mu = sigmoid(logit - lse)`` and ``mu (1 - mu)``: 0 where lse is infinite or there is no adapter.
 
     exp(-|x|) cannot overflow, and from it 1 - mu comes without cancellation.
     """
-    b_x = tl.sum(b_q * b_weight[None, :], 1) + b_bias - b_lse
+    b_x = b_logit - b_lse
     b_z = tl.exp(-tl.abs(b_x))
     b_r = 1.0 / (1.0 + b_z)
     m_active = (tl.abs(b_lse) != float("inf")) & (i_a >= 0)
@@ -136,13 +136,14 @@ def attention_shift_fwd_kernel(
     b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
     b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d, other=0.0)
     # [BT]
-    b_mu, _ = _gate(b_q, b_weight, tl.load(bias + i_ah), b_lse, i_a)
+    b_logit = tl.sum(b_q * b_weight[None, :], 1) + tl.load(bias + i_ah)
+    b_mu, _ = gate(b_logit, b_lse, i_a)
     # [BT, BD]
     b_out += b_mu[:, None] * b_shift[None, :]
     tl.store(p_shifted[:, None] + o_d[None, :], b_out.to(shifted.dtype.element_ty), mask=m_td)
 
 
-@triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
+@triton.jit(do_not_specialize=["H", "T", "N", "s_lse_b", "s_lse_h", "s_ids"])
 def attention_shift_bwd_kernel(
     dout,
     lse,
@@ -152,9 +153,12 @@ def attention_shift_bwd_kernel(
     shift,
     adapter_ids,
     out,
+    dlse,
+    cu_seqlens,
     dg,
     dq,
     base,
+    delta,
     dweight_part,
     dbias_part,
     dshift_part,
@@ -173,14 +177,22 @@ def attention_shift_bwd_kernel(
     s_out_t,
     H,
     T,
+    N,
     D: tl.constexpr,
     POWER: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
     NS: tl.constexpr,
 ):
-    """Writes ``dg [B, H, T]``, ``dq`` and ``base`` in new storage, and the sums over NS * BT rows."""
+    """Writes ``dg`` and ``delta [B, H, N]``, ``dq`` and ``base`` in new storage, the sums over NS * BT rows.
+
+    T: rows of the longest sequence, N: of the storage; they differ where ``cu_seqlens`` packs sequences.
+    """
     i_b, i_h, i_t = _position(H, T, NS * BT)
+    i_x, row, n_t = i_b, i_b * 0, T
+    if cu_seqlens is not None:
+        i_x, row = i_b * 0, tl.load(cu_seqlens + i_b).to(tl.int64)
+        n_t = tl.load(cu_seqlens + i_b + 1) - row
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     i_a = _adapter(adapter_ids, s_ids, i_b)
@@ -198,35 +210,42 @@ def attention_shift_bwd_kernel(
     b_dshift = tl.zeros([BT, BD], dtype=b_bias.dtype)
     for i_s in range(NS):
         o_t = (i_t * NS + i_s) * BT + tl.arange(0, BT)
-        m_t = o_t < T
+        m_t = o_t < n_t
+        o_t = row + o_t
         m_td = m_t[:, None] & m_d[None, :]
-        p_q = _rows(q, s_q_b, s_q_h, s_q_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
-        p_dout = _rows(dout, s_dout_b, s_dout_h, s_dout_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+        p_q = _rows(q, s_q_b, s_q_h, s_q_t, i_x, i_h, o_t)[:, None] + o_d[None, :]
+        p_dout = _rows(dout, s_dout_b, s_dout_h, s_dout_t, i_x, i_h, o_t)[:, None] + o_d[None, :]
         # [BT]
-        b_lse = tl.load(_rows(lse, s_lse_b, s_lse_h, s_lse_t, i_b, i_h, o_t), mask=m_t, other=0.0)
+        b_lse = tl.load(_rows(lse, s_lse_b, s_lse_h, s_lse_t, i_x, i_h, o_t), mask=m_t, other=0.0)
         # [BT, BD]
         b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
         b_dout = tl.load(p_dout, mask=m_td, other=0.0).to(b_lse.dtype)
 
-        if base is not None:  # before the first store, which no later load may overtake
-            p_out = _rows(out, s_out_b, s_out_h, s_out_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+        if out is not None:  # before the first store, which no later load may overtake
+            p_out = _rows(out, s_out_b, s_out_h, s_out_t, i_x, i_h, o_t)[:, None] + o_d[None, :]
             b_out = tl.load(p_out, mask=m_td, other=0.0).to(b_lse.dtype)
 
         # [BT]
-        b_mu, b_dmu = _gate(b_q, b_weight, b_bias, b_lse, i_a)
+        b_mu, b_dmu = gate(tl.sum(b_q * b_weight[None, :], 1) + b_bias, b_lse, i_a)
         b_dg = b_dmu * tl.sum(b_dout * b_shift[None, :], 1)
-        tl.store(dg + (i_b * H + i_h) * T + o_t, b_dg, mask=m_t)
+        tl.store(dg + (i_x * H + i_h) * N + o_t, b_dg, mask=m_t)
         b_dbias += b_dg
         # [BT, BD]
         b_dweight += b_dg[:, None] * b_q
         b_dshift += b_mu[:, None] * b_dout
-        o_new = _rows(0, T * H.to(tl.int64) * D, D, H * D, i_b, i_h, o_t)[:, None] + o_d[None, :]
+        o_new = _rows(0, N * H.to(tl.int64) * D, D, H * D, i_x, i_h, o_t)[:, None] + o_d[None, :]
         if dq is not None:
             b_dq = b_dg[:, None] * b_weight[None, :]
             tl.store(dq + o_new, b_dq.to(dq.dtype.element_ty), mask=m_td)
-        if base is not None:
+        if out is not None:
             b_power = b_mu if POWER == 1 else b_mu * b_mu
             b_out -= b_power[:, None] * b_shift[None, :]
+        if delta is not None:
+            b_delta = tl.sum(b_dout * b_out, 1)
+            if dlse is not None:
+                b_delta -= tl.load(dlse + (i_x * H + i_h) * N + o_t, mask=m_t, other=0.0)
+            tl.store(delta + (i_x * H + i_h) * N + o_t, b_delta, mask=m_t)
+        if base is not None:
             tl.store(base + o_new, b_out.to(base.dtype.element_ty), mask=m_td)
 
     i_n = (i_b * tl.cdiv(T, NS * BT) + i_t) * H + i_h
@@ -371,23 +390,61 @@ def attention_shift_bwd(
     dg = lse.new_empty(lse.shape)
     dq = new_output(q) if need_dq else None
     base = new_output(q) if out is not None else None
-    if q.numel() == 0:
-        grads = [torch.zeros_like(x) for x in (weight, bias, shift)]
-        return dg.zero_(), _or_empty(dq, q), _or_empty(base, q), *grads
+    grads = _launch_bwd(
+        dout, lse, q, (weight, bias, shift), adapter_ids, out, gate_power, dg=dg, dq=dq, base=base
+    )
+    return dg, _or_empty(dq, q), _or_empty(base, q), *grads
 
-    B, H, T, D = q.shape
+
+def attention_delta(
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    q: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor],
+    adapter_ids: Tensor | None,
+    out: Tensor,
+    gate_power: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``dg``, ``delta = dout . (out - mu**gate_power * shift) - dlse``, gradients of the parameters.
+
+    What an attention backward takes; ``adapter_ids`` are those of sequences where ``cu_seqlens`` packs them.
+    """
+    dg, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    dlse = None if dlse is None else dlse.contiguous()
+    grads = _launch_bwd(
+        dout, lse, q, parameters, adapter_ids, out, gate_power,
+        dg=dg, delta=delta, dlse=dlse, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+    )  # fmt: skip
+    return dg, delta, grads
+
+
+def _launch_bwd(
+    dout, lse, q, parameters, adapter_ids, out, gate_power, *,
+    dg, dq=None, base=None, delta=None, dlse=None, cu_seqlens=None, max_seqlen=None,
+) -> list[Tensor]:  # fmt: skip
+    """Fill the given outputs; returns the gradients of the parameters."""
+    B, H, N, D = q.shape
+    T = N
+    if cu_seqlens is not None:
+        B, T = cu_seqlens.numel() - 1, max_seqlen
+    if q.numel() == 0 or B * T == 0:
+        dg.zero_()
+        return [torch.zeros_like(x) for x in parameters]
+
     BD, config = triton.next_power_of_2(D), launch_config("bwd", T)
     BT, NS = config.tiling(T, BD)
     NT = triton.cdiv(T, NS * BT)
-    parts = [x.new_empty(B * NT, *x.shape[1:]) for x in (weight, bias, shift)]
+    parts = [x.new_empty(B * NT, *x.shape[1:]) for x in parameters]
     with torch.cuda.device_of(q):
         attention_shift_bwd_kernel[(B * H * NT,)](
-            dout, lse, q, weight, bias, shift, adapter_ids, out, dg, dq, base, *parts,
+            dout, lse, q, *parameters, adapter_ids, out, dlse, cu_seqlens, dg, dq, base, delta, *parts,
             *_strides(dout), *lse.stride(), *_strides(q), _ids_stride(adapter_ids), *_strides(out),
-            H, T, D, gate_power, BT, BD, NS, num_warps=config.num_warps,
+            H, T, N, D, gate_power, BT, BD, NS, num_warps=config.num_warps,
         )  # fmt: skip
-        grads = _launch_reduce(parts, adapter_ids, weight.shape[0], NT)
-    return dg, _or_empty(dq, q), _or_empty(base, q), *grads
+        return _launch_reduce(parts, adapter_ids, parameters[0].shape[0], NT)
 
 
 def _launch_reduce(parts: list[Tensor], adapter_ids: Tensor | None, A: int, NT: int) -> list[Tensor]:

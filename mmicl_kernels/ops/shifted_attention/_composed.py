@@ -1,110 +1,34 @@
 """Stock attention, then the shift in one more pass over its output; exact gradients by one stock backward.
 
-Registered as two operators under one autograd function. The backward's derivation is in README.md.
+The backward's derivation is in README.md.
 """
-
-import inspect
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
-from mmicl_kernels.ops.attention_shift._composed import kernels, new_output, stacked_parameters
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
+from mmicl_kernels.ops.attention_shift._composed import kernels, new_output
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
-from mmicl_kernels.ops.shifted_attention.visibility import Visibility
-
-_OPTIONS = (
-    "float scale, float? softcap, bool causal, int? window, SymInt? q_start, Tensor? q_starts,"
-    " Tensor? kv_start, Tensor? kv_end, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " Tensor? adapter_ids, bool all_keys"
-)
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor shift"
-
-torch.library.define("mmicl::shifted_attention_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    "mmicl::shifted_attention_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor gate_lse, bool need_dqkv,"
-    f" {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
 
-class Options(NamedTuple):
-    """The arguments of the operators that are not differentiated, in the order of their schema."""
+def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``lse``, ``gate_lse`` and ``lse_low`` of ``new_results``, for stacked ``parameters``.
 
-    scale: float
-    softcap: float | None
-    causal: bool
-    window: int | None
-    q_start: int | None
-    q_starts: Tensor | None
-    kv_start: Tensor | None
-    kv_end: Tensor | None
-    mask: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    adapter_ids: Tensor | None
-    all_keys: bool
-
-    @property
-    def visibility(self) -> Visibility:
-        q_start = self.q_start if self.q_starts is None else self.q_starts
-        return Visibility(self.causal, self.window, q_start, self.kv_start, self.kv_end, self.mask)
-
-    def sequences(self) -> list[tuple[slice, slice, "Options"]]:
-        """Rows of queries and keys, and options, of every packed sequence; one of all if not packed."""
-        if self.cu_seqlens_q is None:
-            return [(slice(None), slice(None), self)]
-        starts_q, starts_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
-        dense = self._replace(cu_seqlens_q=None, cu_seqlens_k=None)
-        ids = self.adapter_ids
-        return [
-            (
-                slice(starts_q[n], starts_q[n + 1]),
-                slice(starts_k[n], starts_k[n + 1]),
-                dense._replace(adapter_ids=None if ids is None else ids[n : n + 1]),
-            )
-            for n in range(len(starts_q) - 1)
-        ]
+    ``lse_low`` is 0: stock kernels do not say what rounding took, and ``_stock`` recovers it where it matters.
+    """
+    part = _forward if options.cu_seqlens_q is None else _packed_forward
+    out, lse, gate_lse = part(q, k, v, parameters, options)
+    is_added = options.mask is not None and options.mask.is_floating_point()
+    return out, lse, gate_lse, torch.zeros_like(lse) if is_added else lse.new_empty(0)
 
 
-def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
-    options = Options(*options)
-    forward = _forward if options.cu_seqlens_q is None else _packed_forward
-    with no_autocast(q.device):
-        return forward(q, k, v, stacked_parameters(q, weight, bias, shift), options)
+def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+    """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters.
 
-
-torch.library.impl("mmicl::shifted_attention_fwd", ("cpu", "cuda"), _shifted_attention_fwd)
-
-
-@torch.library.register_fake("mmicl::shifted_attention_fwd")
-def _shifted_attention_fwd_fake(q, k, v, weight, bias, shift, *options):
-    acc = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(q.shape[:3], dtype=acc)
-    gate_lse = torch.empty_like(lse) if Options(*options).all_keys else lse.new_empty(0)
-    return new_output(q), lse, gate_lse
-
-
-def _shifted_attention_bwd(dout, dlse, out, lse, gate_lse, need_dqkv, q, k, v, *rest):
-    weight, bias, shift, *options = rest
-    options = Options(*options)
-    backward = _backward if options.cu_seqlens_q is None else _packed_backward
-    results = (out, lse, gate_lse if options.all_keys else lse)
-    with no_autocast(q.device):
-        parameters = stacked_parameters(q, weight, bias, shift)
-        dqkv, grads = backward(dout, dlse, results, need_dqkv, (q, k, v), parameters, options)
-    return *dqkv, *parameter_grads(grads, weight, bias, shift)
-
-
-torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"), _shifted_attention_bwd)
-
-
-@torch.library.register_fake("mmicl::shifted_attention_bwd")
-def _shifted_attention_bwd_fake(dout, dlse, out, lse, gate_lse, need_dqkv, q, k, v, *rest):
-    dqkv = (new_output(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
-    return *dqkv, *(x.new_empty(x.shape) for x in rest[:3])
+    ``results`` are those of the forward, with lse in place of an empty gate_lse.
+    """
+    part = _backward if options.cu_seqlens_q is None else _packed_backward
+    return part(dout, dlse, results[:3], need_dqkv, qkv, parameters, options)
 
 
 def _forward(q, k, v, parameters, options: Options):
@@ -129,7 +53,7 @@ def _forward(q, k, v, parameters, options: Options):
 
 
 def _packed_forward(q, k, v, parameters, options: Options):
-    out, lse, gate_lse = _shifted_attention_fwd_fake(q, k, v, *parameters, *options)
+    out, lse, gate_lse, _ = new_results(q, options)
     for rows, keys, sequence in options.sequences():
         results = _forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], parameters, sequence)
         out[:, :, rows], lse[:, :, rows] = results[:2]
@@ -139,7 +63,6 @@ def _packed_forward(q, k, v, parameters, options: Options):
 
 
 def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
-    """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters."""
     q, k, v = qkv
     out, lse, gate_lse = results
     shift_kernels = kernels("composed", q.device)
@@ -198,52 +121,3 @@ def _add_lse_grad(kernel, dlse, lse, q, k, dq, dk) -> None:
 def _head_major(x: Tensor) -> Tensor:
     """``x`` itself if its ``transpose(1, 2)`` is contiguous, else a copy that is."""
     return x if x.transpose(1, 2).is_contiguous() else new_output(x).copy_(x)
-
-
-# The overload itself: finding it by name takes as long as the shift of a decoded token.
-_fwd_op = torch.ops.mmicl.shifted_attention_fwd.default
-
-
-class _ShiftedAttentionFunction(torch.autograd.Function):
-    # The options travel as one argument: apply() binds every argument by name, which is slow.
-    @staticmethod
-    def forward(q, k, v, weight, bias, shift, options):
-        return _fwd_op(q, k, v, weight, bias, shift, *options)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *qkv_parameters, options = inputs
-        out, lse, gate_lse = output
-        ctx.mark_non_differentiable(gate_lse)
-        ctx.set_materialize_grads(False)
-        tensors = {name: x for name, x in options._asdict().items() if isinstance(x, Tensor)}
-        ctx.options, ctx.tensor_options = options._replace(**dict.fromkeys(tensors)), list(tensors)
-        ctx.save_for_backward(out, lse, gate_lse, *qkv_parameters, *tensors.values())
-
-    @staticmethod
-    @refuse_double_backward("shifted_attention")
-    def backward(ctx, dout, dlse, _):
-        out, lse, gate_lse, *inputs = ctx.saved_tensors
-        options = ctx.options._replace(**dict(zip(ctx.tensor_options, inputs[6:], strict=True)))
-        dout = torch.zeros_like(out) if dout is None else last_dim_contiguous(dout)
-        need_dqkv = any(ctx.needs_input_grad[:3])
-        grads = torch.ops.mmicl.shifted_attention_bwd(
-            dout, dlse, out, lse, gate_lse, need_dqkv, *inputs[:6], *options
-        )
-        dqkv = grads[:3] if need_dqkv else (None, None, None)
-        return *dqkv, *grads[3:], None
-
-    vmap = staticmethod(refuse_vmap("shifted_attention"))
-
-
-# apply() asks for the signature at every call; making it takes longer than the shift of 256 tokens.
-_ShiftedAttentionFunction.forward.__signature__ = inspect.signature(_ShiftedAttentionFunction.forward)
-torch.library.register_vmap("mmicl::shifted_attention_fwd", refuse_vmap("shifted_attention"))
-
-
-def shifted_attention_composed(q, k, v, weight, bias, shift, options: Options) -> tuple[Tensor, Tensor]:
-    """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` for checked arguments."""
-    inputs = (q, k, v, weight, bias, shift)
-    if needs_grad(*inputs):
-        return _ShiftedAttentionFunction.apply(*inputs, options)[:2]
-    return _fwd_op(*inputs, *options)[:2]

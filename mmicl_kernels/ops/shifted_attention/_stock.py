@@ -33,9 +33,14 @@ class StockAttention(NamedTuple):
         """``out [B, H, T, D]`` and ``lse [B, H, T]``; 0 and -inf for a query that sees no key."""
         if self.num_keys < k.shape[2]:
             k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
-        out, lse = self.fwd(q, k, v, self.causal, self.bias, self.scale)
+        bias = _finite_in_base_2(self.bias) if self.additive and q.is_cuda else self.bias
+        out, lse = self.fwd(q, k, v, self.causal, bias, self.scale)
         if self.bias is not None:
-            blind = self.bias.amax(-1) == -torch.inf
+            best = self.bias.amax(-1).to(lse.dtype)
+            if self.additive:
+                # There lse is the best value; a kernel that computes in base 2 returns a rounding of it.
+                lse = torch.where(_swallows(best), best, lse)
+            blind = best == -torch.inf
             lse = lse.masked_fill(blind, -torch.inf)
             out = out.masked_fill_(blind[..., None], 0.0)
         return out, lse
@@ -56,14 +61,12 @@ class StockAttention(NamedTuple):
         return dq, dk, dv
 
     def _shares(self, lse: Tensor) -> Tensor:
-        """1, or 1 / n for a query whose n best keys all carry so low a value that lse rounds to it.
+        """1, or 1 / n for a query whose n best keys carry so low a value (finfo.min) that lse rounds to it.
 
-        HuggingFace's finfo.min in a whole row does. The kernel then recomputes ``exp(s - lse)`` as 1 for
-        each of them; gradients are linear in dout, so it can bring the missing factor.
+        The kernel then recomputes ``exp(s - lse) = 1`` for each; gradients are linear in dout.
         """
         ties = (self.bias == self.bias.amax(-1, keepdim=True)).sum(-1)
-        swallowed = torch.isfinite(lse) & (lse.abs() * torch.finfo(lse.dtype).eps > 1)
-        return torch.where(swallowed, ties.to(lse.dtype).reciprocal(), 1.0)
+        return torch.where(_swallows(lse), ties.to(lse.dtype).reciprocal(), 1.0)
 
 
 def attention_kernel(
@@ -79,16 +82,18 @@ def attention_kernel(
     foreign_mask = additive is not None and additive.dtype != q.dtype
     # Stock CPU flash divides by a zero size.
     empty = q.numel() == 0 or k.numel() == 0 or num_keys == 0
-    if softcap is not None or foreign_mask or empty:
+    # Stock kernels hide keys before they scale: -inf times a scale of 0 is NaN, times a negative one +inf.
+    # On CUDA they hide in this way what lies beyond the last key, too.
+    scales_up = scale > SMALLEST_SCALE
+    on_cpu = q.device.type == "cpu"
+    if softcap is not None or foreign_mask or empty or not (scales_up or on_cpu):
         return BlockwiseAttention(scale, softcap, given)
 
     visibility = visibility.first_keys(num_keys)
-    # Stock kernels hide keys before they scale: -inf times a scale of 0 is NaN, times a negative one +inf.
-    scales_up = scale > SMALLEST_SCALE
-    aligned = num_keys == T or q.device.type == "cpu"
-    causal = visibility.is_top_left_causal() and aligned and scales_up
+    # Only at equal lengths do CUDA kernels agree on which corner causal starts from.
+    causal = visibility.is_top_left_causal() and (num_keys == T or on_cpu) and scales_up
     bias = None if causal else _bias(visibility, q, num_keys)
-    kernel = _select(q, bias)
+    kernel = _select(q, bias, num_keys)
     if kernel is None:
         return BlockwiseAttention(scale, softcap, given)
     return StockAttention(*kernel, num_keys, causal, bias, scale, additive is not None)
@@ -106,20 +111,51 @@ def _bias(visibility: Visibility, q: Tensor, S: int) -> Tensor | None:
     return bias.expand(*bias.shape[:2], T, S)
 
 
-def _select(q: Tensor, bias: Tensor | None) -> tuple[Callable, Callable] | None:
+def _swallows(x: Tensor) -> Tensor:
+    """Where a finite value is so large that a score added to it vanishes in rounding."""
+    return torch.isfinite(x) & (x.abs() * torch.finfo(x.dtype).eps > 1)
+
+
+def _finite_in_base_2(bias: Tensor) -> Tensor:
+    """finfo.min times log2(e) is -inf, and a row of it would see no key: half of it does the same."""
+    lowest = max(torch.finfo(torch.float32).min / 2, torch.finfo(bias.dtype).min)
+    return torch.where(bias == -torch.inf, bias, bias.clamp(min=lowest))
+
+
+def _select(q: Tensor, bias: Tensor | None, num_keys: int) -> tuple[Callable, Callable] | None:
     """Forward and backward of the fastest stock kernel that takes these inputs and returns its lse."""
+    D = q.shape[-1]
     if q.device.type == "cpu":
         return _cpu_flash_fwd, _cpu_flash_bwd
-    if q.device.type != "cuda" or q.dtype == torch.float64 or q.shape[-1] % 8 != 0:
+    if q.device.type != "cuda" or q.dtype == torch.float64 or D % 8 != 0:
         return None
-    if q.dtype == torch.float32:
-        return _efficient_fwd, _efficient_bwd
-    hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    if hopper and q.shape[-1] <= 128 and torch.backends.cudnn.is_available():
-        return _cudnn_fwd, _cudnn_bwd
-    if bias is None and q.shape[-1] <= 256:
-        return _flash_fwd, _flash_bwd
+    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if q.dtype == torch.bfloat16 and not ampere:
+        return None
+    if q.dtype != torch.float32 and bias is None and ampere:
+        if _cudnn_comes_first(q, num_keys):
+            return _cudnn_fwd, _cudnn_bwd
+        # Between these, consumer cards have no flash backward.
+        if D <= 192 or 224 < D <= 256:
+            return _flash_fwd, _flash_bwd
     return _efficient_fwd, _efficient_bwd
+
+
+def _cudnn_comes_first(q: Tensor, num_keys: int) -> bool:
+    """PyTorch's own rule (sdp_utils.cpp), but never for one query or with a bias.
+
+    There a low lse makes its backward NaN (cudnn-frontend issue 1072, pytorch issue 196678).
+    """
+    strict = torch.are_deterministic_algorithms_enabled()
+    strict = strict and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return (
+        torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+        and (torch.backends.cudnn.version() or 0) > 91500  # before, lengths that 128 does not divide fault
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not strict
+        and q.shape[-1] <= 128
+        and min(q.shape[-2], num_keys) > 1
+    )
 
 
 def _cpu_flash_fwd(q, k, v, causal, bias, scale):
@@ -133,37 +169,42 @@ def _cpu_flash_bwd(dout, q, k, v, out, lse, causal, bias, scale):
 
 
 def _cudnn_fwd(q, k, v, causal, bias, scale):
-    out, lse = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, _expanded_bias(bias, q), True, 0.0, causal, False, scale=scale
-    )[:2]
+    options = (bias, True, 0.0, causal, False)
+    out, lse = aten._scaled_dot_product_cudnn_attention(*map(_aligned, (q, k, v)), *options, scale=scale)[:2]
     return out, lse.reshape(q.shape[:3])
 
 
 def _cudnn_bwd(dout, q, k, v, out, lse, causal, bias, scale):
-    T, S = q.shape[2], k.shape[2]
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    (B, H, T, _), S = q.shape, k.shape[2]
+    seed = lse.new_empty((), dtype=torch.int64)  # read with dropout alone
+    dout, q, k, v = map(_aligned, (dout, q, k, v))
+    # PyTorch keeps cuDNN's plans by the strides of q, k and v alone, so another layout of out or dout
+    # under the same key would be misread in silence; later versions demand q's layout of both.
+    dout, q, out = (_heads_last(x) for x in (dout, q, out))
+    k, v = (x if x.is_contiguous() else _heads_last(x) for x in (k, v))
     return aten._scaled_dot_product_cudnn_attention_backward(
-        *(dout, q, k, v, out, lse[..., None].contiguous(), seed, seed, _expanded_bias(bias, q)),
-        *(None, None, T, S, 0.0, causal),
+        *(dout, q, k, v, out, lse.flatten().view(B, H, T, 1), seed, seed),
+        *(bias, None, None, T, S, 0.0, causal),
         scale=scale,
     )
 
 
 def _flash_fwd(q, k, v, causal, bias, scale):
+    q, k, v = map(_aligned, (q, k, v))
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
 
 
 def _flash_bwd(dout, q, k, v, out, lse, causal, bias, scale):
-    T, S = q.shape[2], k.shape[2]
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    T, S, seed = q.shape[2], k.shape[2], lse.new_empty((), dtype=torch.int64)
+    dout, q, k, v = map(_aligned, (dout, q, k, v))
     return aten._scaled_dot_product_flash_attention_backward(
-        *(dout, q, k, v, out, lse.contiguous(), None, None, T, S, 0.0, causal, seed, seed[:1]),
+        *(dout, q, k, v, out, lse.contiguous(), None, None, T, S, 0.0, causal, seed, seed),
         scale=scale,
     )
 
 
 def _efficient_fwd(q, k, v, causal, bias, scale):
-    k, v = all_heads(k, q), all_heads(v, q)
+    q, k, v = map(_aligned, (q, all_heads(k, q), all_heads(v, q)))
     out, lse = aten._scaled_dot_product_efficient_attention(
         q, k, v, _aligned_bias(bias, q), True, 0.0, causal, scale=scale
     )[:2]
@@ -171,26 +212,38 @@ def _efficient_fwd(q, k, v, causal, bias, scale):
 
 
 def _efficient_bwd(dout, q, k, v, out, lse, causal, bias, scale):
-    T = q.shape[2]
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    # The kernel reads lse rows padded to a multiple of 32; +inf there makes their probabilities 0.
-    lse = F.pad(lse, (0, -T % 32), value=torch.inf)
+    G, seed = k.shape[1], lse.new_empty((), dtype=torch.int64)
+    dout, q, k, v = map(_aligned, (dout, q, all_heads(k, q), all_heads(v, q)))
+    # The kernel takes out's rows to be H * D apart whatever its strides are, and reads lse rows padded to
+    # a multiple of 32: +inf there makes their probabilities 0.
+    lse = F.pad(lse, (0, -q.shape[2] % 32), value=torch.inf)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        *(dout, q, all_heads(k, q), all_heads(v, q), _aligned_bias(bias, q)),
-        *(out, lse, seed, seed, 0.0, [True, True, True, False], causal),
+        *(dout, q, k, v, _aligned_bias(bias, q), _heads_last(out), lse, seed, seed),
+        *(0.0, [True, True, True, False], causal),
         scale=scale,
     )
-    G = k.shape[1]
-    return dq, dk.unflatten(1, (G, -1)).sum(2), dv.unflatten(1, (G, -1)).sum(2)
+    return dq, *(x if x.shape[1] == G else x.unflatten(1, (G, -1)).sum(2) for x in (dk, dv))
 
 
-def _expanded_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if bias is None else bias.expand(*q.shape[:3], -1)
+def _heads_last(x: Tensor) -> Tensor:
+    """``x`` with exactly the strides of a ``[B, T, H, D]``, sizes of 1 included; a copy if need be."""
+    B, H, T, D = x.shape
+    return x.transpose(1, 2).reshape(-1).view(B, T, H, D).transpose(1, 2)
+
+
+def _aligned(x: Tensor, may_repeat: bool = False) -> Tensor:
+    """``x``, copied where its rows do not start at 16 bytes, or repeat: CUDA kernels load vectors."""
+    unit, steps = 16 // x.element_size(), x.stride()[:-1]
+    rows = all(step % unit == 0 for step in steps) and (may_repeat or 0 not in steps)
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and rows:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _aligned_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """Rows padded to 8 elements: the efficient kernel needs 16-byte rows."""
+    """``[B, H, T, S]`` for the efficient kernel, which needs rows at 16 bytes; they may repeat."""
     if bias is None:
         return None
     S = bias.shape[-1]
-    return F.pad(bias, (0, -S % 8))[..., :S].expand(*q.shape[:3], -1)
+    bias = F.pad(bias, (0, -S % 8))[..., :S] if S % 8 else _aligned(bias, may_repeat=True)
+    return bias.expand(*q.shape[:3], S)

@@ -15,12 +15,14 @@ from mmicl_kernels.ops._checks import (
     check_same_device,
     check_shift,
 )
-from mmicl_kernels.ops._impl import resolve
-from mmicl_kernels.ops.shifted_attention._composed import Options, shifted_attention_composed
+from mmicl_kernels.ops._impl import require_triton, resolve
+from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
+from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
+from mmicl_kernels.ops.shifted_attention.options import Options
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
 
 NORMALIZERS = ("visible", "all_keys")
-IMPLEMENTATIONS = ("reference", "composed")
+IMPLEMENTATIONS = ("auto", "reference", "composed", "triton")
 
 
 def shifted_attention(
@@ -79,8 +81,8 @@ def shifted_attention(
             the gate's) runs over all ``j < kv_end``, whatever is hidden. A token's shift then depends
             on keys after it, so prefill and decode disagree; needed for official checkpoints.
         return_lse: also return the softmax's lse, differentiable.
-        impl: "reference", "composed" or "auto". "composed" loops over packed sequences, and reads
-            ``cu_seqlens`` on the host.
+        impl: "reference"; "composed", which loops over packed sequences and reads ``cu_seqlens`` on the
+            host; "triton", one pass on CUDA for fp16, bf16 and fp32 with D <= 256; or "auto".
 
     Returns:
         ``out [B, H, T, D]`` in q's dtype, ``out.transpose(1, 2)`` contiguous; with ``return_lse`` also
@@ -111,11 +113,13 @@ def shifted_attention(
         mask=_checked_mask(mask, q, k),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
         adapter_ids=None if adapter_ids is None else adapter_ids.int(),
         all_keys=normalizer == "all_keys",
+        impl=resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention"),
     )
-    impl = resolve(impl, IMPLEMENTATIONS, "composed", "shifted_attention")
-    if impl == "reference":
+    if options.impl == "reference":
         out, lse = shifted_attention_reference(
             q, k, v, weight, bias, shift,
             scale=options.scale, softcap=softcap, visibility=options.visibility,
@@ -123,8 +127,19 @@ def shifted_attention(
             adapter_ids=adapter_ids, normalizer=normalizer,
         )  # fmt: skip
     else:
-        out, lse = shifted_attention_composed(q, k, v, weight, bias, shift, options)
+        if options.impl == "triton":
+            _check_triton(q)
+        out, lse = shifted_attention_op(q, k, v, weight, bias, shift, options)
     return (out, lse) if return_lse else out
+
+
+def _check_triton(q: Tensor) -> None:
+    if q.dtype == torch.float64 or q.shape[-1] > MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"impl='triton' has no {q.dtype} with head dim {q.shape[-1]}, only fp16, bf16 and fp32 up to "
+            f"{MAX_HEAD_DIM}; use impl='composed'"
+        )
+    require_triton(q.device)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

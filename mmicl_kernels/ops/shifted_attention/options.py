@@ -1,0 +1,62 @@
+"""The arguments of ``shifted_attention`` that are not differentiated."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.ops.attention_shift._composed import new_output
+from mmicl_kernels.ops.shifted_attention.visibility import Visibility
+
+
+class Options(NamedTuple):
+    """In the order of the operators' schema: plain values and tensors only."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    window: int | None
+    q_start: int | None
+    q_starts: Tensor | None
+    kv_start: Tensor | None
+    kv_end: Tensor | None
+    mask: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    adapter_ids: Tensor | None
+    all_keys: bool
+    impl: str
+
+    @property
+    def visibility(self) -> Visibility:
+        q_start = self.q_start if self.q_starts is None else self.q_starts
+        return Visibility(self.causal, self.window, q_start, self.kv_start, self.kv_end, self.mask)
+
+    def sequences(self) -> list[tuple[slice, slice, "Options"]]:
+        """Rows of queries and keys, and options, of every packed sequence; one of all if not packed."""
+        if self.cu_seqlens_q is None:
+            return [(slice(None), slice(None), self)]
+        starts_q, starts_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
+        dense = self._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+        ids = self.adapter_ids
+        return [
+            (
+                slice(starts_q[n], starts_q[n + 1]),
+                slice(starts_k[n], starts_k[n + 1]),
+                dense._replace(adapter_ids=None if ids is None else ids[n : n + 1]),
+            )
+            for n in range(len(starts_q) - 1)
+        ]
+
+
+def new_results(q: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised ``out``, ``lse``, ``gate_lse`` (empty but for all_keys) and ``lse_low``.
+
+    ``lse_low`` is what rounding took from lse where a mask is added to the scores; empty elsewhere.
+    """
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    is_added = options.mask is not None and options.mask.is_floating_point()
+    gate_lse = torch.empty_like(lse) if options.all_keys else lse.new_empty(0)
+    return new_output(q), lse, gate_lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
