@@ -47,10 +47,10 @@ gpu-test:
 	  exit $$status; } 2>&1 | tee $(OUT)/gpu_tests.log
 
 gpu-ops:
-	$(LIMIT) 525 $(PYTHON) -m benchmarks.run --op all --device cuda --budget 500 --out $(OUT)
+	$(LIMIT) 525 $(PYTHON) -m benchmarks.run --op all --device cuda --budget 430 --out $(OUT)
 
 gpu-e2e:
-	$(LIMIT) 525 $(PYTHON) -m benchmarks.e2e --size real --device cuda --budget 480 --out $(OUT)
+	$(LIMIT) 525 $(PYTHON) -m benchmarks.e2e.run --size real --device cuda --budget 480 --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache

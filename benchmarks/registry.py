@@ -1,12 +1,13 @@
 """What is measured: for every op its cases, inputs, least work, and who takes part on which device."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
+from benchmarks import residual_peers, shapes
 from benchmarks.attention_peers import (
     BACKENDS,
     WITH_LSE,
@@ -20,8 +21,9 @@ from benchmarks.attention_peers import (
 from benchmarks.peers import plain_attention, published_shifted_attention
 from benchmarks.shapes import Case
 from benchmarks.timing import Function
-from benchmarks.values import Part, attention_parts, shift_parts
-from mmicl_kernels.ops import attention_shift, shifted_attention
+from benchmarks.values import Part, attention_parts, residual_parts, shift_parts
+from mmicl_kernels.ops import attention_shift, residual_shift, residual_shift_rms_norm, shifted_attention
+from mmicl_kernels.testing.budgets import eager_residual_shift, eager_residual_shift_rms_norm
 from mmicl_kernels.testing.inputs import (
     attention_shift_inputs,
     normal,
@@ -270,4 +272,117 @@ ATTENTION_SHIFT = OpSpec(
     share=0.12,
 )
 
-OPS = {spec.name: spec for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT)}
+# ---- residual_shift, with and without LIVE's norm, and residual_shift_rms_norm ----
+
+
+def _bound(fn: Callable[..., Tensor | tuple[Tensor, ...]], num_inputs: int) -> Provider:
+    """A provider from a function of the first ``num_inputs``; the others are gradients of its outputs."""
+
+    def bind(case: Case, inputs: Inputs) -> Function:
+        arguments, douts = inputs[:num_inputs], inputs[num_inputs:]
+        if not case.backward:
+            return lambda: fn(*arguments)
+        return lambda: torch.autograd.grad(fn(*arguments), arguments, douts, allow_unused=True)
+
+    return bind
+
+
+def _compiled_bound(fn: Callable[..., Tensor | tuple[Tensor, ...]], num_inputs: int) -> Provider:
+    return lambda case, inputs: _bound(torch.compile(fn, dynamic=False), num_inputs)(case, inputs)
+
+
+def _hidden(count: int, case: Case, device: str) -> list[Tensor]:
+    shape = (case.B, case.T, case.H * case.D)
+    return [torch.randn(shape, dtype=case.torch_dtype, device=device) for _ in range(count)]
+
+
+def _residual_inputs(case: Case, device: str, normed: bool) -> Inputs:
+    """``x, vector, scale``, or with ``normed`` ``x, residual, vector, scale, weight``; then the gradients."""
+    torch.manual_seed(0)
+    C = case.H * case.D
+    tokens = _hidden(4 if normed else 2, case, device)
+    vector, scale = torch.randn(C, device=device), torch.full((), 0.1, device=device)
+    if normed:
+        weight = torch.randn(C, dtype=case.torch_dtype, device=device)
+        inputs, douts = (*tokens[:2], vector, scale, weight), tokens[2:]
+    else:
+        inputs, douts = (tokens[0], vector, scale), tokens[1:]
+    return *(x.requires_grad_(case.backward) for x in inputs), *douts
+
+
+# Forward and backward: how often the op reads or writes a tensor like x. Without the norm dx is dout.
+_PASSES = {
+    "residual_shift": (2, 1),
+    "residual_shift_preserve_norm": (2, 3),
+    "residual_shift_rms_norm": (4, 4),
+}
+
+
+def _residual_spec(name: str, op: Callable[..., Tensor], formula: Callable, eager: Callable) -> OpSpec:
+    normed = name.endswith("rms_norm")
+    num_inputs = 5 if normed else 3
+
+    def count_bytes(case: Case) -> int:
+        tokens = case.B * case.T
+        forward, backward = (
+            tokens * (passes * case.H * case.D * case.torch_dtype.itemsize + 4 * normed)
+            for passes in _PASSES[name]
+        )
+        return forward + backward * case.backward
+
+    def memcpy(case: Case, inputs: Inputs) -> Function:
+        half = torch.zeros(2, count_bytes(case) // 2, dtype=torch.uint8, device=inputs[0].device)
+        return lambda: half[1].copy_(half[0])
+
+    def lineup(cases: tuple[Case, ...], impls: tuple[str, ...], others: Mapping[str, Provider]) -> Lineup:
+        return Lineup(
+            cases=cases,
+            providers={
+                "memcpy": memcpy,
+                "formula": _bound(formula, num_inputs),
+                "compiled": _compiled_bound(formula, num_inputs),
+                **others,
+                **{impl: _bound(functools.partial(op, impl=impl), num_inputs) for impl in impls},
+            },
+            floors=("memcpy",),
+            others=("formula", "compiled", *others),
+            stock=("formula", "compiled"),
+            ours=impls,
+        )
+
+    liger = {"liger": _bound(residual_peers.liger, num_inputs)} if normed else {}
+    test = "residual_shift_rms_norm" if normed else "residual_shift"
+    return OpSpec(
+        name=name,
+        tests=(f"tests/ops/test_{test}.py",),
+        make_inputs=lambda case, device: _residual_inputs(case, device, normed),
+        bytes=count_bytes,
+        flops=lambda case: 2 * case.B * case.T * case.H * case.D,
+        parts=lambda case, inputs: residual_parts(op, eager, case.backward, inputs, num_inputs),
+        lineups={
+            "cpu": lineup(shapes.CPU_RESIDUAL, ("composed",), {}),
+            "cuda": lineup(shapes.CUDA_RESIDUAL, OURS, liger),
+        },
+        share=0.06,
+    )
+
+
+_preserving = functools.partial(residual_shift, preserve_norm=True)
+_normed = functools.partial(residual_shift_rms_norm, eps=residual_peers.EPS)
+RESIDUAL_SHIFT = (
+    _residual_spec("residual_shift", residual_shift, residual_peers.added, eager_residual_shift),
+    _residual_spec(
+        "residual_shift_preserve_norm",
+        _preserving,
+        residual_peers.added_with_norm,
+        functools.partial(eager_residual_shift, preserve_norm=True),
+    ),
+    _residual_spec(
+        "residual_shift_rms_norm",
+        _normed,
+        residual_peers.added_and_normed,
+        functools.partial(eager_residual_shift_rms_norm, eps=residual_peers.EPS),
+    ),
+)
+
+OPS = {spec.name: spec for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT, *RESIDUAL_SHIFT)}

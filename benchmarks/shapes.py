@@ -72,6 +72,11 @@ CPU_ATTENTION = tuple(
     for backward, dtype, T in product((False, True), DTYPES, LENGTHS)
 )
 CPU_SHIFT = tuple(Case(B=1, H=8, G=8, T=T, S=T, D=128, dtype=dtype) for dtype, T in product(DTYPES, LENGTHS))
+# Hidden states are [B, T, H * D].
+CPU_RESIDUAL = tuple(
+    Case(B=1, H=32, G=32, T=T, S=T, D=128, dtype=dtype, backward=backward)
+    for backward, dtype, T in product((False, True), DTYPES, (128, 512))
+)
 
 _K = 1024
 # What targets are set for comes first, then every model, then the long tail of batches and lengths.
@@ -127,4 +132,12 @@ CUDA_SHIFT = (
     prefill(SMOLVLM, 4 * _K),
     prefill(PHI, 4 * _K),
     prefill(IDEFICS2, 2 * _K, B=8),
+)
+
+CUDA_RESIDUAL = (
+    *(prefill(IDEFICS2, T, backward=backward) for T in (4 * _K, 16 * _K) for backward in (False, True)),
+    *(Case(B=B, H=32, G=8, T=1, S=_K, D=128, dtype="bfloat16", model=IDEFICS2) for B in (1, 64)),
+    prefill(SMOLVLM, 8 * _K),
+    training(QWEN, 8 * _K),
+    training(IDEFICS2, 512, B=8),
 )

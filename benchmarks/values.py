@@ -5,6 +5,7 @@ and last queries of the first and the last key/value head (the last in the last 
 overflows first), for gradients everything that belongs to these two heads.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from mmicl_kernels.testing.budgets import (
     eager_attention_shift,
     eager_shifted_attention,
     gradients,
+    product_error,
 )
 
 ROWS = 128  # queries in a part of a forward
@@ -75,6 +77,43 @@ def shift_parts(case: Case, inputs: Inputs) -> list[Part]:
             exact = attention_shift(*(x.double() for x in part), impl="reference")
             parts.append(Part(f"out[{b}, :, {rows.start}:{rows.stop}]", 0, index, low, exact))
     return parts
+
+
+def residual_parts(op: Op, eager: Op, backward: bool, inputs: Inputs, num_inputs: int) -> list[Part]:
+    """Of a residual op: rows of its outputs, or its gradients. Gradients of its outputs end ``inputs``."""
+    inputs = [x.detach() for x in inputs]
+    arguments, douts = inputs[:num_inputs], inputs[num_inputs:]
+    exact = functools.partial(op, impl="reference")
+    if backward:
+        low = gradients(eager, arguments, douts)[1]
+        wide = gradients(exact, [x.double() for x in arguments], [x.double() for x in douts])[1]
+        parts = []
+        for number, (a, b) in enumerate(zip(low, wide, strict=True)):
+            # The scale's gradient is one number, which can come out exact by luck.
+            lows = a if a.dim() > 0 else (a, b + _scale_error(arguments, low, wide))
+            parts.append(Part(f"gradient {number}", number, (...,), lows, b))
+        return parts
+    parts = []
+    B, T = inputs[0].shape[:2]
+    for b in dict.fromkeys((0, B - 1)):
+        for rows in _corner_rows(T):
+            index = (slice(b, b + 1), rows)
+            block = [x[index] if x.dim() == 3 else x for x in arguments]
+            low, wide = eager(*block), exact(*(x.double() for x in block))
+            for number, (a, w) in enumerate(zip(_tuple(low), _tuple(wide), strict=True)):
+                parts.append(Part(f"output {number}[{b}, {rows.start}:{rows.stop}]", number, index, a, w))
+    return parts
+
+
+def _scale_error(arguments: Inputs, low: Inputs, wide: Inputs) -> float:
+    """What the error of the vector's gradient makes of the scale's, which is a product with the vector."""
+    vector, scale = arguments[-3:-1] if arguments[-1].dim() == 1 else arguments[-2:]
+    number = next(i for i, x in enumerate(arguments) if x is vector)
+    return product_error(float(_relative_error(low[number], wide[number])), wide[number] / scale, vector)
+
+
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _output_part(case: Case, inputs: Inputs, b: int, g: int, rows: slice) -> Part:

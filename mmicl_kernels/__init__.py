@@ -14,11 +14,17 @@ _LAZY = {
     "Handle": "mmicl_kernels.integration",
     "UnsupportedModelError": "mmicl_kernels.integration",
     "save_official": "mmicl_kernels.library",
+    "VLibrary": "mmicl_kernels.library",
     "MimICConfig": "mmicl_kernels.methods",
     "MimICAdapter": "mmicl_kernels.methods",
     "CheckpointError": "mmicl_kernels.methods",
     "AttentionShift": "mmicl_kernels.modules",
+    "ResidualShift": "mmicl_kernels.modules",
     "ShiftedAttention": "mmicl_kernels.modules",
+    "M2IVConfig": "mmicl_kernels.methods",
+    "M2IVAdapter": "mmicl_kernels.methods",
+    "LIVEConfig": "mmicl_kernels.methods",
+    "LIVEAdapter": "mmicl_kernels.methods",
 }
 
 __all__ = ["__version__", *_LAZY]

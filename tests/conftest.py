@@ -68,19 +68,29 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call_device_function
 
 _IMPLS = ["triton"] if INTERPRETED else ["reference", "composed", "composed_without_extension"]
+_IMPLS += ["triton"] if _CUDA and not INTERPRETED else []
 
 
-@pytest.fixture(params=_IMPLS + (["triton"] if _CUDA and not INTERPRETED else []))
+@pytest.fixture(params=_IMPLS)
 def impl(request, monkeypatch):
     """The implementations of every op that run in this process."""
+    return _implementation(request, monkeypatch)
+
+
+@pytest.fixture(params=[name for name in _IMPLS if name != "reference"])
+def operator(request, monkeypatch):
+    """Those that autograd sees as one operator with a backward of its own."""
+    return _implementation(request, monkeypatch)
+
+
+def _implementation(request, monkeypatch):
+    on_cpu = "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"
     if request.param == "composed_without_extension":
+        if not on_cpu:
+            pytest.skip("the C++ extension is for CPU tensors")
         monkeypatch.setattr(_extension, "load", lambda: False)
-    elif request.param == "composed" and not _extension.load():
+    elif request.param == "composed" and on_cpu and not _extension.load():
         pytest.skip("the C++ extension is not built")
-    elif request.param == "triton" and not INTERPRETED and _runs_on_cpu(request):
+    elif request.param == "triton" and not INTERPRETED and on_cpu:
         pytest.skip("Triton's kernels run on CPU tensors in the interpreter alone")
     return request.param.removesuffix("_without_extension")
-
-
-def _runs_on_cpu(request):
-    return "device" not in request.fixturenames or request.getfixturevalue("device") == "cpu"

@@ -42,6 +42,11 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
     return found
 
 
+def is_triton(path: Path) -> bool:
+    """A file of Triton kernels: ``_triton.py``, or one of a package of that name."""
+    return any(part.startswith("_triton") for part in path.relative_to(PACKAGE).with_suffix("").parts)
+
+
 def parsed(path: Path) -> set[str]:
     return imports(ast.parse(path.read_text()), name_of(path), path.name == "__init__.py")
 
@@ -75,25 +80,25 @@ def test_every_folder_is_a_layer():
 def test_ops_and_modules_need_torch_alone(path):
     outside = {name.split(".")[0] for name in parsed(path)} - {"mmicl_kernels"}
     foreign = outside - {"torch", *sys.stdlib_module_names}
-    allowed = {"triton"} if path.stem.startswith("_triton") else set()
+    allowed = {"triton"} if is_triton(path) else set()
     assert foreign <= allowed, f"{name_of(path)} imports {sorted(foreign - allowed)}"
 
 
 @pytest.mark.parametrize("path", [x for x in FILES if layer_of(name_of(x)) in TORCH_ALONE], ids=name_of)
 def test_triton_files_are_imported_inside_functions(path):
     """Importing an op must not import Triton."""
-    if path.stem.startswith("_triton"):
+    if is_triton(path):
         return
     tree = ast.parse(path.read_text())
     top_level = ast.Module([x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)], [])
     names = imports(top_level, name_of(path), path.name == "__init__.py")
-    assert not [name for name in names if "_triton" in name.split(".")[-2:]]
+    assert not [name for name in names if "_triton" in name.split(".")]
 
 
 def test_layers_that_hold_models_name_no_foreign_package_but_theirs():
     allowed = {
         "methods": {"safetensors"},
-        "library": {"safetensors"},
+        "library": {"safetensors", "huggingface_hub"},
         "integration": {"transformers"},
         "training": {"tqdm"},
     }
@@ -130,5 +135,5 @@ def test_sizes(path):
             length = node.end_lineno - node.lineno + 1
             if ast.get_docstring(node) is not None:
                 length -= node.body[0].end_lineno - node.body[0].lineno + 1
-            kernel = path.stem.startswith("_triton") and node.name.endswith("_kernel")
+            kernel = is_triton(path) and node.name.endswith("_kernel")
             assert length < (150 if kernel else MAX_FUNCTION_LINES), f"{node.name} has {length} lines"

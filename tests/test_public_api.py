@@ -17,8 +17,12 @@ SIGNATURES = {
     "cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, adapter_ids=None, normalizer='visible', "
     "return_lse=False, impl='auto')",
     "ops.attention_shift": "(out, lse, q, weight, bias, shift, *, adapter_ids=None, impl='auto')",
+    "ops.residual_shift": "(x, vector, scale=1.0, *, preserve_norm=False, adapter_ids=None, strengths=None, "
+    "impl='auto')",
+    "ops.residual_shift_rms_norm": "(x, residual, vector, scale, norm_weight, *, eps, weight_offset=0.0, "
+    "adapter_ids=None, impl='auto')",
     "create": "(model, config)",
-    "attach": "(model, adapter, *, impl='auto', slots=8)",
+    "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0)",
     "load": "(folder, model)",
     "load_official": "(path, model)",
     "save_official": "(adapter, path)",
@@ -34,6 +38,7 @@ SIGNATURES = {
     "Handle.detach": "(self)",
     "Handle.__enter__": "(self)",
     "AttentionShift.forward": "(self, out, lse, q, *, impl='auto')",
+    "ResidualShift.forward": "(self, x, *, impl='auto')",
     "ShiftedAttention.forward": "(self, q, k, v, *, mask=None, causal=False, window=None, softcap=None, "
     "scale=None, normalizer='visible', impl='auto')",
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "attention_shift.h"
+#include "residual_shift.h"
 
 namespace mmicl {
 namespace {
@@ -50,6 +51,15 @@ const AttentionShiftKernels& attention_shift_kernels(ElementType type) {
   if (chosen() == kAvx2) return kAttentionShiftAvx2[i];
 #endif
   return kAttentionShiftBaseline[i];
+}
+
+const ResidualShiftKernels& residual_shift_kernels(ElementType type) {
+  const int i = static_cast<int>(type);
+#if defined(__x86_64__)
+  if (chosen() == kAvx512) return kResidualShiftAvx512[i];
+  if (chosen() == kAvx2) return kResidualShiftAvx2[i];
+#endif
+  return kResidualShiftBaseline[i];
 }
 
 }  // namespace mmicl

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from mmicl_kernels.cli import library
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mmicl` with ``arguments`` (the process's by default) and return its exit code."""
@@ -16,12 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", default="demo", help="folder for demo.json and demo.png (default: demo)")
     demo.add_argument("--quick", action="store_true", help="few steps and samples, to see that it runs")
 
+    library.add_parser(commands)
+
     parsed = parser.parse_args(arguments)
     if parsed.command == "env":
         from mmicl_kernels.cli.env import report
 
         print(report())
         return 0
+    if parsed.command == "library":
+        return library.run(parsed)
     from mmicl_kernels.cli.demo import run
 
     return run(task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)

@@ -1,7 +1,8 @@
-"""HuggingFace models: where things are (anchors), how they are patched (attach)."""
+"""HuggingFace models: where things are (anchors), how they are patched (attention, residual, attach)."""
 
 from mmicl_kernels.integration.anchors import UnsupportedModelError
-from mmicl_kernels.integration.attach import Handle, attach
+from mmicl_kernels.integration.attach import attach
 from mmicl_kernels.integration.create import create, load, load_official
+from mmicl_kernels.integration.handle import Handle
 
 __all__ = ["Handle", "UnsupportedModelError", "attach", "create", "load", "load_official"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmicl_kernels.methods import Backbone
+from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
 
 
 class UnsupportedModelError(ValueError):
@@ -39,14 +39,22 @@ FINGERPRINT_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Anchor:
-    """One decoder layer: its index, the modules methods attach to, and its attention's geometry."""
+    """One decoder layer: its index, the modules methods attach to, and its attention's geometry.
+
+    What ``after_attention`` returns is added to the residual stream; ``layer`` returns the stream.
+    """
 
     index: int
     layer: nn.Module
     self_attn: nn.Module
+    after_attention: nn.Module
     mlp: nn.Module
     num_heads: int
     head_dim: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.self_attn.o_proj.weight.device
 
 
 def find_anchors(model: nn.Module) -> list[Anchor]:
@@ -91,6 +99,13 @@ def describe_backbone(model: nn.Module, anchors: list[Anchor]) -> Backbone:
     )
 
 
+def check_backbone(adapter: Adapter, backbone: Backbone) -> None:
+    """Raise CheckpointError unless ``adapter`` was made for ``backbone``."""
+    differences = adapter.backbone.differences(backbone)
+    if differences:
+        raise CheckpointError("the adapter belongs to another backbone: " + "; ".join(differences))
+
+
 def _anchor(index: int, layer: nn.Module, family: Family, family_name: str) -> Anchor:
     where = f"{family_name}: {family.layers}.{index}"
     attention = _child(layer, family.attention, where)
@@ -102,7 +117,20 @@ def _anchor(index: int, layer: nn.Module, family: Family, family_name: str) -> A
             f"{where}.{family.attention}.head_dim is {head_dim!r}, expected a divisor of "
             f"o_proj.in_features = {projection.in_features}"
         )
-    return Anchor(index, layer, attention, mlp, projection.in_features // head_dim, head_dim)
+    after = after_attention(layer, attention)
+    return Anchor(index, layer, attention, after, mlp, projection.in_features // head_dim, head_dim)
+
+
+def after_attention(layer: nn.Module, attention: nn.Module) -> nn.Module:
+    """The last module before the attention branch joins the residual stream.
+
+    GLM-4V and Gemma norm the branch first. A ``post_attention_layernorm`` is that norm only where the
+    MLP has one of its own; elsewhere it is the MLP's.
+    """
+    children = dict(layer.named_children())
+    if "post_self_attn_layernorm" in children:
+        return children["post_self_attn_layernorm"]
+    return children["post_attention_layernorm"] if "pre_feedforward_layernorm" in children else attention
 
 
 def _child(module: nn.Module, path: str, where: str) -> nn.Module:

@@ -4,13 +4,12 @@ import os
 
 from torch import nn
 
-from mmicl_kernels.integration.anchors import Anchor, describe_backbone, find_anchors
-from mmicl_kernels.integration.attach import check_backbone
+from mmicl_kernels.integration.anchors import Anchor, check_backbone, describe_backbone, find_anchors
 from mmicl_kernels.library import read_adapter, read_official
-from mmicl_kernels.methods import ADAPTERS, Adapter, MimICAdapter, MimICConfig
+from mmicl_kernels.methods import ADAPTERS, Adapter, LIVEConfig, M2IVConfig, MimICAdapter, MimICConfig
 
 
-def create(model: nn.Module, config: MimICConfig) -> Adapter:
+def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig) -> Adapter:
     """A freshly initialised adapter for ``model``, in fp32 on its devices, not attached.
 
     Raises:
@@ -48,5 +47,7 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
 
 def _place(adapter: Adapter, anchors: list[Anchor]) -> Adapter:
     for anchor in anchors:
-        adapter.layers[str(anchor.index)].to(anchor.self_attn.o_proj.weight.device)
+        adapter.layers[str(anchor.index)].to(anchor.device)
+    if isinstance(adapter, MimICAdapter) and adapter.config.ffn_shift:
+        adapter.ffn_shift.data = adapter.ffn_shift.data.to(anchors[0].device)
     return adapter

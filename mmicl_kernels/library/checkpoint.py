@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmicl_kernels.library.entry_file import read_all
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors, read_description, replacing
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
@@ -20,7 +21,12 @@ DAMAGED = (
 
 
 def read_adapter(folder: str | os.PathLike) -> Adapter:
-    """Read an adapter of any method. Raises as ``Adapter.from_pretrained``."""
+    """Read an adapter of any method, from its folder or from the file of a VLibrary's entry.
+
+    Raises as ``Adapter.from_pretrained``.
+    """
+    if Path(folder).is_file():
+        return read_all(Path(folder))[1]
     method = read_description(folder)["method"]
     if method not in ADAPTERS:
         raise CheckpointError(

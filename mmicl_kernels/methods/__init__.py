@@ -1,8 +1,24 @@
 """One folder per paper: what is chosen (config) and what is learned (adapter)."""
 
-from mmicl_kernels.methods.base import Adapter, Backbone, CheckpointError
+from mmicl_kernels.methods.base import Adapter, Backbone, CheckpointError, ResidualSite
+from mmicl_kernels.methods.live import LIVEAdapter, LIVEConfig
+from mmicl_kernels.methods.m2iv import M2IVAdapter, M2IVConfig
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
 
-ADAPTERS: dict[str, type[Adapter]] = {adapter.method: adapter for adapter in (MimICAdapter,)}
+ADAPTERS: dict[str, type[Adapter]] = {
+    adapter.method: adapter for adapter in (MimICAdapter, M2IVAdapter, LIVEAdapter)
+}
 
-__all__ = ["ADAPTERS", "Adapter", "Backbone", "CheckpointError", "MimICAdapter", "MimICConfig"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Backbone",
+    "CheckpointError",
+    "LIVEAdapter",
+    "LIVEConfig",
+    "M2IVAdapter",
+    "M2IVConfig",
+    "MimICAdapter",
+    "MimICConfig",
+    "ResidualSite",
+]

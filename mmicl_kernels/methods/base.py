@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
 
@@ -84,6 +84,18 @@ class Backbone:
         return cls(**{**data, "layers": layers, "fingerprint": fingerprint})
 
 
+@dataclass(frozen=True, order=True)
+class ResidualSite:
+    """Where in every decoder layer a method adds a vector to the residual stream, and how.
+
+    ``module`` is what the vector is added to: the output of "after_attention" (the last module before
+    the attention branch joins the stream), "mlp", or "layer". ``preserve_norm``: see ``ops.residual_shift``.
+    """
+
+    module: str
+    preserve_norm: bool
+
+
 class Adapter(nn.Module):
     """Parameters of one method for one backbone, in ``layers``, keyed by decoder layer index.
 
@@ -102,6 +114,15 @@ class Adapter(nn.Module):
     @staticmethod
     def tensor_shapes(config: Any, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the state dict, known without allocating it."""
+        raise NotImplementedError
+
+    @property
+    def residual_sites(self) -> tuple[ResidualSite, ...]:
+        """Where the adapter shifts the residual stream; nowhere, unless a method says otherwise."""
+        return ()
+
+    def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor | float]:
+        """The vector ``[C]`` and the scale ``[]`` of layer ``index`` at one of ``residual_sites``."""
         raise NotImplementedError
 
     def num_parameters(self) -> int:
@@ -240,3 +261,24 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink()
         raise
+
+
+def check_non_negative(config: Any, *names: str) -> None:
+    """Raise ValueError unless the fields ``names`` are finite numbers of at least 0."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number of at least 0")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError unless the fields ``names`` are finite numbers above 0."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number above 0")
+
+
+def check_count(config: Any, name: str) -> None:
+    """Raise ValueError unless the field ``name`` is an integer of at least 1."""
+    value = getattr(config, name)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")

@@ -142,6 +142,7 @@ def eager_shifted_attention(
         ids = None if adapter_ids is None else adapter_ids[:, None].expand(B, T)
     else:
         cached, visible, ids = _packed(T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids)
+    cached, visible = cached.to(q.device), visible.to(q.device)
 
     keys, values = (x[:, :, None].expand(B, G, H // G, S, D).flatten(1, 2) for x in (k, v))
     scores = (q @ keys.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)
@@ -221,3 +222,61 @@ def _token_shape(q: Tensor) -> tuple[int, ...]:
 
 def _acc(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def eager_residual_shift(
+    x: Tensor,
+    vector: Tensor,
+    scale: Tensor,
+    strengths: Tensor | None = None,
+    *,
+    adapter_ids: Tensor | None = None,
+    preserve_norm: bool = False,
+) -> Tensor:
+    """:func:`mmicl_kernels.ops.residual_shift` without upcasting, with autograd, row by row of the batch."""
+    entries = [_row_entry(x, vector, scale, strengths, adapter_ids, b) for b in range(x.shape[0])]
+    y = x + torch.stack(entries)[:, None]
+    if not preserve_norm:
+        return y
+    return y * (_lengths(x) / _lengths(y)).to(x.dtype)
+
+
+def _row_entry(x, vector, scale, strengths, adapter_ids, b: int) -> Tensor:
+    if adapter_ids is None:
+        return (scale * vector).to(x.dtype)
+    total = 0 * (scale.sum() * vector.sum(0))
+    for k, a in enumerate(adapter_ids[b].reshape(-1).tolist()):
+        strength = 1 if strengths is None else strengths[b].reshape(-1)[k]
+        if a >= 0:
+            total = total + strength * scale.expand(len(vector))[a] * vector[a]
+    return total.to(x.dtype)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_acc(x))
+
+
+def eager_residual_shift_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    vector: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    adapter_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mmicl_kernels.ops.residual_shift_rms_norm` as a model computes it, every step rounded."""
+    h = residual + eager_residual_shift(x, vector, scale, adapter_ids=adapter_ids)
+    n = h.to(_acc(h))
+    n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + eps)
+    return n.to(h.dtype) * (weight_offset + norm_weight).to(h.dtype), h
+
+
+def product_error(factor_error: float, a: Tensor, b: Tensor) -> float:
+    """Two standard deviations of ``a.b`` where ``a`` has a relative error of random signs, ``factor_error``.
+
+    For single numbers, which can come out exact by luck in the eager form while their factors do not.
+    """
+    return 2 * factor_error * float(a.norm() * b.norm()) / a.numel() ** 0.5

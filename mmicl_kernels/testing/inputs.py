@@ -114,3 +114,43 @@ def output_gradients(
     acc = torch.promote_types(dtype, torch.float32)
     dout = normal(B, H, T, D, dtype=dtype, device=device, seed=30 + seed)
     return dout, normal(B, H, T, dtype=acc, device=device, seed=31 + seed)
+
+
+def residual_shift_inputs(
+    B: int = 2,
+    T: int = 13,
+    C: int = 40,
+    *,
+    adapters: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    layout: str = "dense",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [B, T, C]``, ``vector [C]`` or ``[A, C]``, ``scale []`` or ``[A]``.
+
+    Args:
+        layout: of x: "dense"; "tokens_first", a transposed ``[T, B, C]``; "sliced", a window of a larger
+            buffer whose rows start at odd offsets; "expanded", one batch row seen B times (stride 0).
+    """
+    stack = () if adapters is None else (adapters,)
+    parameter_dtype = parameter_dtype or torch.promote_types(dtype, torch.float32)
+    x = hidden_states(B, T, C, dtype=dtype, device=device, layout=layout, seed=40 + seed)
+    vector = normal(*stack, C, dtype=parameter_dtype, device=device, seed=41 + seed)
+    scale = 0.5 + normal(*stack or (1,), dtype=torch.float64, seed=42 + seed).abs().reshape(stack)
+    return x, vector, scale.to(dtype=parameter_dtype, device=device)
+
+
+def hidden_states(
+    B: int, T: int, C: int, *, dtype: torch.dtype, device: str = "cpu", layout: str = "dense", seed: int = 0
+) -> Tensor:
+    """``[B, T, C]`` in one of the layouts of :func:`residual_shift_inputs`."""
+    options = {"dtype": dtype, "device": device, "seed": seed}
+    if layout == "tokens_first":
+        return normal(T, B, C, **options).transpose(0, 1)
+    if layout == "sliced":
+        return normal(B, T + 3, C + 6, **options)[:, 2 : T + 2, 3 : C + 3]
+    if layout == "expanded":
+        return normal(1, T, C, **options).expand(B, T, C)
+    return normal(B, T, C, **options)

@@ -17,9 +17,11 @@ pytest.importorskip("transformers")
 
 from torch._dynamo.utils import counters
 
-from benchmarks import e2e, e2e_check, e2e_report
-from benchmarks.e2e_decoding import NEW_TOKENS, Beams, Compiled, Eager, Graph, Stopwatch
-from benchmarks.e2e_models import SIZES, Prompt, Subject, build_model, prompt_inputs, random_adapter
+from benchmarks.e2e import check as e2e_check
+from benchmarks.e2e import report as e2e_report
+from benchmarks.e2e import run as e2e
+from benchmarks.e2e.decoding import NEW_TOKENS, Beams, Compiled, Eager, Graph, Stopwatch
+from benchmarks.e2e.models import SIZES, Prompt, Subject, build_model, prompt_inputs, random_adapter
 from mmicl_kernels.testing.budgets import assert_within_budget
 
 ROOT = Path(__file__).parents[2]
@@ -352,7 +354,8 @@ def test_make_gpu(stage, tmp_path):
     command = ["make", "-n", "gpu", f"STAGE={stage}", f"OUT={tmp_path}/out"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     modules = re.findall(r"python3 -m (\S+)", printed)
-    assert modules == {"test": ["pytest"] * 2, "ops": ["benchmarks.run"], "e2e": ["benchmarks.e2e"]}[stage]
+    expected = {"test": ["pytest"] * 2, "ops": ["benchmarks.run"], "e2e": ["benchmarks.e2e.run"]}
+    assert modules == expected[stage]
     limits = [int(limit) for limit in re.findall(r"timeout \S+ \S+ (\d+) ", printed)]
     graces = [int(grace) for grace in re.findall(r"--kill-after=(\d+)", printed)]
     assert len(limits) == len(modules) and sum(limits) + sum(graces) <= 540

@@ -11,6 +11,7 @@ pytest.importorskip("rich")
 
 from benchmarks import attention_peers, registry, report, run, shapes, timing
 from benchmarks.peers import plain_attention, published, published_shifted_attention
+from benchmarks.values import find_fault
 from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.testing.budgets import assert_within_budget, eager_shifted_attention, gradients
 from mmicl_kernels.testing.inputs import (
@@ -142,7 +143,40 @@ def test_interleaved_samples():
     assert (slow.low, slow.high) == pytest.approx((2.8, 33.2))
 
 
-@pytest.mark.parametrize("name", registry.OPS)
+@pytest.mark.parametrize("name", [spec.name for spec in registry.RESIDUAL_SHIFT])
+def test_work_of_the_residual_ops_is_counted(name):
+    """A forward reads and writes what comes in and goes out; dx is dout where the norm is not preserved."""
+    spec = registry.OPS[name]
+    case = dataclasses.replace(spec.lineups["cpu"].cases[0], backward=True)
+    inputs = spec.make_inputs(case, "cpu")
+    nbytes = inputs[0].nbytes
+    passes, rows = {
+        "residual_shift": ((2, 1), 0),
+        "residual_shift_preserve_norm": ((2, 3), 0),
+        "residual_shift_rms_norm": ((4, 4), 4 * case.B * case.T),
+    }[name]
+    forward = dataclasses.replace(case, backward=False)
+    assert spec.bytes(forward) == passes[0] * nbytes + rows
+    assert spec.bytes(case) == sum(passes) * nbytes + 2 * rows
+    assert spec.flops(case) == 2 * inputs[0].numel()
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in registry.RESIDUAL_SHIFT])
+@pytest.mark.parametrize("backward", (False, True))
+def test_residual_providers_have_no_fault(name, backward):
+    spec, lineup = registry.OPS[name], registry.OPS[name].lineups["cpu"]
+    case = shapes.Case(B=2, H=2, G=2, T=40, S=40, D=32, dtype="float32", backward=backward)
+    inputs = spec.make_inputs(case, "cpu")
+    parts = spec.parts(case, inputs)
+    assert len(parts) >= (3 if backward else 2)
+    for provider in ("formula", "composed"):
+        outputs = lineup.providers[provider](case, inputs)()
+        assert find_fault(parts, outputs) is None, provider
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        assert find_fault(parts, tuple(1.01 * x for x in outputs)) is not None
+
+
+@pytest.mark.parametrize("name", ("shifted_attention", "attention_shift"))
 def test_work_is_counted(name):
     spec = registry.OPS[name]
     case = spec.lineups["cpu"].cases[0]

@@ -14,6 +14,7 @@ from published import (
     random_adapter,
     text_config,
 )
+from snapshots import assert_same_objects, changes, snapshot, used_model
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.gemma import GemmaConfig
@@ -26,40 +27,6 @@ from mmicl_kernels.testing.tiny_models import TEXT, TINY_MODELS, VISION, tiny_in
 @pytest.fixture(params=TINY_MODELS)
 def model(request):
     return used_model(request.param)
-
-
-def used_model(name):
-    """transformers installs hooks of its own in the first forward."""
-    model = tiny_model(name)
-    logits(model, tiny_inputs(model))
-    return model
-
-
-WRITTEN_BY_FORWARD = ("rope_deltas",)  # by Qwen2.5-VL, attached or not
-
-
-def snapshot(model):
-    """Every attribute of every module and config, by identity."""
-    objects = dict(model.named_modules())
-    configs = {
-        f"{name}.config": module.config for name, module in objects.items() if hasattr(module, "config")
-    }
-    state = {}
-    for name, thing in {**objects, **configs}.items():
-        for key, value in getattr(thing, "__dict__", {}).items():
-            state[name, key] = value
-            if isinstance(value, dict):
-                state.update({(name, key, inner): x for inner, x in value.items()})
-    return state
-
-
-def assert_same_objects(after, before):
-    assert after.keys() == before.keys()
-    assert changes(after, before) == []
-
-
-def changes(after, before):
-    return [key for key in before if after[key] is not before[key] and key[1] not in WRITTEN_BY_FORWARD]
 
 
 def test_detach_restores_everything(model):
@@ -383,10 +350,6 @@ def of_other_geometry():
     return random_adapter(model)
 
 
-def with_ffn_shift():
-    return random_adapter(tiny_model("llava-llama"), ffn_shift=True)
-
-
 def on_meta():
     return random_adapter(tiny_model("llava-llama")).to("meta")
 
@@ -397,7 +360,6 @@ def on_meta():
         (of_other_weights, mk.CheckpointError, "weights are not those"),
         (of_other_class, mk.CheckpointError, "text_model_type is 'qwen2' in the adapter and 'llama'"),
         (of_other_geometry, mk.CheckpointError, "layers is"),
-        (with_ffn_shift, NotImplementedError, "ffn_shift"),
         (on_meta, ValueError, "on meta, expected cpu"),
         (lambda: nn.Linear(2, 2), TypeError, "expected an Adapter or a dict"),
         (lambda: "adapter", TypeError, "'adapter', expected an Adapter"),

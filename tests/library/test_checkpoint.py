@@ -109,13 +109,6 @@ def test_official_acts(model, tmp_path):
         assert not torch.equal(actual, model(**inputs).logits)
 
 
-def test_ffn_shift_is_not_applied_silently(model, tmp_path):
-    torch.save(official(ffn_shift=True), tmp_path / "encoder.pth")
-    adapter = mk.load_official(tmp_path / "encoder.pth", model)
-    with pytest.raises(NotImplementedError, match="ffn_shift"):
-        mk.attach(model, adapter)
-
-
 def test_export_of_another_gate_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="normalizer is 'visible'.*'all_keys'"):
         mk.save_official(mk.create(model, mk.MimICConfig()), tmp_path / "x.pth")

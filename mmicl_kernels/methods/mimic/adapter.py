@@ -1,19 +1,22 @@
 """The parameters of MimIC: one attention shift per decoder layer."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import Adapter, Backbone
+from mmicl_kernels.methods.base import Adapter, Backbone, ResidualSite
 from mmicl_kernels.methods.mimic.config import MimICConfig
 from mmicl_kernels.modules import AttentionShift
 from mmicl_kernels.modules.attention_shift import SHIFT_STD
+
+FFN_SITE = ResidualSite("mlp", preserve_norm=True)
 
 
 class MimICAdapter(Adapter):
     """``layers["0"].weight, .bias, .shift`` and so on: ``[H, D]``, ``[H]``, ``[H, D]`` of that layer.
 
     Initialised as in the paper: 263,168 parameters for 32 layers of 32 heads of 128. Layers may differ
-    in heads and head dim. ``ffn_shift [L, C]`` exists only with ``config.ffn_shift``.
+    in heads and head dim. ``ffn_shift [L, C]`` exists only with ``config.ffn_shift``; as in the official
+    code it is added to the MLP's output, whose norm is kept.
     """
 
     method = "mimic"
@@ -37,3 +40,10 @@ class MimICAdapter(Adapter):
         if config.ffn_shift:
             shapes["ffn_shift"] = (len(backbone.layers), backbone.hidden_size)
         return shapes
+
+    @property
+    def residual_sites(self) -> tuple[ResidualSite, ...]:
+        return (FFN_SITE,) if self.config.ffn_shift else ()
+
+    def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, float]:
+        return self.ffn_shift[list(self.layers).index(index)], 1.0

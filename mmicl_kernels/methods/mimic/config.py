@@ -16,7 +16,7 @@ class MimICConfig:
         align: module whose output is aligned with the teacher's: "mlp" (official code), "self_attn",
             or "layer" (the residual stream after the layer).
         align_weight, ce_weight: weights of the alignment and of the answer's cross-entropy.
-        ffn_shift: whether the checkpoint carries the official code's optional MLP shift.
+        ffn_shift: whether there is the official code's optional shift of the MLP's output, norm kept.
     """
 
     normalizer: str = "visible"

@@ -130,7 +130,8 @@ def _rows(stacked: Tensor, adapter_ids: Tensor | None, B: int = 1) -> Tensor:
     """The parameters of every batch row; ``[1, ...]`` broadcasts where all rows share them."""
     if adapter_ids is None:
         return stacked.expand(B, *stacked.shape[1:])
-    return stacked[adapter_ids.clamp(min=0).long()]
+    inactive = (adapter_ids < 0).view(-1, *[1] * (stacked.dim() - 1))
+    return stacked[adapter_ids.clamp(min=0).long()].masked_fill(inactive, 0.0)
 
 
 def _sum_rows(per_row: Tensor, adapter_ids: Tensor | None, stacked: Tensor) -> Tensor:

@@ -133,8 +133,8 @@ def attention_shift_fwd_kernel(
     i_a = _adapter(adapter_ids, s_ids, i_b)
     i_ah = tl.maximum(i_a, 0) * H + i_h
     # [BD]
-    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
-    b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d, other=0.0)
+    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
+    b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
     # [BT]
     b_logit = tl.sum(b_q * b_weight[None, :], 1) + tl.load(bias + i_ah)
     b_mu, _ = gate(b_logit, b_lse, i_a)
@@ -198,8 +198,8 @@ def attention_shift_bwd_kernel(
     i_a = _adapter(adapter_ids, s_ids, i_b)
     i_ah = tl.maximum(i_a, 0) * H + i_h
     # [BD]
-    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
-    b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d, other=0.0)
+    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
+    b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
     b_bias = tl.load(bias + i_ah)
 
     # Summed over rows at the end alone: a sum across warps in every step would cost more than the step.
@@ -244,6 +244,7 @@ def attention_shift_bwd_kernel(
             b_delta = tl.sum(b_dout * b_out, 1)
             if dlse is not None:
                 b_delta -= tl.load(dlse + (i_x * H + i_h) * N + o_t, mask=m_t, other=0.0)
+            b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
             tl.store(delta + (i_x * H + i_h) * N + o_t, b_delta, mask=m_t)
         if base is not None:
             tl.store(base + o_new, b_out.to(base.dtype.element_ty), mask=m_td)
@@ -324,12 +325,13 @@ def add_gate_grad_kernel(
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     m_t, m_d = o_t < T, o_d < D
     m_td = m_t[:, None] & m_d[None, :]
-    i_ah = tl.maximum(_adapter(adapter_ids, s_ids, i_b), 0) * H + i_h
+    i_a = _adapter(adapter_ids, s_ids, i_b)
+    i_ah = tl.maximum(i_a, 0) * H + i_h
     p_dq = _rows(dq, s_dq_b, s_dq_h, s_dq_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
     # [BT]
     b_dg = tl.load(_rows(dg, s_dg_b, s_dg_h, s_dg_t, i_b, i_h, o_t), mask=m_t, other=0.0)
     # [BD]
-    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d, other=0.0)
+    b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
     # [BT, BD]
     b_dq = tl.load(p_dq, mask=m_td, other=0.0).to(b_dg.dtype) + b_dg[:, None] * b_weight[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_td)

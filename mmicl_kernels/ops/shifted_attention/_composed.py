@@ -14,7 +14,7 @@ from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, ``lse``, ``gate_lse`` and ``lse_low`` of ``new_results``, for stacked ``parameters``.
 
-    ``lse_low`` is 0: stock kernels do not say what rounding took, and ``_stock`` recovers it where it matters.
+    ``lse_low`` is 0: stock kernels do not say what rounding took; ``_stock`` recovers it where it matters.
     """
     part = _forward if options.cu_seqlens_q is None else _packed_forward
     out, lse, gate_lse = part(q, k, v, parameters, options)
@@ -79,7 +79,8 @@ def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options)
         gate = attention_kernel(q, k, options.scale, options.softcap, options.visibility.all_keys())
         _add_lse_grad(gate, -dg, gate_lse, q, k, dq, dk)
     if dlse is not None:
-        _add_lse_grad(kernel, dlse, lse, q, k, dq, dk)
+        # of a query that sees no key it may be NaN: the gradient of -inf through a torch.where
+        _add_lse_grad(kernel, dlse.masked_fill(lse == -torch.inf, 0.0), lse, q, k, dq, dk)
     shift_kernels.add_gate_grad_(dq, dg, parameters[0], options.adapter_ids)
     return [_head_major(x) for x in (dq, dk, dv)], dparameters
 

@@ -104,7 +104,8 @@ class _ShiftedAttentionFunction(torch.autograd.Function):
     @staticmethod
     @refuse_double_backward("shifted_attention")
     def backward(ctx, dout, dlse, *_):
-        results, inputs, tensors = ctx.saved_tensors[:4], ctx.saved_tensors[4:10], ctx.saved_tensors[10:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
+        results, inputs, tensors = saved[:4], saved[4:10], saved[10:]
         options = ctx.options._replace(**dict(zip(ctx.tensor_options, tensors, strict=True)))
         dout = torch.zeros_like(results[0]) if dout is None else last_dim_contiguous(dout)
         need_dqkv = any(ctx.needs_input_grad[:3])

@@ -16,11 +16,12 @@ from mmicl_kernels.ops._checks import (
     check_shift,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
+from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
 from mmicl_kernels.ops.shifted_attention.options import Options
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
 
+FARTHEST = 2**29  # of positions: their sums with lengths and windows must fit into int32
 NORMALIZERS = ("visible", "all_keys")
 IMPLEMENTATIONS = ("auto", "reference", "composed", "triton")
 
@@ -74,7 +75,8 @@ def shifted_attention(
         mask: bool (True keeps) or floating (added to the scores; only -inf hides), broadcastable to
             ``[B, H, T, S]``, without gradient.
         cu_seqlens_q, cu_seqlens_k: int32 ``[sequences + 1]``, packed sequences; causal is aligned to
-            each sequence's last key. max_seqlen_q, max_seqlen_k: their longest lengths, host ints.
+            each sequence's last key. max_seqlen_q, max_seqlen_k: their longest lengths, host ints; rows
+            beyond are left uninitialised on CUDA.
             Not together with ``mask``, ``q_start``, ``kv_start``, ``kv_end``.
         adapter_ids: int32 or int64 ``[B]`` (packed: ``[sequences]``); -1 is no shift.
         normalizer: "visible", or "all_keys" as the official MimIC code has it: the gate's lse (only
@@ -90,8 +92,9 @@ def shifted_attention(
 
     Raises:
         TypeError: a dtype. ValueError: a shape, stride, device, range or combination, or an unknown
-        ``normalizer`` or ``impl``. NotImplementedError: an ``impl`` this op does not have.
-        Ids and bounds are checked on CPU tensors only.
+        ``normalizer`` or ``impl``. NotImplementedError: an ``impl`` this op does not have, or not for these
+        inputs. RuntimeError: "triton" on CPU tensors without ``TRITON_INTERPRET=1``.
+        Ids, ``kv_start`` and ``kv_end`` are checked on CPU tensors only, ``q_start`` tensors never.
     """
     q, k, v = _autocast(q, k, v)
     sizes = _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q)
@@ -111,25 +114,18 @@ def shifted_attention(
         kv_start=kv_start,
         kv_end=kv_end,
         mask=_checked_mask(mask, q, k),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        adapter_ids=None if adapter_ids is None else adapter_ids.int(),
+        adapter_ids=None if adapter_ids is None else adapter_ids.int().contiguous(),
         all_keys=normalizer == "all_keys",
         impl=resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention"),
     )
-    if options.impl == "reference":
-        out, lse = shifted_attention_reference(
-            q, k, v, weight, bias, shift,
-            scale=options.scale, softcap=softcap, visibility=options.visibility,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            adapter_ids=adapter_ids, normalizer=normalizer,
-        )  # fmt: skip
-    else:
-        if options.impl == "triton":
-            _check_triton(q)
-        out, lse = shifted_attention_op(q, k, v, weight, bias, shift, options)
+    if options.impl == "triton":
+        _check_triton(q)
+    compute = shifted_attention_reference if options.impl == "reference" else shifted_attention_op
+    out, lse = compute(q, k, v, weight, bias, shift, options)
     return (out, lse) if return_lse else out
 
 
@@ -182,8 +178,8 @@ def _check_scalars(scale, causal, window, softcap, normalizer) -> None:
         raise TypeError(f"causal is {causal!r}, expected True or False")
     if scale is not None and not isinstance(scale, float | int):
         raise TypeError(f"scale is a {type(scale).__name__}, expected a number or None")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale!r}, expected a finite number or None")
+    if scale is not None and not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale is {scale!r}, expected a finite number of fp32 or None")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window is {window!r}, expected an int of at least 1 or None")
     if softcap is not None and not (isinstance(softcap, float | int) and 0 < softcap < math.inf):
@@ -193,7 +189,11 @@ def _check_scalars(scale, causal, window, softcap, normalizer) -> None:
 
 def _check_bounds(sizes: Sizes, q, q_start, kv_start, kv_end) -> None:
     for name, value in (("q_start", q_start), ("kv_start", kv_start), ("kv_end", kv_end)):
-        if value is None or (name == "q_start" and type(value) in (int, torch.SymInt)):
+        if value is None:
+            continue
+        if name == "q_start" and type(value) in (int, torch.SymInt):
+            if abs(value) > FARTHEST:
+                raise ValueError(f"q_start is {value}, expected a position within {FARTHEST} of 0")
             continue
         if not isinstance(value, Tensor):
             also = "an int, " if name == "q_start" else ""

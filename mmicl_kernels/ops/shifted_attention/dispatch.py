@@ -39,13 +39,14 @@ def choose(q: Tensor, k: Tensor, options: Options, training: bool) -> str:
     fits = q.dtype in (torch.float16, torch.bfloat16) and D <= MAX_HEAD_DIM
     if q.device.type != "cuda" or not HAS_TRITON or not fits:
         return "composed"
-    if not _is_stock(T, k.shape[2], options) or (T <= DECODE_QUERIES and not training):
-        return "triton"
     major = min(torch.cuda.get_device_capability(q.device)[0], 9)
     if major < 8:
         return "composed"
+    if not _is_stock(T, k.shape[2], options) or (T <= DECODE_QUERIES and not training):
+        return "triton"
     step = max(low for (_, low, _) in LONGEST_FUSED if low <= D)
-    return "triton" if T <= LONGEST_FUSED[major, step, training] else "composed"
+    longest = LONGEST_FUSED[major, step, training]
+    return "triton" if longest >= T else "composed"
 
 
 def _is_stock(T: int, S: int, options: Options) -> bool:

@@ -11,58 +11,41 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference
-from mmicl_kernels.ops.shifted_attention.visibility import Visibility, masked_softmax
+from mmicl_kernels.ops.shifted_attention.options import Options
+from mmicl_kernels.ops.shifted_attention.visibility import masked_softmax
 
 
 def shifted_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    visibility: Visibility,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    adapter_ids: Tensor | None,
-    normalizer: str,
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch form of :func:`mmicl_kernels.ops.shifted_attention`; returns ``(out, lse)``."""
-    if cu_seqlens_q is None:
-        out, lse = _dense(q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer)
-    else:
-        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        # The empty piece gives a batch of no sequences its shape.
-        acc = torch.promote_types(q.dtype, torch.float32)
-        pieces = [(q[:, :, :0], q[:, :, :0].sum(-1, dtype=acc))]
-        for n in range(len(starts_q) - 1):
-            rows = slice(starts_q[n], starts_q[n + 1])
-            keys = slice(starts_k[n], starts_k[n + 1])
-            ids = None if adapter_ids is None else adapter_ids[n : n + 1]
-            qkv = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-            pieces.append(_dense(*qkv, weight, bias, shift, scale, softcap, visibility, ids, normalizer))
-        out, lse = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
+    # The empty piece gives a batch of no sequences its shape.
+    acc = torch.promote_types(q.dtype, torch.float32)
+    pieces = [(q[:, :, :0], q[:, :, :0].sum(-1, dtype=acc))]
+    for rows, keys, sequence in options.sequences():
+        qkv = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        pieces.append(_dense(*qkv, weight, bias, shift, sequence))
+    out, lse = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-def _dense(q, k, v, weight, bias, shift, scale, softcap, visibility, adapter_ids, normalizer):
+def _dense(q, k, v, weight, bias, shift, options: Options) -> tuple[Tensor, Tensor]:
     acc = torch.promote_types(q.dtype, torch.float32)
     (T, S), groups = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
+    softcap, visibility = options.softcap, options.visibility
     with torch.autocast(q.device.type, enabled=False):
         k_acc = k.to(acc).repeat_interleave(groups, dim=1)
         v_acc = v.to(acc).repeat_interleave(groups, dim=1)
-        scores = scale * (q.to(acc) @ k_acc.transpose(-1, -2))
+        scores = options.scale * (q.to(acc) @ k_acc.transpose(-1, -2))
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
 
         keep = visibility.keep(T, S, q.device)
         probabilities, lse = masked_softmax(scores, keep, visibility.additive_mask())
         gate_lse = lse
-        if normalizer == "all_keys":
+        if options.all_keys:
             gate_lse = masked_softmax(scores, visibility.all_keys().keep(T, S, q.device), None)[1]
             gate_lse = gate_lse.masked_fill(lse == -torch.inf, -torch.inf)
-        out = attention_shift_reference(probabilities @ v_acc, gate_lse, q, weight, bias, shift, adapter_ids)
+        a = probabilities @ v_acc
+        out = attention_shift_reference(a, gate_lse, q, weight, bias, shift, options.adapter_ids)
     return out.to(q.dtype), lse

@@ -62,16 +62,18 @@ class Problem(NamedTuple):
             strides = mask.expand(q.shape[0], H, N, N_K).stride()
             mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
         added = mask is not None and mask.dtype != torch.uint8
-        exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        is_bounded = options.cu_seqlens_q is not None or options.kv_end is not None
+        is_special = mask is not None or options.softcap is not None or options.all_keys
+        exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         return Problem(
             *(B, H, G, T, S, N, N_K, D),
             causal=visibility.causal,
-            window=None if visibility.window is None else min(visibility.window, launch.FAR),
-            q_start=max(-launch.FAR, min(q_start, launch.FAR)) if isinstance(q_start, int) else None,
+            window=None if visibility.window is None else min(visibility.window, launch.WIDE),
+            q_start=q_start if isinstance(q_start, int) else None,
             mask=mask,
             mask_strides=strides,
             fold=options.scale > launch.SMALLEST_SCALE and options.softcap is None and not added,
-            is_general=mask is not None or options.softcap is not None or options.all_keys,
+            is_general=is_bounded or is_special,
             precision="ieee" if exact else "tf32",
         )
 
@@ -95,18 +97,18 @@ def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tens
         part_norms = part_acc.new_empty(4 if options.all_keys else 2, *part_acc.shape[:-1])
 
     tiles, use_tma = _tiles(config, BD, (k, config.BN), (v, config.BN))
-    shared = _or_none(options.adapter_ids), *results[:2], *map(_or_none, results[2:])
+    adapter_ids, saved = options.adapter_ids, (*results[:2], *map(_or_none, results[2:]))
     with torch.cuda.device_of(q):
         shifted_attention_fwd_kernel[(programs * splits,)](
-            q, *tiles, *parameters, *_visibility(problem, options), *shared, part_acc, part_norms,
+            q, *tiles, *parameters, *_visibility(problem, options), adapter_ids, *saved, part_acc, part_norms,
             *_strides(q, k, v), *problem.mask_strides,
             options.scale, options.softcap, problem.window, problem.q_start, B, H, T, S, N, splits,
             D, H // G, pack, problem.causal, options.all_keys, problem.fold, config.BM, config.BN, BD,
-            problem.precision, use_tma, num_warps=config.num_warps, num_stages=config.num_stages,
+            problem.precision, use_tma, **launch.options(config),
         )  # fmt: skip
         if splits > 1:
             shifted_attention_combine_kernel[(B * H * T,)](
-                part_acc, part_norms, q, *parameters, options.cu_seqlens_q, *shared, *_strides(q),
+                part_acc, part_norms, q, *parameters, adapter_ids, options.cu_seqlens_q, *saved, *_strides(q),
                 options.scale, B, H, T, N, splits,
                 D, pack, options.all_keys, problem.fold, triton.next_power_of_2(splits), BD,
                 num_warps=launch.COMBINE_WARPS,
@@ -145,7 +147,7 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
         shifted_attention_dq_kernel[(B * H * triton.cdiv(T, config.BM),)](
             *tiles, parameters[0], *rows, *visibility, options.adapter_ids, dqkv[0],
             *strides, *scalars, D, H // G, *constants, config.BM, config.BN, BD,
-            problem.precision, use_tma, num_warps=config.num_warps, num_stages=config.num_stages,
+            problem.precision, use_tma, **launch.options(config),
         )  # fmt: skip
         if B * S == 0 or k.numel() == 0:
             return dqkv, dparameters
@@ -159,7 +161,7 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
         shifted_attention_dkdv_kernel[(programs * (H // G) // heads,)](
             *tiles, *rows, *visibility, dk, dv,
             *strides, *scalars, N_K, D, H // G, heads, *constants, config.BM, config.BN, BD,
-            problem.precision, use_tma, num_warps=config.num_warps, num_stages=config.num_stages,
+            problem.precision, use_tma, **launch.options(config),
         )  # fmt: skip
     if heads < H // G:
         for total, part in zip(dqkv[1:], (dk, dv), strict=True):

@@ -12,9 +12,9 @@ import triton.language as tl
 
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     LOG2E,
+    add_mask,
     bounds,
     key_ranges,
-    load_mask,
     load_tile,
     query_ranges,
     scores,
@@ -50,7 +50,7 @@ def _probabilities(
 ):  # fmt: skip
     """Of scores, whichever way round the tile lies: what is a query's is 2-D like ``o_t``, ``o_n`` across."""
     if p_mask is not None:
-        b_s += load_mask(p_mask, s_mask_t, s_mask_n, o_t, o_n, n_q, n_k)
+        b_s = add_mask(b_s, p_mask, s_mask_t, s_mask_n, o_t, o_n, n_q, n_k)
     b_p = _exp(b_s, b_lse, b_low, unit, FOLD)
     if EDGE:
         b_p = tl.where(visible(o_t, o_n, position, first, end, window, CAUSAL), b_p, 0.0)
@@ -63,10 +63,7 @@ def _dscores(
     ALL_KEYS: tl.constexpr, GATE_ONLY: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the scaled scores."""
-    if GATE_ONLY:
-        b_ds = b_s * 0.0
-    else:
-        b_ds = b_p * (b_dp - b_delta)
+    b_ds = tl.zeros_like(b_s) if GATE_ONLY else b_p * (b_dp - b_delta)
     if ALL_KEYS:
         b_ds -= b_dg * tl.where(o_n < end, _exp(b_s, b_gate_lse, None, unit, FOLD), 0.0)
     if softcap is not None:
@@ -81,15 +78,15 @@ def _accumulate_dkdv(
     scale, softcap, window, unit,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, ALL_KEYS: tl.constexpr, GATE_ONLY: tl.constexpr,
     FOLD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Add what queries ``lo..hi`` of one head send to the keys ``o_n``."""
     for i_t in range(lo, hi, BM):
         o_t = i_t + tl.arange(0, BM)
         m_t = o_t < n_q
         # [BM, BD]
-        b_q = load_tile(q, i_x, i_h, row_q, s_q_t, i_t, n_q, D, BM, BD, TMA)
-        # [1, BM]
+        b_q = load_tile(q, i_x, i_h, row_q, s_q_t, i_t, n_q, D, BM, BD, TMA, True, PACKED and EDGE)
+        # [BM, 1]
         b_lse = _rows(lse, o_row + o_t, m_t, float("inf"))[:, None]
         b_delta = tl.load(delta + o_row + o_t, mask=m_t, other=0.0)[:, None]
         b_low, b_gate_lse, b_dg = None, None, None
@@ -98,7 +95,7 @@ def _accumulate_dkdv(
         if ALL_KEYS:
             b_gate_lse = _rows(gate_lse, o_row + o_t, m_t, float("inf"))[:, None]
             b_dg = tl.load(dg + o_row + o_t, mask=m_t, other=0.0)[:, None]
-        # [BN, BM]
+        # [BM, BN]
         b_s = scores(b_q, b_k, scale, softcap, FOLD, PRECISION)
         b_p, b_dp = None, None
         if not GATE_ONLY:
@@ -106,21 +103,20 @@ def _accumulate_dkdv(
                 b_s, b_lse, b_low, p_mask, s_mask_t, s_mask_n,
                 o_t[:, None], o_n[None, :], n_q, n_k, position, first, end, window, unit, CAUSAL, EDGE, FOLD,
             )  # fmt: skip
-            b_do = load_tile(dout, i_x, i_h, row_q, s_dout_t, i_t, n_q, D, BM, BD, TMA)
+            b_do = load_tile(dout, i_x, i_h, row_q, s_dout_t, i_t, n_q, D, BM, BD, TMA, True, PACKED and EDGE)
             # [BN, BD]; before the next product, so that fewer tiles live at once
             b_dv = tl.dot(tl.trans(b_p.to(b_do.dtype)), b_do, b_dv, input_precision=PRECISION)
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_ds = _dscores(
-            b_p, b_dp, b_delta, b_s, b_gate_lse, b_dg, o_n[None, :], end, softcap, unit, ALL_KEYS, GATE_ONLY, FOLD
-        )
+            b_p, b_dp, b_delta, b_s, b_gate_lse, b_dg, o_n[None, :], end, softcap, unit,
+            ALL_KEYS, GATE_ONLY, FOLD,
+        )  # fmt: skip
         # [BN, BD]
         b_dk = tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
-@triton.jit(
-    do_not_specialize=["scale", "softcap", "window", "q_start", "B", "H", "T", "S", "N", "N_K"]
-)
+@triton.jit(do_not_specialize=["scale", "softcap", "window", "q_start", "B", "H", "T", "S", "N", "N_K"])
 def shifted_attention_dkdv_kernel(
     q, k, v, dout, lse, lse_low, delta, gate_lse, dg,
     q_starts, kv_start, kv_end, mask, cu_seqlens_q, cu_seqlens_k, dk, dv,
@@ -136,6 +132,8 @@ def shifted_attention_dkdv_kernel(
     Stores ``dk, dv [B, N_K, H / HEADS, D]``; N, N_K: rows of q's and k's storage, S: keys of the longest
     sequence. Early keys come first: where causal, they have the most queries.
     """
+    PACKED: tl.constexpr = cu_seqlens_q is not None
+    BOUNDED: tl.constexpr = PACKED or kv_end is not None
     i_p, HP = tl.program_id(0), H // HEADS
     i_hp, i_b, i_n = i_p % HP, i_p // HP % B, i_p // HP // B
     row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
@@ -143,7 +141,7 @@ def shifted_attention_dkdv_kernel(
     if n_0 >= n_k:
         return
     position, first, end = bounds(q_start, q_starts, kv_start, kv_end, i_b, n_q, n_k)
-    lo, a, b, hi = query_ranges(first, end, position, n_0, n_q, window, CAUSAL, BM, BN)
+    lo, a, b, hi = query_ranges(first, end, position, n_0, n_q, window, CAUSAL, PACKED, BM, BN)
     i_x = i_b.to(tl.int64)
     if cu_seqlens_q is not None:
         i_x = i_x * 0
@@ -154,8 +152,8 @@ def shifted_attention_dkdv_kernel(
         p_k = k + i_x * s_k_b + i_g.to(tl.int64) * s_k_g
         p_v = v + i_x * s_v_b + i_g.to(tl.int64) * s_v_g
     # [BN, BD]
-    b_k = load_tile(p_k, i_x, i_g, row_k, s_k_t, n_0, n_k, D, BN, BD, TMA)
-    b_v = load_tile(p_v, i_x, i_g, row_k, s_v_t, n_0, n_k, D, BN, BD, TMA)
+    b_k = load_tile(p_k, i_x, i_g, row_k, s_k_t, n_0, end, D, BN, BD, TMA, True, BOUNDED)
+    b_v = load_tile(p_v, i_x, i_g, row_k, s_v_t, n_0, end, D, BN, BD, TMA, True, BOUNDED)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
     o_n, o_d = n_0 + tl.arange(0, BN), tl.arange(0, BD)
@@ -165,7 +163,7 @@ def shifted_attention_dkdv_kernel(
         unit = scale * LOG2E
     # Queries that see some of the keys, all, some; then those whose gate alone counts the keys.
     MASKED: tl.constexpr = mask is not None
-    RIGHT: tl.constexpr = not MASKED and window is not None
+    RIGHT: tl.constexpr = not MASKED and (window is not None or PACKED)
     if MASKED:
         a = hi
     starts, stops = (lo, a, b, 0, hi), (a, b, hi, lo, tl.cdiv(n_q, BM) * BM)
@@ -185,7 +183,7 @@ def shifted_attention_dkdv_kernel(
                     b_dk, b_dv, b_k, b_v, p_q, p_dout, lse, lse_low, delta, gate_lse, dg, p_mask,
                     s_q_t, s_dout_t, s_mask_t, s_mask_n, i_x, i_h, row_q, o_row, o_n, n_q, n_k,
                     position, first, end, starts[i_r], stops[i_r], scale, softcap, window, unit,
-                    CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BM, BD, PRECISION, TMA,
+                    CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BM, BD, PRECISION, TMA, PACKED,
                 )  # fmt: skip
 
     m_nd = (o_n < n_k)[:, None] & (o_d < D)[None, :]
@@ -201,13 +199,13 @@ def _accumulate_dq(
     scale, softcap, window, unit,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, ALL_KEYS: tl.constexpr, GATE_ONLY: tl.constexpr,
     FOLD: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add what keys ``lo..hi`` send to the queries ``o_t``."""
     for i_n in range(lo, hi, BN):
         o_n = i_n + tl.arange(0, BN)
         # [BN, BD]
-        b_k = load_tile(k, i_x, i_g, row_k, s_k_t, i_n, end, D, BN, BD, TMA)
+        b_k = load_tile(k, i_x, i_g, row_k, s_k_t, i_n, end, D, BN, BD, TMA, EDGE, BOUNDED)
         # [BM, BN]
         b_s = scores(b_q, b_k, scale, softcap, FOLD, PRECISION)
         b_p, b_dp = None, None
@@ -216,11 +214,12 @@ def _accumulate_dq(
                 b_s, b_lse, b_low, p_mask, s_mask_t, s_mask_n,
                 o_t, o_n[None, :], n_q, n_k, position, first, end, window, unit, CAUSAL, EDGE, FOLD,
             )  # fmt: skip
-            b_v = load_tile(v, i_x, i_g, row_k, s_v_t, i_n, end, D, BN, BD, TMA)
+            b_v = load_tile(v, i_x, i_g, row_k, s_v_t, i_n, end, D, BN, BD, TMA, EDGE, BOUNDED)
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_ds = _dscores(
-            b_p, b_dp, b_delta, b_s, b_gate_lse, b_dg, o_n[None, :], end, softcap, unit, ALL_KEYS, GATE_ONLY, FOLD
-        )
+            b_p, b_dp, b_delta, b_s, b_gate_lse, b_dg, o_n[None, :], end, softcap, unit,
+            ALL_KEYS, GATE_ONLY, FOLD,
+        )  # fmt: skip
         # [BM, BD]
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
@@ -238,6 +237,8 @@ def shifted_attention_dq_kernel(
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """A program owns BM queries of one head. Stores ``dq [B, N, H, D]``, the gate's part included."""
+    PACKED: tl.constexpr = cu_seqlens_q is not None
+    BOUNDED: tl.constexpr = PACKED or kv_end is not None
     i_p = tl.program_id(0)
     i_h, i_b = i_p % H, i_p // H % B
     i_t = tl.cdiv(T, BM) - 1 - i_p // H // B
@@ -257,8 +258,8 @@ def shifted_attention_dq_kernel(
         p_q = q + i_x * s_q_b + i_h.to(tl.int64) * s_q_h
         p_dout = dout + i_x * s_dout_b + i_h.to(tl.int64) * s_dout_h
     # [BM, BD]
-    b_q = load_tile(p_q, i_x, i_h, row_q, s_q_t, t_0, n_q, D, BM, BD, TMA)
-    b_do = load_tile(p_dout, i_x, i_h, row_q, s_dout_t, t_0, n_q, D, BM, BD, TMA)
+    b_q = load_tile(p_q, i_x, i_h, row_q, s_q_t, t_0, n_q, D, BM, BD, TMA, True, PACKED)
+    b_do = load_tile(p_dout, i_x, i_h, row_q, s_dout_t, t_0, n_q, D, BM, BD, TMA, True, PACKED)
     b_dq = tl.zeros([BM, BD], tl.float32)
     o_t, o_d = t_0 + tl.arange(0, BM), tl.arange(0, BD)
     m_t, o_row = o_t < n_q, (i_x * H + i_h) * N + row_q + o_t
@@ -291,14 +292,14 @@ def shifted_attention_dq_kernel(
                 b_dq, b_q, b_do, b_lse, b_low, b_delta, b_gate_lse, b_dg, p_k, p_v, p_mask,
                 s_k_t, s_v_t, s_mask_t, s_mask_n, i_x, i_g, row_k, o_t[:, None], n_q, n_k,
                 position, first, end, starts[i_r], stops[i_r], scale, softcap, window, unit,
-                CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BN, BD, PRECISION, TMA,
+                CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BN, BD, PRECISION, TMA, BOUNDED,
             )  # fmt: skip
 
     i_a = i_b * 0
     if adapter_ids is not None:
         i_a = tl.load(adapter_ids + i_b).to(tl.int64)
-    # dg is 0 in rows without an adapter
-    b_weight = tl.load(weight + (tl.maximum(i_a, 0) * H + i_h) * D + o_d, mask=o_d < D, other=0.0)
+    p_weight = weight + (tl.maximum(i_a, 0) * H + i_h) * D + o_d
+    b_weight = tl.load(p_weight, mask=(o_d < D) & (i_a >= 0), other=0.0)
     b_dq = b_dq * scale + b_dg * b_weight[None, :]
     p_dq = dq + (((i_x * N + row_q + o_t) * H + i_h) * D)[:, None] + o_d[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])

@@ -10,10 +10,10 @@ import triton.language as tl
 from mmicl_kernels.ops.attention_shift._triton import gate
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     LOG2E,
+    add_mask,
     bounds,
     exp_scores,
     key_ranges,
-    load_mask,
     load_tile,
     scores,
     sequence,
@@ -40,13 +40,13 @@ def _attend(
     scale, softcap, window, unit,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, ALL_KEYS: tl.constexpr, GATE_ONLY: tl.constexpr,
     FOLD: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys ``lo..hi``. Not EDGE: every row sees all of them. GATE_ONLY: no row sees any."""
     for i_n in range(lo, hi, BN):
         o_n = i_n + tl.arange(0, BN)
         # [BN, BD]
-        b_k = load_tile(k, i_b, i_g, row_k, s_k_t, i_n, end, D, BN, BD, TMA)
+        b_k = load_tile(k, i_b, i_g, row_k, s_k_t, i_n, end, D, BN, BD, TMA, EDGE, BOUNDED)
         # [BM, BN]
         b_s = scores(b_q, b_k, scale, softcap, FOLD, PRECISION)
         if ALL_KEYS:
@@ -57,10 +57,10 @@ def _attend(
                 m_s = visible(o_t, o_n[None, :], position, first, end, window, CAUSAL)
                 b_s = tl.where(m_s, b_s, float("-inf"))
             if p_mask is not None:
-                b_s += load_mask(p_mask, s_mask_t, s_mask_n, o_t, o_n[None, :], n_q, n_k)
+                b_s = add_mask(b_s, p_mask, s_mask_t, s_mask_n, o_t, o_n[None, :], n_q, n_k)
             b_m, b_l, b_p, b_factor = _accumulate(b_m, b_l, b_s, unit, FOLD)
             # [BN, BD]
-            b_v = load_tile(v, i_b, i_g, row_k, s_v_t, i_n, end, D, BN, BD, TMA)
+            b_v = load_tile(v, i_b, i_g, row_k, s_v_t, i_n, end, D, BN, BD, TMA, EDGE, BOUNDED)
             # [BM, BD]
             b_acc = b_acc * b_factor[:, None]
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
@@ -75,7 +75,8 @@ def _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D: tl.constexpr, BD
     if adapter_ids is not None:
         i_a = tl.load(adapter_ids + i_b).to(tl.int64)
     o_ah = (tl.maximum(i_a, 0) * H + o_h + tl.zeros([1], tl.int64))[:, None]
-    b_weight = tl.load(weight + o_ah * D + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+    m_d = (o_d < D)[None, :] & (i_a >= 0)
+    b_weight = tl.load(weight + o_ah * D + o_d[None, :], mask=m_d, other=0.0)
     b_logit = tl.sum(b_q.to(tl.float32) * b_weight, 1) + tl.sum(tl.load(bias + o_ah), 1)
     return b_logit, i_a, o_ah
 
@@ -99,7 +100,7 @@ def _finish(
         b_gate_lse = tl.where(m_blind, float("-inf"), b_gate_m * scale + tl.log(b_gate_l))
 
     # [1 or BM, BD]
-    b_shift = tl.load(shift + o_ah * D + o_d[None, :], mask=m_d[None, :], other=0.0)
+    b_shift = tl.load(shift + o_ah * D + o_d[None, :], mask=m_d[None, :] & (i_a >= 0), other=0.0)
     # [BM]
     b_mu, _ = gate(b_logit, b_gate_lse, i_a)
     # [BM, BD]
@@ -118,9 +119,7 @@ def _finish(
         tl.store(lse_low + o_lse, b_low, mask=m_t)
 
 
-@triton.jit(
-    do_not_specialize=["scale", "softcap", "window", "q_start", "T", "S", "H", "N", "B", "SPLITS"]
-)
+@triton.jit(do_not_specialize=["scale", "softcap", "window", "q_start", "T", "S", "H", "N", "B", "SPLITS"])
 def shifted_attention_fwd_kernel(
     q, k, v, weight, bias, shift,
     q_starts, kv_start, kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids,
@@ -203,6 +202,7 @@ def shifted_attention_fwd_kernel(
     b_gate_m, b_gate_l = b_m, b_l
     # Keys that some of the rows see, all see, some see; then those that the gate alone counts.
     MASKED: tl.constexpr = mask is not None
+    BOUNDED: tl.constexpr = cu_seqlens_q is not None or kv_end is not None
     LEFT: tl.constexpr = MASKED or (kv_start is not None or window is not None)
     if MASKED:
         a = hi
@@ -213,7 +213,7 @@ def shifted_attention_fwd_kernel(
                 b_acc, b_m, b_l, b_gate_m, b_gate_l, b_q, p_k, p_v, p_mask, s_k_t, s_v_t, s_mask_t, s_mask_n,
                 i_x, i_g, row_k, o_t[:, None], n_q, n_k, position, first, end, starts[i_r], stops[i_r],
                 scale, softcap, window, unit,
-                CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BN, BD, PRECISION, TMA,
+                CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BN, BD, PRECISION, TMA, BOUNDED,
             )  # fmt: skip
 
     if part_acc is not None:

@@ -18,7 +18,8 @@ MAX_SPLITS = 64
 MIN_SPLIT_KEYS = 256  # a part of fewer keys costs more to combine than it saves
 PROGRAMS_PER_SM = 2  # of a decode: so many fit, by registers and shared memory
 COMBINE_WARPS = 4
-FAR = 2**29  # beyond every position; sums of two of them fit into int32
+WIDE = 2**30  # a window that hides nothing
+MAX_REGISTERS = 255  # without it ptxas may spill rather than lower an occupancy it has chosen
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
@@ -35,9 +36,76 @@ class LaunchConfig:
 
 INTERPRETED = LaunchConfig(BM=16, BN=32, num_warps=4, num_stages=1)
 
-# By kernel; whether it is general (a mask, a softcap or a second normaliser, which need registers);
-# generation; bytes of an element; and BD, the head dim rounded up to a power of two, 64 for less.
-CONFIGS: dict[tuple[str, bool, int, int, int], LaunchConfig] = {}
+# Kernel; whether it is general (a mask, softcap, second normaliser, or keys that end before the tensor does:
+# they need registers); bytes of an element; BD, the head dim rounded up to a power of two, 64 for less; the launch on sm_80, sm_89 and sm_90.
+# Chosen so that none spills (tests/ops/registers.json); sm_90 is the one whose speed was thought about.
+_ROWS = (
+    ("fwd", False, 2, 64, (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3, True)),
+    ("fwd", False, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), (128, 128, 8, 2, True)),
+    ("fwd", False, 2, 256, (64, 32, 8, 1), (64, 32, 8, 1), (64, 64, 8, 2, True)),
+    ("fwd", False, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("fwd", False, 4, 128, (32, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    ("fwd", False, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("fwd", True, 2, 64, (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3, True)),
+    ("fwd", True, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 3, True)),
+    ("fwd", True, 2, 256, (32, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 1, True)),
+    ("fwd", True, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("fwd", True, 4, 128, (32, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    ("fwd", True, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("decode", False, 2, 64, (16, 128, 4, 4), (16, 128, 4, 3), (16, 128, 4, 4)),
+    ("decode", False, 2, 128, (16, 64, 4, 4), (16, 64, 4, 3), (16, 64, 4, 4)),
+    ("decode", False, 2, 256, (16, 64, 4, 3), (16, 64, 4, 2), (16, 64, 4, 3)),
+    ("decode", False, 4, 64, (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)),
+    ("decode", False, 4, 128, (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    ("decode", False, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("decode", True, 2, 64, (16, 64, 4, 3), (16, 64, 4, 3), (16, 128, 4, 4)),
+    ("decode", True, 2, 128, (16, 64, 4, 4), (16, 64, 4, 3), (16, 64, 4, 4)),
+    ("decode", True, 2, 256, (16, 32, 4, 3), (16, 32, 4, 3), (16, 32, 4, 3)),
+    ("decode", True, 4, 64, (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    ("decode", True, 4, 128, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("decode", True, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("chunk", False, 2, 64, (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
+    ("chunk", False, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 3)),
+    ("chunk", False, 2, 256, (64, 32, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
+    ("chunk", False, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("chunk", False, 4, 128, (32, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    ("chunk", False, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("chunk", True, 2, 64, (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 4)),
+    ("chunk", True, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    ("chunk", True, 2, 256, (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    ("chunk", True, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("chunk", True, 4, 128, (32, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    ("chunk", True, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("dq", False, 2, 64, (128, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 2, True)),
+    ("dq", False, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), (128, 128, 8, 2, True)),
+    ("dq", False, 2, 256, (32, 32, 8, 2), (32, 32, 8, 2), (64, 64, 8, 2, True)),
+    ("dq", False, 4, 64, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    ("dq", False, 4, 128, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("dq", False, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("dq", True, 2, 64, (64, 32, 8, 2), (64, 32, 8, 2), (128, 64, 8, 3, True)),
+    ("dq", True, 2, 128, (64, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2, True)),
+    ("dq", True, 2, 256, (64, 32, 8, 2), (32, 32, 8, 2), (64, 32, 8, 2, True)),
+    ("dq", True, 4, 64, (32, 16, 8, 2), (32, 16, 8, 2), (32, 16, 8, 2)),
+    ("dq", True, 4, 128, (16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 2)),
+    ("dq", True, 4, 256, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("dkdv", False, 2, 64, (32, 32, 4, 1), (32, 32, 4, 1), (128, 64, 8, 2, True)),
+    ("dkdv", False, 2, 128, (32, 64, 8, 2), (32, 64, 8, 2), (128, 64, 8, 2, True)),
+    ("dkdv", False, 2, 256, (32, 64, 8, 1), (32, 32, 8, 1), (32, 64, 8, 1, True)),
+    ("dkdv", False, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("dkdv", False, 4, 128, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("dkdv", False, 4, 256, (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+    ("dkdv", True, 2, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2, True)),
+    ("dkdv", True, 2, 128, (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2, True)),
+    ("dkdv", True, 2, 256, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, True)),
+    ("dkdv", True, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("dkdv", True, 4, 128, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
+    ("dkdv", True, 4, 256, (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+)
+CONFIGS = {
+    (kernel, is_general, generation, itemsize, BD): LaunchConfig(*launch)
+    for kernel, is_general, itemsize, BD, *launches in _ROWS
+    for generation, launch in zip((SM_80, SM_89, SM_90), launches, strict=True)
+}
 
 
 @functools.cache
@@ -67,6 +135,11 @@ def config(kernel: str, is_general: bool, BD: int, q: Tensor) -> LaunchConfig:
     if current == INTERPRETER:
         return INTERPRETED
     return CONFIGS[kernel, is_general, current, q.itemsize, max(BD, 64)]
+
+
+def options(config: LaunchConfig) -> dict[str, int]:
+    """What Triton's launcher takes beside a kernel's arguments."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
 
 
 def forward_kernel(rows: int) -> str:

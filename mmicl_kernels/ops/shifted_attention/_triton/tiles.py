@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(2**29)  # beyond every position; sums of three of them fit into int32
 
 
 @triton.jit
@@ -29,7 +30,8 @@ def bounds(q_start, q_starts, kv_start, kv_end, i_b, n_q, n_k):
     if kv_end is not None:
         end = tl.load(kv_end + i_b).to(tl.int32)
     if q_starts is not None:
-        position = tl.load(q_starts + i_b).to(tl.int32)
+        position = tl.load(q_starts + i_b).to(tl.int64)
+        position = tl.minimum(tl.maximum(position, -FAR), FAR).to(tl.int32)
     elif q_start is not None:
         position = q_start
     else:
@@ -48,7 +50,7 @@ def key_ranges(first, end, p_first, p_last, window, CAUSAL: tl.constexpr, BN: tl
     if window is not None:
         lo = tl.maximum(lo, p_first - window + 1)
         full_lo = tl.maximum(full_lo, p_last - window + 1)
-    lo = lo // BN * BN
+    lo = tl.minimum(lo // BN, tl.cdiv(tl.maximum(end, 0), BN)) * BN
     hi = tl.maximum(tl.cdiv(tl.maximum(hi, 0), BN) * BN, lo)
     a = tl.minimum(tl.cdiv(full_lo, BN) * BN, hi)
     b = tl.minimum(tl.maximum(tl.maximum(full_hi, 0) // BN * BN, a), hi)
@@ -57,9 +59,13 @@ def key_ranges(first, end, p_first, p_last, window, CAUSAL: tl.constexpr, BN: tl
 
 @triton.jit
 def query_ranges(
-    first, end, position, n_0, n_q, window, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """The same for the queries that see keys ``n_0..n_0 + BN - 1``: multiples of BM."""
+    first, end, position, n_0, n_q, window,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The same for the queries that see keys ``n_0..n_0 + BN - 1``: multiples of BM.
+
+    ``[a, b)`` may reach beyond n_q, except where PACKED: there other sequences' queries follow.
+    """
     lo, hi, full_lo, full_hi = 0, n_q, 0, n_q
     n_1 = n_0 + BN - 1
     if CAUSAL:
@@ -68,9 +74,11 @@ def query_ranges(
     if window is not None:
         hi = tl.minimum(hi, n_1 + window - position)
         full_hi = tl.minimum(full_hi, n_0 + window - position) // BM * BM
+    if PACKED:
+        full_hi = full_hi // BM * BM
     is_inside = (n_0 >= first) & (n_1 < end)
     has_keys = (n_0 < end) & (n_1 >= first)
-    lo = lo // BM * BM
+    lo = tl.minimum(lo // BM, tl.cdiv(n_q, BM)) * BM
     hi = tl.where(has_keys, tl.maximum(tl.cdiv(tl.maximum(hi, 0), BM) * BM, lo), lo)
     a = tl.where(is_inside, tl.minimum(tl.cdiv(full_lo, BM) * BM, hi), hi)
     b = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_hi, 0), BM) * BM, a), hi)
@@ -89,27 +97,29 @@ def visible(o_t, o_n, position, first, end, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, s_t, i_t, n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Rows ``i_t..i_t + BT`` of the matrix at ``x``, zeros from row ``n`` and column D on: ``[BT, BD]``."""
-    o_t, o_d = i_t + tl.arange(0, BT), tl.arange(0, BD)
-    # int64, because a tile of a sliced cache may span more than 2^31 elements
-    p_x = x + (o_t.to(tl.int64) * s_t)[:, None] + o_d[None, :]
-    m_x = (o_t < n)[:, None]
-    if D < BD:
-        m_x = m_x & (o_d < D)[None, :]
-    return tl.load(p_x, mask=m_x, other=0.0)
+def load_tile(
+    x, i_b, i_h, row, s_t, i_t, n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    TMA: tl.constexpr, EDGE: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Rows ``i_t..i_t + BT`` of the head of a sequence that starts at ``row``: ``[BT, BD]``.
 
-
-@triton.jit
-def load_tile(x, i_b, i_g, row, s_t, i_t, n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
-    """Rows ``i_t..i_t + BT`` of the sequence that starts at ``row``: ``[BT, BD]``.
-
-    ``x`` is a descriptor of ``[B, G, S, D]``, or a pointer to the head's first row.
+    ``x`` is a descriptor of ``[B, heads, rows, D]``, or a pointer to the head's first row. Columns from D on
+    are 0, and rows from n on: not EDGE says that there are none, not BOUNDED that the tensor ends there,
+    beyond which a descriptor reads 0 by itself.
     """
+    o_t, o_d = i_t + tl.arange(0, BT), tl.arange(0, BD)
     if TMA:
-        return x.load([i_b.to(tl.int32), i_g, row + i_t, 0]).reshape([BT, BD])
+        b_x = x.load([i_b.to(tl.int32), i_h, row + i_t, 0]).reshape([BT, BD])
+        if EDGE and BOUNDED:
+            b_x = tl.where((o_t < n)[:, None], b_x, 0.0)
     else:
-        return load_rows(x + row.to(tl.int64) * s_t, s_t, i_t, n, D, BT, BD)
+        # int64, because a tile of a sliced cache may span more than 2^31 elements
+        p_x = x + ((row + o_t).to(tl.int64) * s_t)[:, None] + o_d[None, :]
+        if EDGE or D < BD:
+            b_x = tl.load(p_x, mask=(o_t < n)[:, None] & (o_d < D)[None, :], other=0.0)
+        else:
+            b_x = tl.load(p_x)
+    return b_x
 
 
 @triton.jit
@@ -129,30 +139,23 @@ def scores(b_a, b_b, scale, softcap, FOLD: tl.constexpr, PRECISION: tl.constexpr
     """Products of the rows of two tiles, raw where FOLD, else scaled and capped."""
     b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
     if not FOLD:
-        if softcap is None:
-            b_s = b_s * scale
-        else:
-            b_s = softcap * tanh(b_s * (scale / softcap))
+        b_s = b_s * scale if softcap is None else softcap * tanh(b_s * (scale / softcap))
     return b_s
 
 
 @triton.jit
-def load_mask(p_mask, s_mask_t, s_mask_n, o_t, o_n, n_q, n_k):
-    """The mask of queries ``o_t`` and keys ``o_n``, both 2-D: a float score to add, -inf where hidden."""
+def add_mask(b_s, p_mask, s_mask_t, s_mask_n, o_t, o_n, n_q, n_k):
+    """Scores under the mask of queries ``o_t`` and keys ``o_n``, both 2-D: -inf where hidden."""
     m_s = (o_t < n_q) & (o_n < n_k)
     p_mask = p_mask + o_t.to(tl.int64) * s_mask_t + o_n.to(tl.int64) * s_mask_n
     if p_mask.dtype.element_ty == tl.uint8:
-        b_mask = tl.where(tl.load(p_mask, mask=m_s, other=0) != 0, 0.0, float("-inf"))
+        b_s = tl.where(tl.load(p_mask, mask=m_s, other=0) != 0, b_s, float("-inf"))
     else:
-        b_mask = tl.load(p_mask, mask=m_s, other=float("-inf")).to(tl.float32)
-    return b_mask
+        b_s += tl.load(p_mask, mask=m_s, other=float("-inf")).to(tl.float32)
+    return b_s
 
 
 @triton.jit
 def exp_scores(b_s, b_m, unit, FOLD: tl.constexpr):
     """``exp(s - m)`` of scores; ``unit`` is log2(e), times the scale where FOLD."""
-    if FOLD:
-        b_e = tl.exp2(b_s * unit - b_m * unit)
-    else:
-        b_e = tl.exp2((b_s - b_m) * unit)
-    return b_e
+    return tl.exp2(b_s * unit - b_m * unit) if FOLD else tl.exp2((b_s - b_m) * unit)

@@ -1,4 +1,4 @@
-"""Tables and plot of ``benchmarks.e2e``: ``python -m benchmarks.e2e_report e2e.json --readme README.md``.
+"""Tables and plot of ``benchmarks.e2e``: ``python -m benchmarks.e2e.report e2e.json --readme README.md``.
 
 In the README the table stands between ``<!-- table: e2e -->`` and ``<!-- end -->``.
 """
@@ -31,7 +31,7 @@ HEADER = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill the README's table, and draw the plot."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e.report", description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--readme", type=Path, help="fill the table in this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG")

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from benchmarks.e2e_decoding import Decoder, Eager
-from benchmarks.e2e_models import Prompt, Size, Subject, prompt_inputs, random_adapter
+from benchmarks.e2e.decoding import Decoder, Eager
+from benchmarks.e2e.models import Prompt, Size, Subject, prompt_inputs, random_adapter
 from mmicl_kernels.testing.budgets import unit_roundoff
 
 FORCED_TOKENS = 3  # appended after the prompt, so that decoding is checked too

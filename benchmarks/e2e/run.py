@@ -1,4 +1,4 @@
-"""A real-size Idefics2 end to end: ``python -m benchmarks.e2e --size real --device cuda --out FOLDER``.
+"""A real-size Idefics2 end to end: ``python -m benchmarks.e2e.run --size real --device cuda --out FOLDER``.
 
 Random weights, made on the device from the sizes of Idefics2-8B: time and memory do not depend on values,
 and nothing is downloaded. Batch 1, an answer of 20 tokens, of which the first is timed apart. Compared are
@@ -29,10 +29,10 @@ import transformers
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.e2e_check import Checks, make_checks
-from benchmarks.e2e_decoding import MODES, NEW_TOKENS, Beams, Decoder, Stopwatch
-from benchmarks.e2e_models import SIZES, Prompt, Size, Subject, build_model, prompt_inputs, random_adapter
-from benchmarks.e2e_report import plot, rich_table
+from benchmarks.e2e.check import Checks, make_checks
+from benchmarks.e2e.decoding import MODES, NEW_TOKENS, Beams, Decoder, Stopwatch
+from benchmarks.e2e.models import SIZES, Prompt, Size, Subject, build_model, prompt_inputs, random_adapter
+from benchmarks.e2e.report import plot, rich_table
 from benchmarks.run import device_folder
 from benchmarks.timing import Samples, machine, peak_allocated_bytes
 
@@ -306,7 +306,7 @@ def _collect(device: str) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.e2e",
+        prog="python -m benchmarks.e2e.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,86 @@
+// residual_shift and residual_shift_rms_norm on CPU: what a kernel is given, and which there are. No torch.
+//
+//   d_b = sum_k strength_bk scale_a vector_a    y = x + d    out = y, or preserving the norm y |x| / |y|
+//   h = residual + x + d (rounded)              normed = h / sqrt(mean(h^2) + eps) (offset + weight)
+//
+// Letters: B batch, T tokens, C model dim, A adapters, K entries of a batch row. acc is float for float,
+// bfloat16 and half elements, double for double.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_shift.h"
+
+namespace mmicl {
+
+// The rows of a [B, T, C] tensor, or its row scalars [B, T]. Strides in elements.
+template <class Void>
+struct TokenRows {
+  Void* data = nullptr;
+  int64_t stride_b = 0, stride_t = 0;
+};
+using ConstTokens = TokenRows<const void>;
+using MutableTokens = TokenRows<void>;
+
+struct EntryParams {
+  int64_t B = 0, T = 0, C = 0, A = 0, K = 1;
+  const void* vector = nullptr;     // [A, C] acc, contiguous
+  const void* scale = nullptr;      // [A] acc, or [1] with stride 0; absent = 1
+  int64_t stride_scale = 0;
+  const int32_t* adapter_ids = nullptr;  // [B, K], -1 = none; absent = adapter 0
+  int64_t stride_ids_b = 0, stride_ids_k = 0;
+  const void* strengths = nullptr;  // [B, K] acc, contiguous; absent = 1
+  void* combined = nullptr;         // [B, C] acc: the sums of several entries, where K > 1
+};
+
+struct ResidualShiftParams : EntryParams {
+  bool preserve_norm = false;
+  ConstTokens x;
+  MutableTokens out;
+};
+
+struct ResidualShiftGradParams : EntryParams {
+  ConstTokens dout, x;    // x absent: the norm is not preserved, and dx is dout
+  MutableTokens dx;       // may be absent
+  void* sums = nullptr;   // [token_tiles(), C] acc: a tile's gradient of its entry; may be absent
+};
+
+struct RMSNormParams : EntryParams {
+  ConstTokens x, residual;
+  const void* weight = nullptr;  // [C] acc
+  double eps = 0, offset = 0;
+  MutableTokens normed, new_residual, rstd;  // rstd is acc
+};
+
+struct RMSNormGradParams : EntryParams {
+  ConstTokens dnormed, dnew_residual, new_residual, rstd;  // dnew_residual may be absent
+  const void* weight = nullptr;
+  double offset = 0;
+  MutableTokens dx;
+  void *sums = nullptr, *weight_sums = nullptr;  // [token_tiles(), C] acc; either may be absent
+};
+
+// A tile is up to kTileTokens tokens of one batch row: enough that what it sums up is little to write.
+// The tiling depends on shapes alone, so sums do not depend on the number of threads.
+constexpr int64_t kTileTokens = 32;
+
+inline int64_t tiles_per_sequence(const EntryParams& p) { return (p.T + kTileTokens - 1) / kTileTokens; }
+inline int64_t token_tiles(const EntryParams& p) { return p.B * tiles_per_sequence(p); }
+
+// Each function does the half-open range [begin, end) of its items, to be split over threads at will.
+struct ResidualShiftKernels {
+  void (*combine)(const EntryParams&, int64_t begin, int64_t end);  // batch rows; where K > 1, first
+  void (*forward)(const ResidualShiftParams&, int64_t begin, int64_t end);        // tiles
+  void (*backward)(const ResidualShiftGradParams&, int64_t begin, int64_t end);   // tiles
+  void (*norm_forward)(const RMSNormParams&, int64_t begin, int64_t end);         // tiles
+  void (*norm_backward)(const RMSNormGradParams&, int64_t begin, int64_t end);    // tiles
+};
+
+const ResidualShiftKernels& residual_shift_kernels(ElementType type);
+
+// One table per translation unit, indexed by ElementType.
+extern const ResidualShiftKernels kResidualShiftBaseline[4];
+extern const ResidualShiftKernels kResidualShiftAvx2[4];
+extern const ResidualShiftKernels kResidualShiftAvx512[4];
+
+}  // namespace mmicl

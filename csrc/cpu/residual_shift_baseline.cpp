@@ -1,0 +1,3 @@
+#define MMICL_ISA baseline
+#define MMICL_TABLE kResidualShiftBaseline
+#include "residual_shift_kernel.h"

@@ -1,0 +1,352 @@
+// The kernels themselves. Included once per instruction set, as attention_shift_kernel.h is, and without
+// standard library templates for the same reason. Every row is read from memory once: a second look at
+// it finds it in the first-level cache.
+
+#include <cstdint>
+
+#include "residual_shift.h"
+
+namespace mmicl {
+namespace MMICL_ISA {
+
+#include "vec.h"
+
+#define MMICL_LAMBDA __attribute__((always_inline))
+
+template <class T>
+MMICL_INLINE const T* row(const ConstTokens& r, int64_t b, int64_t t) {
+  return static_cast<const T*>(r.data) + b * r.stride_b + t * r.stride_t;
+}
+
+template <class T>
+MMICL_INLINE T* row(const MutableTokens& r, int64_t b, int64_t t) {
+  return static_cast<T*>(r.data) + b * r.stride_b + t * r.stride_t;
+}
+
+struct TokenTile {
+  int64_t b, t_begin, t_end;
+
+  MMICL_INLINE TokenTile(const EntryParams& p, int64_t index) {
+    const int64_t per_sequence = tiles_per_sequence(p);
+    b = index / per_sequence;
+    t_begin = index % per_sequence * kTileTokens;
+    t_end = t_begin + kTileTokens < p.T ? t_begin + kTileTokens : p.T;
+  }
+};
+
+// Where a block of up to kLanes columns lies; the missing lanes of the last one are zero.
+struct Full {
+  int64_t c;
+  template <class T>
+  MMICL_INLINE vec_t<T> load(const T* x) const {
+    return MMICL_ISA::load(x + c);
+  }
+  template <class T>
+  MMICL_INLINE void store(T* y, vec_t<T> v) const {
+    MMICL_ISA::store(y + c, v);
+  }
+};
+struct Tail {
+  int64_t c, n;
+  template <class T>
+  MMICL_INLINE vec_t<T> load(const T* x) const {
+    return load_tail(x + c, n);
+  }
+  template <class T>
+  MMICL_INLINE void store(T* y, vec_t<T> v) const {
+    store_tail(y + c, v, n);
+  }
+};
+
+// body(block, i): i is 0 or 1 in turn, for sums in two parts that do not wait for one another.
+template <class Body>
+MMICL_INLINE void for_columns(int64_t C, Body body) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= C; c += 2 * kLanes) {
+    body(Full{c}, 0);
+    body(Full{c + kLanes}, 1);
+  }
+  if (c + kLanes <= C) {
+    body(Full{c}, 0);
+    c += kLanes;
+  }
+  if (c < C) body(Tail{c, C - c}, 1);
+}
+
+template <class Vec>
+struct Sum {
+  Vec parts[2] = {};
+  MMICL_INLINE auto total() const { return sum(parts[0] + parts[1]); }
+};
+
+// ---- what is added to a batch row ----
+
+template <class acc>
+struct Entry {
+  const acc* vector;
+  acc coefficient;  // 0: nothing is added
+};
+
+template <class acc>
+MMICL_INLINE Entry<acc> single_entry(const EntryParams& p, int64_t b, int64_t k) {
+  const int64_t id = p.adapter_ids ? p.adapter_ids[b * p.stride_ids_b + k * p.stride_ids_k] : 0;
+  if (id < 0) return {nullptr, 0};
+  acc coefficient = p.strengths ? static_cast<const acc*>(p.strengths)[b * p.K + k] : 1;
+  if (p.scale) coefficient *= static_cast<const acc*>(p.scale)[id * p.stride_scale];
+  return {static_cast<const acc*>(p.vector) + id * p.C, coefficient};
+}
+
+// A single one that is not off is used as it is, so that a row does not depend on the K of others.
+template <class acc>
+MMICL_INLINE Entry<acc> entry_of(const EntryParams& p, int64_t b) {
+  Entry<acc> only = {nullptr, 0};
+  for (int64_t k = 0; k < p.K; ++k) {
+    const Entry<acc> e = single_entry<acc>(p, b, k);
+    if (e.coefficient == 0) continue;
+    if (only.coefficient != 0) return {static_cast<const acc*>(p.combined) + b * p.C, 1};
+    only = e;
+  }
+  return only;
+}
+
+template <class T>
+void combine(const EntryParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  for (int64_t b = begin; b < end; ++b) {
+    acc* combined = static_cast<acc*>(p.combined) + b * p.C;
+    __builtin_memset(combined, 0, p.C * sizeof(acc));
+    for (int64_t k = 0; k < p.K; ++k) {
+      const Entry<acc> e = single_entry<acc>(p, b, k);
+      if (e.coefficient != 0) accumulate<acc>(combined, e.coefficient, e.vector, p.C);
+    }
+  }
+}
+
+// ---- residual_shift ----
+
+template <class acc>
+MMICL_INLINE acc square_root(acc x) {
+  if constexpr (sizeof(acc) == sizeof(float)) return __builtin_sqrtf(x);
+  return __builtin_sqrt(x);
+}
+
+// Sums over a row of x and y = x + e: their squares and the products with dout.
+template <class T>
+struct RowSums {
+  acc_t<T> x_square, y_square, along;
+};
+
+template <class T>
+MMICL_INLINE RowSums<T> row_sums(const T* x, const T* dout, Entry<acc_t<T>> e, int64_t C) {
+  Sum<vec_t<T>> x_square, y_square, along;
+  for_columns(C, [&](auto block, int i) MMICL_LAMBDA {
+    const auto vx = block.load(x);
+    const auto y = vx + e.coefficient * block.load(e.vector);
+    x_square.parts[i] += vx * vx;
+    y_square.parts[i] += y * y;
+    if (dout) along.parts[i] += y * block.load(dout);
+  });
+  return {x_square.total(), y_square.total(), along.total()};
+}
+
+template <class T>
+MMICL_INLINE void forward_row(T* out, const T* x, Entry<acc_t<T>> e, int64_t C) {
+  const RowSums<T> s = row_sums<T>(x, nullptr, e, C);
+  if (s.x_square == 0 || s.y_square == 0) {
+    __builtin_memset(out, 0, C * sizeof(T));
+    return;
+  }
+  const acc_t<T> ratio = square_root(s.x_square) / square_root(s.y_square);
+  for_columns(C, [&](auto block, int) MMICL_LAMBDA {
+    block.store(out, ratio * (block.load(x) + e.coefficient * block.load(e.vector)));
+  });
+}
+
+template <class T>
+void forward(const ResidualShiftParams& p, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const TokenTile tile(p, index);
+    const Entry<acc_t<T>> e = entry_of<acc_t<T>>(p, tile.b);
+    for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      const T* x = row<T>(p.x, tile.b, t);
+      T* out = row<T>(p.out, tile.b, t);
+      if (e.coefficient == 0) {
+        __builtin_memcpy(out, x, p.C * sizeof(T));
+      } else if (p.preserve_norm) {
+        forward_row(out, x, e, p.C);
+      } else {
+        add_scaled(out, x, e.coefficient, e.vector, p.C);
+      }
+    }
+  }
+}
+
+// dd = ratio (dout - y along / |y|^2)      dx = dd + x ratio along / |x|^2
+template <class T>
+MMICL_INLINE void backward_row(T* dx, acc_t<T>* sums, const T* dout, const T* x, Entry<acc_t<T>> e,
+                               int64_t C) {
+  using acc = acc_t<T>;
+  const RowSums<T> s = row_sums(x, dout, e, C);
+  if (s.x_square == 0 || s.y_square == 0) {
+    if (dx) __builtin_memset(dx, 0, C * sizeof(T));
+    return;
+  }
+  const acc ratio = square_root(s.x_square) / square_root(s.y_square);
+  const acc of_y = s.along / s.y_square, of_x = ratio * (s.along / s.x_square);
+  for_columns(C, [&](auto block, int) MMICL_LAMBDA {
+    const auto vx = block.load(x);
+    const auto dd = ratio * (block.load(dout) - of_y * (vx + e.coefficient * block.load(e.vector)));
+    if (sums) block.store(sums, block.load(sums) + dd);
+    if (dx) block.store(dx, dd + of_x * vx);
+  });
+}
+
+// Nothing was added: dx is dout, and the coefficients still have a gradient.
+template <class T>
+MMICL_INLINE void backward_row_off(T* dx, acc_t<T>* sums, const T* dout, const T* x, int64_t C) {
+  if (dx) __builtin_memcpy(dx, dout, C * sizeof(T));
+  if (!sums) return;
+  Sum<vec_t<T>> squares, products;
+  for_columns(C, [&](auto block, int i) MMICL_LAMBDA {
+    squares.parts[i] += block.load(x) * block.load(x);
+    products.parts[i] += block.load(x) * block.load(dout);
+  });
+  const acc_t<T> square = squares.total();
+  if (square == 0) return;
+  const acc_t<T> along = products.total() / square;
+  for_columns(C, [&](auto block, int) MMICL_LAMBDA {
+    block.store(sums, block.load(sums) + (block.load(dout) - along * block.load(x)));
+  });
+}
+
+template <class T>
+void backward(const ResidualShiftGradParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  for (int64_t index = begin; index < end; ++index) {
+    const TokenTile tile(p, index);
+    const Entry<acc> e = entry_of<acc>(p, tile.b);
+    acc* sums = p.sums ? static_cast<acc*>(p.sums) + index * p.C : nullptr;
+    if (sums) __builtin_memset(sums, 0, p.C * sizeof(acc));
+    for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      const T* dout = row<T>(p.dout, tile.b, t);
+      T* dx = p.dx.data ? row<T>(p.dx, tile.b, t) : nullptr;
+      if (!p.x.data) {
+        if (sums) accumulate<T>(sums, 1, dout, p.C);
+      } else if (e.coefficient == 0) {
+        backward_row_off(dx, sums, dout, row<T>(p.x, tile.b, t), p.C);
+      } else {
+        backward_row(dx, sums, dout, row<T>(p.x, tile.b, t), e, p.C);
+      }
+    }
+  }
+}
+
+// ---- residual_shift_rms_norm ----
+
+// A product of stored elements, as storing it would round it. NaN needs no care here: products keep the
+// fraction of a stored bfloat16's, and adding to that does not carry.
+template <class T>
+struct Rounded {
+  static MMICL_INLINE vec_t<T> of(vec_t<T> v) {
+    T lanes[kLanes];
+    store(lanes, v);
+    return load(lanes);
+  }
+};
+template <>
+struct Rounded<bf16> {
+  static MMICL_INLINE f32x8 of(f32x8 v) {
+    const u32x8 bits = (u32x8)v;
+    return (f32x8)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
+  }
+};
+
+// h = residual + x + e, rounded, and the sum of its squares.
+template <class T>
+MMICL_INLINE acc_t<T> add_row(T* h, const T* residual, const T* x, Entry<acc_t<T>> e, int64_t C) {
+  Sum<vec_t<T>> squares;
+  for_columns(C, [&](auto block, int i) MMICL_LAMBDA {
+    auto v = block.load(residual) + block.load(x);
+    if (e.coefficient != 0) v += e.coefficient * block.load(e.vector);
+    block.store(h, v);
+    v = block.load(h);  // as it was rounded
+    squares.parts[i] += v * v;
+  });
+  return squares.total();
+}
+
+template <class T>
+void norm_forward(const RMSNormParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  const acc* weight = static_cast<const acc*>(p.weight);
+  const acc offset = static_cast<acc>(p.offset);
+  for (int64_t index = begin; index < end; ++index) {
+    const TokenTile tile(p, index);
+    const Entry<acc> e = entry_of<acc>(p, tile.b);
+    for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      T* h = row<T>(p.new_residual, tile.b, t);
+      T* normed = row<T>(p.normed, tile.b, t);
+      const acc square =
+          add_row(h, row<T>(p.residual, tile.b, t), row<T>(p.x, tile.b, t), e, p.C);
+      const acc rstd = 1 / square_root(square / p.C + static_cast<acc>(p.eps));
+      *row<acc>(p.rstd, tile.b, t) = rstd;
+      for_columns(p.C, [&](auto block, int) MMICL_LAMBDA {
+        auto n = rstd * block.load(h);
+        if (offset == 0) n = Rounded<T>::of(n);
+        block.store(normed, n * (offset + block.load(weight)));
+      });
+    }
+  }
+}
+
+// dn = dnormed (offset + weight)      dx = rstd (dn - n mean(dn n)) + dnew_residual
+template <class T>
+void norm_backward(const RMSNormGradParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  const acc* weight = static_cast<const acc*>(p.weight);
+  const acc offset = static_cast<acc>(p.offset);
+  for (int64_t index = begin; index < end; ++index) {
+    const TokenTile tile(p, index);
+    acc* sums = p.sums ? static_cast<acc*>(p.sums) + index * p.C : nullptr;
+    acc* weight_sums = p.weight_sums ? static_cast<acc*>(p.weight_sums) + index * p.C : nullptr;
+    if (sums) __builtin_memset(sums, 0, p.C * sizeof(acc));
+    if (weight_sums) __builtin_memset(weight_sums, 0, p.C * sizeof(acc));
+    for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      const T* dnormed = row<T>(p.dnormed, tile.b, t);
+      const T* dh = p.dnew_residual.data ? row<T>(p.dnew_residual, tile.b, t) : nullptr;
+      const T* h = row<T>(p.new_residual, tile.b, t);
+      T* dx = row<T>(p.dx, tile.b, t);
+      const acc rstd = *row<acc>(p.rstd, tile.b, t);
+      Sum<vec_t<T>> products;
+      for_columns(p.C, [&](auto block, int i) MMICL_LAMBDA {
+        products.parts[i] += block.load(dnormed) * (offset + block.load(weight)) * (rstd * block.load(h));
+      });
+      const acc mean = products.total() / p.C;
+      for_columns(p.C, [&](auto block, int) MMICL_LAMBDA {
+        const auto n = rstd * block.load(h);
+        const auto dy = block.load(dnormed);
+        auto grad = rstd * (dy * (offset + block.load(weight)) - n * mean);
+        if (dh) grad += block.load(dh);
+        block.store(dx, grad);
+        if (sums) block.store(sums, block.load(sums) + grad);
+        if (weight_sums) block.store(weight_sums, block.load(weight_sums) + dy * n);
+      });
+    }
+  }
+}
+
+// Named unlike those of attention_shift: the linker would merge variables of one name.
+template <class T>
+constexpr ResidualShiftKernels kResidualShiftKernels = {combine<T>, forward<T>, backward<T>,
+                                                        norm_forward<T>, norm_backward<T>};
+
+}  // namespace MMICL_ISA
+
+const ResidualShiftKernels MMICL_TABLE[4] = {
+    MMICL_ISA::kResidualShiftKernels<float>,
+    MMICL_ISA::kResidualShiftKernels<double>,
+    MMICL_ISA::kResidualShiftKernels<MMICL_ISA::bf16>,
+    MMICL_ISA::kResidualShiftKernels<MMICL_ISA::f16>,
+};
+
+}  // namespace mmicl

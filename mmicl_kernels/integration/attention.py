@@ -1,0 +1,61 @@
+"""The patch of one self-attention: a clone of its config that names our attention function."""
+
+import copy
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mmicl_kernels.integration import hf_attention
+from mmicl_kernels.integration.anchors import Anchor
+from mmicl_kernels.integration.slots import SlotStack, for_batch
+from mmicl_kernels.methods import Adapter, MimICAdapter
+
+if TYPE_CHECKING:
+    from mmicl_kernels.integration.handle import Handle
+
+PARAMETERS = ("weight", "bias", "shift")
+
+
+class PatchedLayer(SlotStack):
+    """What one patched attention reads at run time; it lives on the module's cloned config."""
+
+    def __init__(self, handle: "Handle", anchor: Anchor, slots: list[Adapter | None]) -> None:
+        super().__init__(slots, anchor.device)
+        self._handle, self._module, self._key = handle, anchor.self_attn, str(anchor.index)
+        self._base_config = self._module.config
+        # The decoder's own config, which its masks follow, stays.
+        self._config = copy.copy(self._base_config)
+        self._config._attn_implementation_internal = hf_attention.NAME
+        self._config.mmicl_layer = self
+
+    def install(self) -> None:
+        self._module.config = self._config
+
+    def remove(self) -> None:
+        self._module.config = self._base_config
+
+    @property
+    def base_implementation(self) -> str:
+        """The decoder's own implementation, which made the masks we receive; users may change it."""
+        return self._base_config._attn_implementation
+
+    @property
+    def normalizer(self) -> str:
+        return self._handle.normalizer
+
+    @property
+    def impl(self) -> str:
+        return self._handle.impl
+
+    def parameters(self, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Weight, bias, shift and adapter ids for a batch of B rows."""
+        ids = self._handle.adapter_ids
+        if ids is None:
+            return *self._of(self._handle.require_single()), None
+        return *self.stacked(), for_batch(ids.to(self._device), B)
+
+    def _of(self, adapter: Adapter) -> list[Tensor] | None:
+        if not isinstance(adapter, MimICAdapter):
+            return None
+        layer = adapter.layers[self._key]
+        return [getattr(layer, name) for name in PARAMETERS]

@@ -1,0 +1,318 @@
+"""A patched model: which adapters it has, which batch row uses which, on, off and away."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mmicl_kernels.integration import hf_attention
+from mmicl_kernels.integration.anchors import check_backbone, describe_backbone, find_anchors
+from mmicl_kernels.integration.attention import PatchedLayer
+from mmicl_kernels.integration.residual import LayerShift, ResidualHook, SiteRows
+from mmicl_kernels.integration.slots import Entry, check_strength, parse_rows
+from mmicl_kernels.methods import Adapter, LIVEAdapter, M2IVAdapter, MimICAdapter, ResidualSite
+
+# A disabled handle leaves no trace on its model, so handles are also known by their first attention's id.
+_attached: "WeakValueDictionary[int, Handle]" = WeakValueDictionary()
+
+
+class Handle:
+    """A patched model, from :func:`attach`. As a context manager it detaches at the end of its block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, Adapter],
+        single: bool,
+        impl: str,
+        slots: int,
+        strength: float,
+    ) -> None:
+        self.model, self.impl, self.normalizer = model, impl, "visible"
+        self.anchors = find_anchors(model)
+        self.adapter_ids: Tensor | None = None
+        self._backbone = describe_backbone(model, self.anchors)
+        self._device = self.anchors[0].device
+        self._single, self._enabled, self._is_attached = single, True, True
+        self._adapters: dict[str, Adapter] = {}
+        self._slots: list[Adapter | None] = [None] * slots
+        self._rows: list[dict[str, float]] | None = None
+        self._attention: list[PatchedLayer] = []
+        self._sites: dict[ResidualSite, SiteRows] = {}
+        self._shifts: dict[ResidualSite, list[LayerShift]] = {}
+        self._hooks: dict[str, list[ResidualHook]] = {}
+        self._check_plain()
+        self._set_strength(strength)
+        for name, adapter in adapters.items():
+            self._take_slot(name, adapter)
+        try:
+            self._sync()
+        except BaseException:
+            self._remove_patches()
+            raise
+        _attached[id(self.anchors[0].self_attn)] = self
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The attached adapters by name; a single one is called "default"."""
+        return dict(self._adapters)
+
+    @property
+    def single(self) -> Adapter | None:
+        """The adapter of all rows, where there is only one and it was attached by itself."""
+        alone = self._single and len(self._adapters) == 1
+        return next(iter(self._adapters.values())) if alone else None
+
+    @property
+    def enabled(self) -> bool:
+        return self._is_attached and self._enabled
+
+    def enable(self) -> None:
+        """Switch the adapters on, as they are after :func:`attach`."""
+        self._check_attached()
+        self._enabled = True
+        self._sync()
+
+    def disable(self) -> None:
+        """Switch the adapters off: the plain model, bit for bit, until :meth:`enable`."""
+        self._check_attached()
+        self._enabled = False
+        self._remove_patches()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The plain model within a ``with`` block, for all threads."""
+        enabled = self.enabled
+        self.disable()
+        try:
+            yield
+        finally:
+            if enabled and self._is_attached:
+                self.enable()
+
+    def detach(self) -> None:
+        """Restore the model exactly. Detaching again does nothing."""
+        if self._is_attached:
+            self._remove_patches()
+            self._is_attached = False
+            key = id(self.anchors[0].self_attn)
+            if _attached.get(key) is self:
+                del _attached[key]
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @contextmanager
+    def rows(self, names: Entry | Sequence[Entry]) -> Iterator[None]:
+        """Say which adapters each batch row uses, within a ``with`` block.
+
+        The choice is the handle's: threads that share a model must take turns. The vectors of a row's
+        M2IV and LIVE adapters are summed, each times its strength and the global one.
+
+        Args:
+            names: one entry per row: an adapter's name, None for no shift, a tuple of names with at most
+                one of method MimIC, or a dict of names with strengths (1 for MimIC). One name, dict or
+                None alone means all rows. Where ``generate`` repeats rows (beams,
+                ``num_return_sequences``) the entries are repeated with them.
+
+        Raises:
+            KeyError: an unknown name. ValueError: two MimIC adapters in one row, a name twice, a strength
+            that is not finite, or no rows. TypeError: an entry that is none of these.
+        """
+        self._check_attached()
+        rows = parse_rows(names, self._adapters)
+        self._copy_parameters()
+        before = self._rows
+        self._choose(rows)
+        try:
+            yield
+        finally:
+            self._choose(before)
+
+    def strength(self, value: float) -> AbstractContextManager:
+        """Multiply every M2IV and LIVE vector by ``value`` from now on: 0 is the plain model, bit for bit.
+
+        As a context manager the strength is what it was at the end of the block. Without compiling again.
+
+        Raises:
+            TypeError, ValueError: not a finite number, or not 1 beside a MimIC adapter, which has none.
+        """
+        self._check_attached()
+        before = self._strength
+        self._set_strength(value)
+        restoring = ExitStack()
+        restoring.callback(self._set_strength, before)
+        return restoring
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Put one more adapter into a free slot. Shapes stay, so nothing is compiled again.
+
+        The first adapter of its method patches what the others leave alone; that is compiled once.
+
+        Raises:
+            ValueError: the name is taken, or no slot is free. CheckpointError: another backbone.
+        """
+        self._check_attached()
+        self._take_slot(name, adapter)
+        self._sync()
+        if self._rows is not None:
+            self._copy_parameters()
+            self._choose(self._rows)
+
+    def remove(self, name: str) -> None:
+        """Free the slot of an adapter.
+
+        Raises:
+            KeyError: unknown name. ValueError: it is the last one, or :meth:`rows` is open.
+        """
+        if name not in self._adapters:
+            raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(self._adapters)}")
+        if len(self._adapters) == 1:
+            raise ValueError(f"{name!r} is the last adapter, expected another; use detach()")
+        if self._rows is not None:
+            raise ValueError(f"{name!r} may be in use, expected no open rows()")
+        self._slots[self._slots.index(self._adapters.pop(name))] = None
+        self._sync()
+
+    def require_single(self) -> Adapter:
+        """The adapter of all rows. Raises RuntimeError where :meth:`rows` must say which."""
+        single = self.single
+        if single is None:
+            names = ", ".join(map(repr, self._adapters))
+            raise RuntimeError(
+                f"several adapters are attached ({names}): say which rows use which, "
+                "`with handle.rows([...]):`"
+            )
+        return single
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        """``scale`` times the global strength."""
+        # Compiled graphs multiply always, so that they do not depend on the value.
+        if not torch.compiler.is_compiling() and self._strength == 1:
+            return scale
+        return scale * self._strength_tensor.to(scale.device)
+
+    def _choose(self, rows: list[dict[str, float]] | None) -> None:
+        """Make ``rows`` tensors on the device, or close the open ones."""
+        self._rows = rows
+        slots = {name: self._slots.index(adapter) for name, adapter in self._adapters.items()}
+        gates = {name for name, adapter in self._adapters.items() if isinstance(adapter, MimICAdapter)}
+        # Inference tensors could not be copied into again outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self.adapter_ids = None
+            if rows is not None:
+                ids = [next((slots[name] for name in row if name in gates), -1) for row in rows]
+                self.adapter_ids = torch.tensor(ids, dtype=torch.int32).to(self._device)
+            for site, of in self._sites.items():
+                here = {name: slots[name] for name, x in self._adapters.items() if site in x.residual_sites}
+                of.choose(rows, here, self._strength, self._device)
+
+    def _set_strength(self, value: float) -> None:
+        check_strength("strength", value)
+        for name, adapter in self._adapters.items():
+            _check_strength_of(name, adapter, value)
+        self._strength = float(value)
+        with torch.inference_mode(False):
+            self._strength_tensor = torch.tensor(self._strength).to(self._device)
+        self._choose(self._rows)
+
+    def _copy_parameters(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for stack in (*self._attention, *(x for shifts in self._shifts.values() for x in shifts)):
+                stack.copy_parameters()
+
+    def _take_slot(self, name: str, adapter: Adapter) -> None:
+        if name in self._adapters or adapter in self._slots:
+            raise ValueError(f"name {name!r} or its adapter is attached already")
+        if None not in self._slots:
+            raise ValueError(f"all {len(self._slots)} slots are taken, expected a larger slots= at attach")
+        self._check_fits(name, adapter)
+        self._make_patches(adapter)
+        self._slots[self._slots.index(None)] = adapter
+        self._adapters[name] = adapter
+        if isinstance(adapter, MimICAdapter):
+            self.normalizer = adapter.config.normalizer  # the same for all
+
+    def _check_fits(self, name: str, adapter: Adapter) -> None:
+        if not isinstance(adapter, MimICAdapter | M2IVAdapter | LIVEAdapter):
+            raise TypeError(
+                f"adapter {name!r} is a {type(adapter).__name__}, "
+                "expected a MimICAdapter, M2IVAdapter or LIVEAdapter"
+            )
+        check_backbone(adapter, self._backbone)
+        _check_strength_of(name, adapter, self._strength)
+        gated = any(isinstance(x, MimICAdapter) for x in self._adapters.values())
+        if gated and isinstance(adapter, MimICAdapter) and adapter.config.normalizer != self.normalizer:
+            raise ValueError(
+                f"adapter {name!r} has normalizer {adapter.config.normalizer!r}, "
+                f"expected {self.normalizer!r} like the others"
+            )
+        for anchor in self.anchors:
+            for parameter in adapter.layers[str(anchor.index)].parameters():
+                if parameter.device != anchor.device:
+                    raise ValueError(
+                        f"adapter {name!r} has layer {anchor.index} on {parameter.device}, "
+                        f"expected {anchor.device}"
+                    )
+
+    def _make_patches(self, adapter: Adapter) -> None:
+        """What ``adapter`` needs in the model and no other needed so far; not in its place yet."""
+        if isinstance(adapter, MimICAdapter) and not self._attention:
+            hf_attention.register()
+            self._attention = [PatchedLayer(self, anchor, self._slots) for anchor in self.anchors]
+        for site in adapter.residual_sites:
+            if site not in self._sites:
+                rows = SiteRows(site)
+                self._shifts[site] = [LayerShift(self, anchor, rows, self._slots) for anchor in self.anchors]
+                self._sites[site] = rows
+            if site.module not in self._hooks:
+                self._hooks[site.module] = [ResidualHook(anchor, site.module) for anchor in self.anchors]
+
+    def _sync(self) -> None:
+        """Put in place what the attached adapters need, and nothing else."""
+        if not self._enabled:
+            return
+        gated = any(isinstance(x, MimICAdapter) for x in self._adapters.values())
+        for layer in self._attention:
+            layer.install() if gated else layer.remove()
+        needed = {site for adapter in self._adapters.values() for site in adapter.residual_sites}
+        # The norm that is kept is that of what the module returned, so those shifts act first.
+        order = sorted(needed, key=lambda site: not site.preserve_norm)
+        for module, hooks in self._hooks.items():
+            for index, hook in enumerate(hooks):
+                hook.shifts = [self._shifts[site][index] for site in order if site.module == module]
+                hook.install() if hook.shifts else hook.remove()
+
+    def _remove_patches(self) -> None:
+        for layer in self._attention:
+            layer.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+
+    def _check_plain(self) -> None:
+        """Raise ValueError if the model is patched."""
+        patched = id(self.anchors[0].self_attn) in _attached
+        for anchor in self.anchors:
+            patched |= hasattr(anchor.self_attn.config, "mmicl_layer")
+            for module in (anchor.after_attention, anchor.mlp, anchor.layer):
+                patched |= any(isinstance(hook, ResidualHook) for hook in module._forward_hooks.values())
+        if patched:
+            raise ValueError(
+                "the model is patched already: detach() its handle or add() to it "
+                "(a deepcopy of a patched model is patched too: copy it before attach)"
+            )
+
+    def _check_attached(self) -> None:
+        if not self._is_attached:
+            raise RuntimeError("the handle is detached, expected an attached one")
+
+
+def _check_strength_of(name: str, adapter: Adapter, strength: float) -> None:
+    if strength != 1 and isinstance(adapter, MimICAdapter):
+        raise ValueError(f"strength is {strength!r}, expected 1: {name!r} is a MimIC adapter, which has none")

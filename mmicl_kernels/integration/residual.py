@@ -1,0 +1,115 @@
+"""Vectors in the residual stream: a forward hook on every module whose output they are added to."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmicl_kernels.integration.anchors import Anchor
+from mmicl_kernels.integration.slots import SlotStack, for_batch
+from mmicl_kernels.methods import Adapter, ResidualSite
+from mmicl_kernels.ops import residual_shift
+
+if TYPE_CHECKING:
+    from mmicl_kernels.integration.handle import Handle
+
+# Adapters a batch row can name before its ids grow and compiled models are compiled again.
+ENTRIES = 4
+
+
+class SiteRows:
+    """What all layers of one site share: the slots that every batch row uses, ``[rows, K]``.
+
+    ``ids`` and ``strengths`` are None while no rows() are open.
+    """
+
+    def __init__(self, site: ResidualSite) -> None:
+        self.site = site
+        self.ids: Tensor | None = None
+        self.strengths: Tensor | None = None
+
+    def choose(
+        self,
+        rows: list[dict[str, float]] | None,
+        slots: dict[str, int],
+        strength: float,
+        device: torch.device,
+    ) -> None:
+        """``rows`` as names and strengths; ``slots`` of the adapters that act here."""
+        if rows is None:
+            self.ids = self.strengths = None
+            return
+        width = max(ENTRIES, *map(len, rows))
+        chosen = [[(slots.get(name, -1), strength * x) for name, x in row.items()] for row in rows]
+        padded = [row + [(-1, 0.0)] * (width - len(row)) for row in chosen]
+        self.ids = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32).to(device)
+        self.strengths = torch.tensor([[x for _, x in row] for row in padded]).to(device)
+
+
+class LayerShift(SlotStack):
+    """The shift of one layer at one site."""
+
+    def __init__(self, handle: "Handle", anchor: Anchor, rows: SiteRows, slots: list[Adapter | None]) -> None:
+        super().__init__(slots, anchor.device)
+        self._handle, self._rows, self._key = handle, rows, str(anchor.index)
+        self.site = rows.site
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [B, T, C]`` shifted as the handle says."""
+        options = {"preserve_norm": self.site.preserve_norm, "impl": self._handle.impl}
+        if self._rows.ids is None:
+            vector, scale = self._handle.require_single().residual_shift(self.site, self._key)
+            if isinstance(scale, Tensor):
+                scale = self._handle.scaled(scale)
+            return residual_shift(x, vector.to(x.device), scale, **options)
+        B, (vector, scale) = x.shape[0], self.stacked()
+        ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))
+        return residual_shift(x, vector, scale, adapter_ids=ids, strengths=strengths, **options)
+
+    def _of(self, adapter: Adapter) -> list[Tensor] | None:
+        if self.site not in adapter.residual_sites:
+            return None
+        vector, scale = adapter.residual_shift(self.site, self._key)
+        return [vector, scale if isinstance(scale, Tensor) else vector.new_full((), scale)]
+
+
+class ResidualHook:
+    """The forward hook of one module; ``shifts`` act on its output in their order."""
+
+    def __init__(self, anchor: Anchor, name: str) -> None:
+        self._module, self._layer = getattr(anchor, name), anchor.layer
+        self.shifts: list[LayerShift] = []
+        self._hook: RemovableHandle | None = None
+        self._mark: object = None
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        # Idefics v1 drops out what a branch returned; a vector must reach the stream whole.
+        dropout = getattr(self._layer, "dropout", 0.0) if self._layer.training else 0.0
+        if dropout > 0 and module is not self._layer:
+            raise ValueError(f"dropout is {dropout}, expected 0: set dropout=0 or model.eval()")
+        x = output[0] if isinstance(output, tuple) else output
+        for shift in self.shifts:
+            x = shift(x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def install(self) -> None:
+        """Hook the module, before hooks that are there: what they see is shifted."""
+        if self._hook is not None:
+            return
+        self._hook = self._module.register_forward_hook(self, prepend=True)
+        # A graph compiled before would run on without the hook: torch.compile does not look for new
+        # hooks, but it does look for a `forward` of the instance's own.
+        if "forward" not in vars(self._module):
+            self._mark = self._module.forward
+            self._module.forward = self._mark
+
+    def remove(self) -> None:
+        """Take the hook away; nothing of it remains."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        if self._mark is not None and vars(self._module).get("forward") is self._mark:
+            del self._module.forward
+        self._mark = None

@@ -1,0 +1,399 @@
+"""The index of a VLibrary: a log beside a memory-mapped matrix, both derived from the entries' files.
+
+Every operation is a line of the log, written before the file is touched; a second line says that the file
+followed. After a crash the last operation may lack that second line: whether it happened is then asked of
+the file. So readers need no lock, and what a crash interrupted either happened or did not.
+"""
+
+import functools
+import json
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.library.entry_file import (
+    BAD_VALUES,
+    MAX_DIMENSION,
+    SUFFIX,
+    Entry,
+    file_name,
+    parse_json,
+    read_embedding,
+    read_entry,
+)  # fmt: skip
+from mmicl_kernels.methods import CheckpointError
+
+LOG = "log.jsonl"
+FORMAT_VERSION = 1
+MAX_LINE_BYTES = 2**18
+RETRIES = 3  # a writer may replace log and matrix between a reader's looks at the two
+ROWS_AT_ONCE = 2**13  # copied or scored in fp64
+SPARE_OPERATIONS = 256  # before a log is written anew, beside twice its live rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the index has of an entry: what is searched, where its vector lies, and what it described."""
+
+    name: str
+    method: str
+    task: str | None
+    tags: tuple[str, ...]
+    digest: str
+    slot: int | None
+
+    @classmethod
+    def of(cls, entry: Entry, digest: str, slot: int | None) -> "Row":
+        return cls(entry.name, entry.method, entry.task, entry.tags, digest, slot)
+
+    @functools.cached_property
+    def text(self) -> str:
+        return "\n".join([self.name, self.task or "", *self.tags]).casefold()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A line of the log that changes it: ``row`` is put, or without one ``name`` is removed."""
+
+    name: str
+    row: Row | None
+
+    def happened(self, entries: Path) -> bool:
+        """Whether the file says so."""
+        try:
+            digest = read_entry(entries / file_name(self.name))[1]
+        except FileNotFoundError:
+            return self.row is None
+        except CheckpointError:
+            return False
+        return self.row is not None and digest == self.row.digest
+
+
+class Index:
+    """The rows of one library's entries, and unit vectors of their embeddings ``[slots, D]`` fp32.
+
+    ``refresh`` reads what was written since. The methods below it are for who holds the library's lock.
+    ``damage`` says why the log could not be used; the rows are then those of a scan of all entries.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.entries, self.folder, self.temporary = folder / "entries", folder / "index", folder / "tmp"
+        self._clear()
+
+    def _clear(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self.vectors = torch.empty(0, 0)
+        self.damage: str | None = None
+        self._generation: str | None = None
+        self._offset = self._operations = self._slots = 0
+        self.dimension: int | None = None
+        self._pending: Operation | None = None
+        self._sorted: list[Row] | None = None
+        self._sorted_embedded: tuple[list[Row], Tensor] | None = None
+
+    def refresh(self) -> None:
+        """Bring the rows up to date; scan the entries' files where the log is missing or damaged."""
+        reason = ""
+        for _ in range(RETRIES):
+            try:
+                self._read_log()
+                return
+            except (CheckpointError, FileNotFoundError) as error:
+                reason = str(error)
+                self._clear()
+        self._scan(reason)
+
+    def sorted_rows(self) -> list[Row]:
+        """All rows by name."""
+        if self._sorted is None:
+            self._sorted = sorted(self.rows.values(), key=lambda row: row.name)
+        return self._sorted
+
+    def nearest(self, rows: list[Row], query: Tensor, limit: int) -> list[tuple[float, str]]:
+        """``(cosine, name)`` of the best of ``rows``, best first, ties by name.
+
+        fp32 finds who may be among the best, fp64 decides. ``query`` is a unit vector ``[D]`` fp64.
+        """
+        rows, slots = self._embedded(rows)
+        if not rows:
+            return []
+        # A row of NaN, which only damage can bring about, is nowhere near.
+        scores = (self.vectors @ query.float())[slots].nan_to_num(nan=-torch.inf)
+        # A dot product of unit vectors in fp32 is off by at most (D + 2) roundings; so are two of them.
+        margin = 2 * (query.numel() + 2) * torch.finfo(torch.float32).eps
+        bound = scores.topk(min(limit, len(rows))).values[-1] - margin
+        chosen = (scores >= bound).nonzero().view(-1)
+        exact = [self._cosines(slots[part], query) for part in chosen.split(ROWS_AT_ONCE)]
+        best = zip(torch.cat(exact).tolist(), (rows[i].name for i in chosen.tolist()), strict=True)
+        return sorted(best, key=lambda pair: (-pair[0], pair[1]))[:limit]
+
+    def _embedded(self, rows: list[Row]) -> tuple[list[Row], Tensor]:
+        """Those of ``rows`` that have a vector, and where; kept for all rows, because that takes as long."""
+        if rows is self._sorted and self._sorted_embedded is not None:
+            return self._sorted_embedded
+        embedded = [row for row in rows if row.slot is not None]
+        found = embedded, torch.tensor([row.slot for row in embedded], dtype=torch.int64)
+        if rows is self._sorted:
+            self._sorted_embedded = found
+        return found
+
+    def _cosines(self, slots: Tensor, query: Tensor) -> Tensor:
+        vectors = self.vectors[slots].double()
+        return (vectors * query).sum(-1) / vectors.norm(dim=-1)
+
+    def recover(self) -> None:
+        """Clear away what a crash left, and settle what it interrupted. Before every write."""
+        for leftover in self.temporary.iterdir():
+            leftover.unlink()
+        self.refresh()
+        if self.damage or self._generation is None:
+            self.rebuild()
+        with open(self.folder / LOG, "r+b") as log:
+            log.truncate(self._offset)
+        if self._pending is not None:
+            self.settle(self._pending.happened(self.entries))
+            self.refresh()
+        if self._operations > 2 * len(self.rows) + SPARE_OPERATIONS:
+            self._write_anew(self.sorted_rows())
+        self._truncate_matrix()
+        keep = {LOG, self._matrix().name}
+        for leftover in self.folder.iterdir():
+            if leftover.name not in keep:
+                leftover.unlink()
+
+    def rebuild(self) -> None:
+        """Write log and matrix anew from the entries' files."""
+        self._scan("")
+        self._write_anew(self.sorted_rows())
+
+    def check_dimension(self, dimension: int) -> None:
+        """Raise ValueError unless embeddings of ``dimension`` belong beside those in the index."""
+        if self.dimension in (None, dimension):
+            return
+        if any(row.slot is not None for row in self.rows.values()):
+            raise ValueError(f"embedding has dimension {dimension}, the library has {self.dimension}")
+        self._write_anew(self.sorted_rows())
+
+    def announce_put(self, entry: Entry, digest: str, embedding: Tensor | None) -> None:
+        """Write down that the entry's file is about to be put into place."""
+        slot = None
+        if embedding is not None:
+            slot = self._slots
+            append(self._matrix(), unit(embedding).float().numpy().tobytes())
+        append(self.folder / LOG, _line(_put(Row.of(entry, digest, slot), entry.embedding_dim)))
+
+    def announce_remove(self, name: str) -> None:
+        """Write down that the entry's file is about to be removed."""
+        append(self.folder / LOG, _line({"op": "remove", "name": name}))
+
+    def settle(self, happened: bool = True) -> None:
+        """Write down whether the last operation happened. If this is lost, the file tells as much."""
+        with open(self.folder / LOG, "ab") as log:
+            log.write(_line({"op": "done" if happened else "dropped"}))
+
+    def _matrix(self) -> Path:
+        return self.folder / f"vectors-{self._generation}.f32"
+
+    def _truncate_matrix(self) -> None:
+        """Cut what was appended for an operation that never reached the log."""
+        size = self._slots * (self.dimension or 0) * 4
+        if self._matrix().is_file() and self._matrix().stat().st_size > size:
+            os.truncate(self._matrix(), size)
+
+    def _read_log(self) -> None:
+        path = self.folder / LOG
+        if not path.exists() and not any(_entry_files(self.entries)):
+            return self._clear()
+        with open(path, "rb") as log:
+            first = log.readline(MAX_LINE_BYTES)
+            generation = _generation(first)
+            if generation != self._generation:
+                self._clear()
+                self._generation, self._offset = generation, len(first)
+            log.seek(self._offset)
+            new = log.read()
+        # A line without its end is being written, or a crash ended it.
+        end = new.rfind(b"\n") + 1
+        for line in new[:end].split(b"\n")[:-1]:
+            self._follow(_parsed(line))
+        self._offset += end
+        if self._pending is not None and self._pending.happened(self.entries):
+            self._apply(self._pending)
+        self._map()
+
+    def _follow(self, data: dict[str, Any]) -> None:
+        """One line of the log."""
+        try:
+            kind = data["op"]
+            if kind in ("done", "dropped"):
+                if self._pending is None:
+                    raise ValueError("it settles nothing")
+                if kind == "done":
+                    self._apply(self._pending)
+                self._pending = None
+                return
+            if self._pending is not None:
+                raise ValueError("the operation before it was not settled")
+            operation = Operation(_text(data["name"]), self._row(data) if kind == "put" else None)
+            if kind not in ("put", "remove"):
+                raise ValueError(f"unknown operation {kind!r:.80}")
+        except BAD_VALUES as error:
+            raise CheckpointError(f"{self.folder / LOG} has a bad line: {error!r:.200}") from error
+        self._operations += 1
+        if data.get("settled"):
+            self._apply(operation)
+        else:
+            self._pending = operation
+
+    def _row(self, data: dict[str, Any]) -> Row:
+        slot, dimension = data["slot"], data["dimension"]
+        if slot is not None:
+            if type(slot) is not int or slot != self._slots:
+                raise ValueError(f"slot is {slot!r:.80}, expected {self._slots}")
+            if type(dimension) is not int or not 1 <= dimension <= MAX_DIMENSION:
+                raise ValueError(f"dimension is {dimension!r:.80}, expected a size")
+            if dimension != (self.dimension or dimension):
+                raise ValueError(f"dimension is {dimension}, expected {self.dimension}")
+            self._slots, self.dimension = slot + 1, dimension
+        task = data["task"]
+        return Row(
+            name=_text(data["name"]),
+            method=_text(data["method"]),
+            task=None if task is None else _text(task),
+            tags=tuple(_text(tag) for tag in data["tags"]),
+            digest=_text(data["digest"]),
+            slot=slot,
+        )
+
+    def _apply(self, operation: Operation) -> None:
+        if operation.row is None:
+            self.rows.pop(operation.name, None)
+        else:
+            self.rows[operation.name] = operation.row
+        self._sorted = self._sorted_embedded = None
+
+    def _map(self) -> None:
+        """Map the matrix as far as the log speaks of it. Rows are only ever appended to a mapped file."""
+        if self._slots == len(self.vectors):
+            return
+        path, count = self._matrix(), self._slots * self.dimension
+        size = path.stat().st_size
+        if size < 4 * count:
+            raise CheckpointError(f"{path} has {size} bytes, expected {4 * count}")
+        mapped = torch.from_file(str(path), shared=False, size=count, dtype=torch.float32)
+        self.vectors = mapped.view(self._slots, self.dimension)
+
+    def _scan(self, reason: str) -> None:
+        """Rows and vectors from the entries' files, all in memory. What is no entry is passed by."""
+        self._clear()
+        self.damage = reason
+        vectors = []
+        for path in _entry_files(self.entries):
+            try:
+                entry, digest, embedding = read_embedding(path)
+            except (CheckpointError, OSError):
+                continue  # removed meanwhile, or damaged: `verify` tells
+            if path.name != file_name(entry.name):
+                continue
+            slot = None
+            if embedding is not None and self.dimension in (None, entry.embedding_dim):
+                slot, self.dimension = len(vectors), entry.embedding_dim
+                vectors.append(unit(embedding).float())
+            self.rows[entry.name] = Row.of(entry, digest, slot)
+        if vectors:
+            self.vectors, self._slots = torch.stack(vectors), len(vectors)
+
+    def _write_anew(self, rows: list[Row]) -> None:
+        """Another generation of log and matrix, holding ``rows`` alone; the log's rename makes it valid."""
+        generation, vectors, dimension = uuid.uuid4().hex, self.vectors, self.dimension
+        slots = torch.tensor([row.slot for row in rows if row.slot is not None], dtype=torch.int64)
+        numbers = iter(range(len(slots)))
+        lines = [_line({"generation": generation, "format_version": FORMAT_VERSION})]
+        for row in rows:
+            fresh = Row(row.name, row.method, row.task, row.tags, row.digest,
+                        None if row.slot is None else next(numbers))  # fmt: skip
+            lines.append(_line({**_put(fresh, dimension), "settled": True}))
+        with open(self.folder / f"vectors-{generation}.f32", "wb") as matrix:
+            for part in slots.split(ROWS_AT_ONCE):
+                matrix.write(vectors[part].numpy().tobytes())
+            flush(matrix)
+        temporary = self.temporary / uuid.uuid4().hex
+        append(temporary, b"".join(lines))
+        temporary.replace(self.folder / LOG)
+        sync_folder(self.folder)
+        self.refresh()
+
+
+def unit(embedding: Tensor) -> Tensor:
+    """``embedding`` in fp64, with length one."""
+    embedding = embedding.double()
+    embedding = embedding / embedding.abs().max()  # or the squares of the largest overflow
+    return embedding / embedding.norm()
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append ``data`` to the file, and wait until the disk has it."""
+    with open(path, "ab") as file:
+        file.write(data)
+        flush(file)
+
+
+def flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in ``folder``."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _entry_files(entries: Path) -> Iterable[Path]:
+    if entries.is_dir():
+        yield from (path for path in sorted(entries.iterdir()) if path.name.endswith(SUFFIX))
+
+
+def _put(row: Row, dimension: int | None) -> dict[str, Any]:
+    return {"op": "put", "name": row.name, "method": row.method, "task": row.task, "tags": row.tags,
+            "digest": row.digest, "slot": row.slot, "dimension": dimension}  # fmt: skip
+
+
+def _line(data: dict[str, Any]) -> bytes:
+    text = json.dumps(data).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES or line[:9] != b"%08x " % zlib.crc32(line[9:]):
+        raise CheckpointError(f"the index has a damaged line: {line[:40]!r}")
+    data = parse_json(line[9:], "a line of the index")
+    if not isinstance(data, dict):
+        raise CheckpointError(f"the index has a bad line: {line[:40]!r}")
+    return data
+
+
+def _generation(first: bytes) -> str:
+    data = _parsed(first.removesuffix(b"\n")) if first.endswith(b"\n") else {}
+    generation = str(data.get("generation"))
+    # It is part of a file's name.
+    if data.get("format_version") != FORMAT_VERSION or not re.fullmatch("[0-9a-f]{32}", generation):
+        raise CheckpointError(f"the index starts with {first[:40]!r}, expected format {FORMAT_VERSION}")
+    return generation
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise TypeError(f"{value!r:.80} is not a printable text")
+    return value

@@ -1,0 +1,422 @@
+"""VLibrary: a folder of trained adapters, to be found by name, tag, text or embedding."""
+
+from __future__ import annotations  # a method is called list, as the built-in type in the annotations is
+
+import importlib
+import os
+import threading
+import unicodedata
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.library.combine import combine_adapters
+from mmicl_kernels.library.entry_file import (
+    MAX_DIMENSION,
+    SUFFIX,
+    Entry,
+    check_name,
+    file_name,
+    pack,
+    read_all,
+    read_embedding,
+    read_entry,
+)  # fmt: skip
+from mmicl_kernels.library.index import RETRIES, Index, Row, append, sync_folder, unit
+from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
+from mmicl_kernels.methods.base import check_tensors, replacing
+
+try:
+    import fcntl
+except ImportError:  # Windows: libraries can be read there, not written
+    fcntl = None
+
+
+class VLibrary:
+    """Adapters of any method in ``folder``, one immutable file each, and an index that can be rebuilt.
+
+    Any number of processes may read and write at once: writers take turns by an advisory lock, readers
+    need none. A process killed at any moment leaves the library as it was before or after the operation.
+    One object may be shared by threads. The folder is made by the first ``put``.
+
+    Raises:
+        NotADirectoryError: ``folder`` is a file.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is not a folder, expected a library")
+        self._entries = self.folder / "entries"
+        self._index = Index(self.folder)
+        self._mutex = threading.RLock()
+
+    def put(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        task: str | None = None,
+        tags: Sequence[str] = (),
+        metrics: Mapping[str, float] | None = None,
+        record: Any = None,
+        embedding: Tensor | Sequence[float] | None = None,
+        overwrite: bool = False,
+    ) -> Entry:
+        """Store ``adapter`` under ``name``; when this returns, the disk has it.
+
+        Args:
+            name: 1 to 128 printable Unicode characters, no slashes, not starting with "." or "-"; kept in
+                normal form C. task, tags: labels of the same kind, slashes allowed.
+            metrics: finite numbers by label. record: anything JSON can hold, such as the training's log.
+            embedding: ``[D]``, finite and not all zeros, stored in fp32; what ``search`` compares.
+            overwrite: whether an entry of this name is replaced.
+
+        Raises:
+            FileExistsError: the name is taken. TypeError, ValueError: an argument is not as above, has
+            another dimension than the library's embeddings, or the adapter is not finite.
+        """
+        if not isinstance(adapter, Adapter) or adapter.method not in ADAPTERS:
+            raise TypeError(f"adapter is a {type(adapter).__name__}, expected one of {sorted(ADAPTERS)}")
+        if isinstance(tags, str):
+            raise TypeError(f"tags is {tags!r}, expected a sequence of strings")
+        vector = None if embedding is None else _embedding(embedding)
+        tensors = adapter.state_dict()
+        check_tensors("adapter", tensors, adapter.tensor_shapes(adapter.config, adapter.backbone))
+        entry = Entry(
+            name=_normal(name),
+            method=adapter.method,
+            config=asdict(adapter.config),
+            backbone=adapter.backbone,
+            task=task,
+            tags=tuple(dict.fromkeys(tags)),
+            metrics={label: float(value) for label, value in (metrics or {}).items()},
+            record=record,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        return self._store(entry, tensors, vector, overwrite)
+
+    def get(self, name: str, backbone: Backbone | None = None) -> Adapter:
+        """The adapter stored under ``name``, on the CPU, bit for bit.
+
+        Args:
+            backbone: what the adapter must have been made for, such as another adapter's ``.backbone``.
+                ``mk.load(library.path(name), model)`` checks a model and places the adapter on its
+                devices, and so does ``attach``.
+
+        Raises:
+            KeyError: no such entry. CheckpointError: damaged, of an unknown method, or of another backbone.
+        """
+        if backbone is not None and not isinstance(backbone, Backbone):
+            raise TypeError(
+                f"backbone is a {type(backbone).__name__}, expected a Backbone; "
+                "mk.load(library.path(name), model) checks a model"
+            )
+        adapter = self._read(name, read_all)[1]
+        differences = [] if backbone is None else adapter.backbone.differences(backbone)
+        if differences:
+            raise CheckpointError(f"entry {name!r} belongs to another backbone: {'; '.join(differences)}")
+        return adapter
+
+    def entry(self, name: str) -> Entry:
+        """All about an entry but its tensors. Raises KeyError, CheckpointError."""
+        return self._read(name, read_entry)[0]
+
+    def embedding(self, name: str) -> Tensor | None:
+        """The embedding ``[D]`` fp32 of an entry, if it has one. Raises KeyError, CheckpointError."""
+        return self._read(name, read_embedding)[2]
+
+    def path(self, name: str) -> Path:
+        """The entry's file, which ``mk.load`` reads too. Raises KeyError."""
+        path = self._entries / file_name(_normal(name))
+        if not path.is_file():
+            raise KeyError(f"no entry {name!r} in {self.folder}")
+        return path
+
+    def list(self) -> list[str]:
+        """All names, in order."""
+        with self._mutex:
+            self._index.refresh()
+            return [row.name for row in self._index.sorted_rows()]
+
+    def __len__(self) -> int:
+        return len(self.list())
+
+    def __contains__(self, name: str) -> bool:
+        return (self._entries / file_name(_normal(name))).is_file()
+
+    def remove(self, name: str) -> None:
+        """Remove an entry. Raises KeyError if there is none."""
+        name = _normal(name)
+        path = self._entries / file_name(name)
+        if not self._entries.is_dir():
+            raise KeyError(f"no entry {name!r} in {self.folder}")
+        with self._writing() as index:
+            if not path.exists() and name not in index.rows:
+                raise KeyError(f"no entry {name!r} in {self.folder}")
+            index.announce_remove(name)
+            path.unlink(missing_ok=True)
+            sync_folder(self._entries)
+            index.settle()
+
+    def search(
+        self,
+        text: str | None = None,
+        tags: Sequence[str] | None = None,
+        embedding: Tensor | Sequence[float] | None = None,
+        task: str | None = None,
+        method: str | None = None,
+        limit: int = 10,
+    ) -> list[Entry]:
+        """The entries that meet every condition given, at most ``limit``.
+
+        Args:
+            text: each of its words occurs in the name, the task or a tag, whatever the case.
+            tags: all of them are the entry's. task, method: equal to the entry's.
+            embedding: ``[D]``. The entries that have one, by falling cosine with it (exact, in
+                ``Entry.score``), ties by name; else the order is by name.
+
+        Raises:
+            TypeError, ValueError: ``embedding`` of another dimension than the library's, or all zeros.
+        """
+        if type(limit) is not int or limit < 1:
+            raise ValueError(f"limit is {limit!r}, expected a positive integer")
+        if isinstance(tags, str):
+            raise TypeError(f"tags is {tags!r}, expected a sequence of strings")
+        words, wanted = (text or "").casefold().split(), set(tags or ())
+        query = None if embedding is None else unit(_embedding(embedding))
+
+        def meets(row: Row) -> bool:
+            return (
+                (task is None or row.task == task)
+                and (method is None or row.method == method)
+                and (not wanted or wanted <= set(row.tags))
+                and all(word in row.text for word in words)
+            )
+
+        plain = not words and not wanted and task is None and method is None
+        found: list[Entry] = []
+        for _ in range(RETRIES):
+            found, stale = self._search(None if plain else meets, query, limit)
+            if not stale:
+                break
+        return found
+
+    def combine(self, weights: Mapping[str, float], backbone: Backbone | None = None) -> Adapter:
+        """The weighted sum of stored adapters, as a new one: vectors as values.
+
+        ``weights`` are numbers by name, negative ones for a difference. Where a method adds ``scale *
+        vector``, the products are summed; the result has scale 1.
+
+        Raises:
+            As ``get``. ValueError: of a method whose sum means nothing (MimIC, AIM), a weight that is no
+            finite number. CheckpointError: mixed methods, configs or backbones.
+        """
+        return combine_adapters({name: (self.get(name, backbone), w) for name, w in weights.items()})
+
+    def verify(self) -> list[str]:
+        """What is damaged, a sentence each; empty if nothing is. Reads every byte; writers wait.
+
+        What a killed process leaves behind is not damage: the next writer clears it away.
+        """
+        if not self._entries.is_dir():
+            return []
+        with self._mutex, self._locked():
+            self._index.refresh()
+            problems = [f"index: {self._index.damage}"] if self._index.damage else []
+            missing = {file_name(row.name): row for row in self._index.sorted_rows()}
+            for path in sorted(self._entries.iterdir()):
+                problem = self._problem_of(path, missing.pop(path.name, None))
+                if problem:
+                    problems.append(problem)
+            return problems + [f"index: {row.name!r} has no file" for row in missing.values()]
+
+    def rebuild(self) -> None:
+        """Write the index anew from the entries. Damaged files are left out, and left where they are."""
+        with self._writing() as index:
+            index.rebuild()
+
+    def export(self, name: str, file: str | os.PathLike) -> None:
+        """Write an entry as one file, which ``import_file`` reads. Raises as ``get``."""
+        path = self.path(name)
+        self._read(name, read_all)
+        with replacing(Path(file)) as temporary:
+            temporary.write_bytes(path.read_bytes())
+
+    def import_file(
+        self, file: str | os.PathLike, *, name: str | None = None, overwrite: bool = False
+    ) -> Entry:
+        """Store the entry that ``export`` wrote, under its own name or ``name``.
+
+        The file may come from anyone: nothing in it is run, and its name is not used as a path.
+
+        Raises:
+            FileNotFoundError. FileExistsError: the name is taken. CheckpointError: not a sound entry.
+        """
+        entry, adapter, embedding = read_all(Path(file))
+        entry = entry if name is None else replace(entry, name=_normal(name))
+        return self._store(entry, adapter.state_dict(), embedding, overwrite)
+
+    def push(self, repo_id: str) -> None:
+        """Upload all entries to a model repository of the Hugging Face hub, made if there is none.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub is not installed. What it raises itself.
+        """
+        hub = _hub().HfApi()
+        hub.create_repo(repo_id, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(self._entries),
+            path_in_repo="entries",
+            allow_patterns=[f"*{SUFFIX}"],
+        )
+
+    def pull(self, repo_id: str, *, revision: str | None = None, overwrite: bool = False) -> list[Entry]:
+        """Import every entry of a repository that ``push`` wrote; those imported, by file name.
+
+        Without ``overwrite`` nothing is imported if a name is taken. Raises as ``push`` and ``import_file``.
+        """
+        folder = _hub().snapshot_download(repo_id, revision=revision, allow_patterns=[f"entries/*{SUFFIX}"])
+        files = sorted((Path(folder) / "entries").glob(f"*{SUFFIX}"))
+        taken = [] if overwrite else [x for x in (read_entry(file)[0].name for file in files) if x in self]
+        if taken:
+            raise FileExistsError(f"{repo_id} has entries whose names are taken: {taken[:3]}")
+        return [self.import_file(file, overwrite=overwrite) for file in files]
+
+    def _store(
+        self, entry: Entry, tensors: Mapping[str, Tensor], embedding: Tensor | None, overwrite: bool
+    ) -> Entry:
+        entry, digest, data = pack(entry, tensors, embedding)
+        path = self._entries / file_name(entry.name)
+        with self._writing() as index:
+            if path.exists() and not overwrite:
+                raise FileExistsError(f"{self.folder} has an entry {entry.name!r}; overwrite replaces it")
+            if embedding is not None:
+                index.check_dimension(len(embedding))
+            temporary = index.temporary / uuid.uuid4().hex
+            append(temporary, data)
+            index.announce_put(entry, digest, embedding)
+            temporary.replace(path)
+            sync_folder(self._entries)
+            index.settle()
+        return entry
+
+    def _read(self, name: str, reader: Any) -> tuple:
+        path = self.path(name)
+        try:
+            found = reader(path)
+        except FileNotFoundError as error:  # removed since
+            raise KeyError(f"no entry {name!r} in {self.folder}") from error
+        if found[0].name != _normal(name):
+            raise CheckpointError(f"{path} holds the entry {found[0].name!r}, expected {name!r}")
+        return found
+
+    def _search(self, meets: Any, query: Tensor | None, limit: int) -> tuple[list[Entry], bool]:
+        """Found entries, and whether one of them was replaced or removed meanwhile."""
+        with self._mutex:
+            index = self._index
+            index.refresh()
+            if query is not None and index.dimension not in (None, len(query)):
+                raise ValueError(f"embedding has dimension {len(query)}, the library has {index.dimension}")
+            rows = index.sorted_rows()
+            if meets is not None:
+                rows = [row for row in rows if meets(row)]
+            if query is None:
+                best = [(None, row.name) for row in rows[:limit]]
+            else:
+                best = index.nearest(rows, query, limit)
+            digests = {name: index.rows[name].digest for _, name in best}
+        found, stale = [], False
+        for score, name in best:
+            try:
+                entry, digest = self._read(name, read_entry)
+            except KeyError:
+                stale = True
+                continue
+            stale |= digest != digests[name]
+            found.append(replace(entry, score=score))
+        return found, stale
+
+    def _problem_of(self, path: Path, row: Row | None) -> str | None:
+        """What is wrong with a file in ``entries``, or with the ``row`` the index has of it."""
+        if not path.name.endswith(SUFFIX) or path.is_symlink() or not path.is_file():
+            return f"{path} is not an entry's file"
+        try:
+            entry, _, embedding = read_all(path)
+            digest = read_entry(path)[1]
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        if path.name != file_name(entry.name):
+            return f"{path} holds the entry {entry.name!r}, expected in {file_name(entry.name)}"
+        if row is None:
+            return f"index: {entry.name!r} is not in it"
+        if row != Row.of(entry, digest, row.slot):
+            return f"index: {entry.name!r} is described otherwise than in its file"
+        if (row.slot is None) != (embedding is None) or (
+            embedding is not None and not torch.equal(unit(embedding).float(), self._index.vectors[row.slot])
+        ):
+            return f"index: {entry.name!r} has another vector than in its file"
+        return None
+
+    @contextmanager
+    def _writing(self) -> Iterator[Index]:
+        """The index, for the one writer at a time, after what a killed one left is cleared away."""
+        folders = (self._entries, self._index.folder, self._index.temporary)
+        if not all(folder.is_dir() for folder in folders):
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.folder)
+        with self._mutex, self._locked():
+            self._index.recover()
+            yield self._index
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if fcntl is None:
+            raise OSError("writing to a library needs flock, which this platform lacks; reading does not")
+        handle = os.open(self.folder / "lock", os.O_RDONLY | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            # Closing alone would leave it locked while a process forked meanwhile lives.
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+
+def _normal(name: str) -> str:
+    """``name`` in normal form C. Raises TypeError, ValueError for what is no name."""
+    if isinstance(name, str):
+        name = unicodedata.normalize("NFC", name)
+    check_name(name)
+    return name
+
+
+def _embedding(values: Tensor | Sequence[float]) -> Tensor:
+    """``[D]`` fp32 on the CPU."""
+    vector = torch.as_tensor(values).detach().cpu()
+    if vector.ndim != 1 or not 1 <= len(vector) <= MAX_DIMENSION or vector.is_complex():
+        raise ValueError(f"embedding has shape {list(vector.shape)}, expected [D] of real numbers")
+    vector = vector.float().contiguous().clone()
+    if not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
+        raise ValueError("embedding is all zeros or not finite in fp32, so it has no cosine with anything")
+    return vector
+
+
+def _hub() -> ModuleType:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ModuleNotFoundError as error:
+        if error.name != "huggingface_hub":
+            raise
+        message = "push and pull need huggingface_hub: pip install huggingface_hub"
+        raise ModuleNotFoundError(message, name=error.name) from error

@@ -1,0 +1,3 @@
+from mmicl_kernels.ops.residual_shift.api import residual_shift
+
+__all__ = ["residual_shift"]

@@ -1,0 +1,159 @@
+"""The residual shift's kernels: which set of them runs, and the set in plain PyTorch.
+
+A set is any namespace with the functions ``residual_shift_fwd`` and ``_bwd`` below: this module,
+``torch.ops.mmicl_cpu`` (csrc/cpu) and ``_triton``, which has its own ``entry_grads`` too. Arguments are
+normalised before they are called: ``vector [A, C]``, ``scale [1]`` or ``[A]`` (None for 1),
+``adapter_ids`` and ``strengths [B, K]``, contiguous, in the accumulation dtype (Triton: in any);
+``A = 1`` where there are no ids.
+"""
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels import _extension
+from mmicl_kernels.ops._impl import HAS_TRITON
+
+
+def kernels(impl: str, device: torch.device) -> ModuleType:
+    """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
+    if uses_triton(impl, device):
+        from mmicl_kernels.ops.residual_shift import _triton
+
+        return _triton
+    if device.type == "cpu" and _extension.load():
+        return torch.ops.mmicl_cpu
+    return sys.modules[__name__]
+
+
+def uses_triton(impl: str, device: torch.device) -> bool:
+    return impl == "triton" or (device.type == "cuda" and HAS_TRITON)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def prepared(x: Tensor, impl: str, *parameters: Tensor | None) -> Sequence[Tensor | None]:
+    """The parameters as the kernels take them: contiguous, and unless Triton reads them in fp32 or fp64."""
+    dtype = None if uses_triton(impl, x.device) else accumulation_dtype(x)
+    # Asked first: calls that change nothing cost more than a decoded token's shift.
+    ready = all(p is None or (p.dtype == (dtype or p.dtype) and p.is_contiguous()) for p in parameters)
+    return parameters if ready else [_converted(p, dtype) for p in parameters]
+
+
+def _converted(p: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return p if p is None else p.to(dtype or p.dtype).contiguous()
+
+
+def new_output(x: Tensor) -> Tensor:
+    """An uninitialised tensor like ``x [B, T, C]``: its layout if that is dense, else contiguous."""
+    B, T, C = x.shape
+    if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
+        return x.new_empty(T, B, C).transpose(0, 1)
+    return x.new_empty(B, T, C)
+
+
+def residual_shift_fwd(
+    x: Tensor,
+    vector: Tensor,
+    scale: Tensor | None,
+    adapter_ids: Tensor | None,
+    strengths: Tensor | None,
+    preserve_norm: bool,
+) -> Tensor:
+    d, off = row_entries(vector, scale, adapter_ids, strengths)
+    y = x + d
+    if preserve_norm:
+        x_square, y_square = _square_norms(x, y)
+        zero = (x_square == 0) | (y_square == 0)
+        y = (y * (x_square.sqrt() / y_square.sqrt())).masked_fill(zero, 0.0)
+    return new_output(x).copy_(torch.where(off, x, y))
+
+
+def residual_shift_bwd(
+    dout: Tensor,
+    x: Tensor | None,
+    vector: Tensor,
+    scale: Tensor | None,
+    adapter_ids: Tensor | None,
+    strengths: Tensor | None,
+    need_dx: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """``dx [B, T, C]`` and ``sums [B, N, C]``: the gradient of every row's entry, in N parts.
+
+    Without ``x`` the norm is not preserved: ``dx`` is ``dout``, and empty here. What is not needed is empty.
+    """
+    dx = sums = dout.new_empty(0)
+    if x is None:
+        return dx, dout.sum(1, keepdim=True, dtype=vector.dtype) if need_sums else sums
+    d, off = row_entries(vector, scale, adapter_ids, strengths)
+    y = x + d
+    x_square, y_square = _square_norms(x, y)
+    zero = (x_square == 0) | (y_square == 0)
+    ratio = x_square.sqrt() / y_square.sqrt()
+    along = (y * dout).sum(-1, keepdim=True)
+    dd = (ratio * (dout - y * (along / y_square))).masked_fill(zero, 0.0)
+    if need_dx:
+        grad = (dd + x * (ratio * along / x_square)).masked_fill(zero, 0.0)
+        dx = new_output(x).copy_(torch.where(off, dout, grad))
+    return dx, dd.sum(1, keepdim=True) if need_sums else sums
+
+
+def row_entries(
+    vector: Tensor, scale: Tensor | None, adapter_ids: Tensor | None, strengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What is added to the rows of each batch row ``[B, 1, C]``, and where nothing is; B is 1 without ids."""
+    if adapter_ids is None:
+        coefficient = vector.new_ones(1, 1) if scale is None else scale[:, None]
+        rows = torch.zeros_like(coefficient, dtype=torch.long)
+    else:
+        rows = adapter_ids.clamp(min=0).long()
+        coefficient = torch.ones_like(rows, dtype=vector.dtype) if strengths is None else strengths
+        if scale is not None:
+            coefficient = coefficient * scale.expand(vector.shape[0])[rows]
+        coefficient = coefficient.masked_fill(adapter_ids < 0, 0.0)
+    zero = (coefficient == 0)[..., None]
+    d = (coefficient[..., None] * vector[rows]).masked_fill(zero, 0.0).sum(1, keepdim=True)
+    return d, zero.all(1, keepdim=True)
+
+
+def entry_grads(
+    sums: Tensor,
+    vector: Tensor,
+    scale: Tensor | None,
+    adapter_ids: Tensor | None,
+    strengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``dvector [A, C]`` and ``dscale [A]`` from the gradients of the rows' entries ``[B, N, C]``."""
+    total = _per_adapter(sums, adapter_ids, strengths, vector.shape[0])
+    dscale = (total * vector).sum(-1)
+    return total if scale is None else total * scale[:, None], dscale
+
+
+def strength_grads(sums: Tensor, vector: Tensor, scale: Tensor | None, adapter_ids: Tensor) -> Tensor:
+    """``dstrengths [B, K]``; 0 where an id is -1."""
+    rows = adapter_ids.clamp(min=0).long()
+    grads = torch.einsum("bc,bkc->bk", sums.sum(1), vector[rows])
+    if scale is not None:
+        grads = grads * scale.expand(vector.shape[0])[rows]
+    return grads.masked_fill(adapter_ids < 0, 0.0)
+
+
+def _per_adapter(sums: Tensor, adapter_ids: Tensor | None, strengths: Tensor | None, A: int) -> Tensor:
+    if adapter_ids is None:
+        return sums.sum((0, 1))[None]
+    # A matmul with the weight of every row in every adapter sums in a fixed order, index_add_ does not.
+    ids = torch.arange(A, device=sums.device)
+    strengths = sums.new_ones(()) if strengths is None else strengths
+    weights = torch.where(adapter_ids[None] == ids[:, None, None], strengths, 0.0)  # [A, B, K]
+    return weights.sum(-1) @ sums.sum(1)
+
+
+def _square_norms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.to(y.dtype)
+    return wide.square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)

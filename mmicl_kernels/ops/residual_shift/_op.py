@@ -1,0 +1,159 @@
+"""``residual_shift`` as registered operators, forward and backward, under one autograd function."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
+from mmicl_kernels.ops.residual_shift import _composed
+from mmicl_kernels.ops.residual_shift._composed import (
+    kernels,
+    new_output,
+    prepared,
+    strength_grads,
+    uses_triton,
+)
+
+_ENTRIES = "Tensor vector, Tensor? scale, Tensor? adapter_ids, Tensor? strengths"
+torch.library.define(
+    "mmicl::residual_shift_fwd", f"(Tensor x, {_ENTRIES}, bool preserve_norm, str impl) -> Tensor"
+)
+torch.library.define(
+    "mmicl::residual_shift_bwd",
+    f"(Tensor dout, Tensor? x, {_ENTRIES}, str impl, bool need_dx, bool need_dentry, bool need_dstrengths)"
+    " -> (Tensor dx, Tensor dvector, Tensor dscale, Tensor dstrengths)",
+)
+
+
+def _residual_shift_fwd(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
+    vector, scale, strengths = stacked(x, impl, vector, scale, strengths)
+    with no_autocast(x.device):
+        return kernels(impl, x.device).residual_shift_fwd(
+            x, vector, scale, adapter_ids, strengths, preserve_norm
+        )
+
+
+torch.library.impl("mmicl::residual_shift_fwd", ("cpu", "cuda"), _residual_shift_fwd)
+
+
+@torch.library.register_fake("mmicl::residual_shift_fwd")
+def _residual_shift_fwd_fake(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
+    return new_output(x)
+
+
+def _residual_shift_bwd(
+    dout, x, vector, scale, adapter_ids, strengths, impl, need_dx, need_dentry, need_dstrengths
+):
+    stack, scales, weights = stacked(dout, impl, vector, scale, strengths)
+    dvector, dscale, dstrengths = (dout.new_empty(0) for _ in range(3))  # no two outputs may be one tensor
+    with no_autocast(dout.device):
+        dx, sums = kernels(impl, dout.device).residual_shift_bwd(
+            dout, x, stack, scales, adapter_ids, weights, need_dx, need_dentry or need_dstrengths
+        )
+        if need_dentry:
+            grads = entry_grads(impl, sums, stack, scales, adapter_ids, weights)
+            dvector, dscale = in_the_shape_of(vector, scale, *grads)
+        if need_dstrengths:
+            dstrengths = strength_grads(sums, stack, scales, adapter_ids).to(strengths.dtype)
+    return dx, dvector, dscale, dstrengths
+
+
+torch.library.impl("mmicl::residual_shift_bwd", ("cpu", "cuda"), _residual_shift_bwd)
+
+
+@torch.library.register_fake("mmicl::residual_shift_bwd")
+def _residual_shift_bwd_fake(
+    dout, x, vector, scale, adapter_ids, strengths, impl, need_dx, need_dentry, need_dstrengths
+):
+    empty = dout.new_empty(0)
+    dx = new_output(x) if need_dx and x is not None else empty
+    dstrengths = strengths.new_empty(strengths.shape) if need_dstrengths else dout.new_empty(0)
+    return dx, *fake_entry_grads(vector, scale, need_dentry, dout), dstrengths
+
+
+def stacked(
+    x: Tensor, impl: str, vector: Tensor, scale: Tensor | None, strengths: Tensor | None
+) -> Sequence[Tensor | None]:
+    """``vector [A, C]``, ``scale [1]`` or ``[A]``, ``strengths [B, K]`` as the kernels take them."""
+    vector = vector[None] if vector.dim() == 1 else vector
+    scale = scale[None] if scale is not None and scale.dim() == 0 else scale
+    return prepared(x, impl, vector, scale, strengths)
+
+
+def entry_grads(impl: str, sums: Tensor, vector, scale, adapter_ids, strengths) -> tuple[Tensor, Tensor]:
+    """``dvector`` and ``dscale`` of the stacked parameters."""
+    if uses_triton(impl, sums.device):
+        from mmicl_kernels.ops.residual_shift import _triton
+
+        return _triton.entry_grads(sums, vector, scale, adapter_ids, strengths)[:2]
+    return _composed.entry_grads(sums, vector, scale, adapter_ids, strengths)
+
+
+def in_the_shape_of(
+    vector: Tensor, scale: Tensor | None, dvector: Tensor, dscale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of stacked parameters in the shapes and dtypes of the given ones."""
+    dvector = dvector.reshape(vector.shape).to(vector.dtype)
+    if scale is None:
+        return dvector, vector.new_empty(0)
+    dscale = dscale.sum() if scale.dim() == 0 else dscale
+    return dvector, dscale.to(scale.dtype)
+
+
+def fake_entry_grads(
+    vector: Tensor, scale: Tensor | None, needed: bool, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    if not needed:
+        return like.new_empty(0), like.new_empty(0)
+    dscale = vector.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    return vector.new_empty(vector.shape), dscale
+
+
+class _ResidualShiftFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
+        return torch.ops.mmicl.residual_shift_fwd(
+            x, vector, scale, adapter_ids, strengths, preserve_norm, impl
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, vector, scale, adapter_ids, strengths, preserve_norm, ctx.impl = inputs
+        # Without the norm the gradient of x is that of the output, and x itself is not needed.
+        ctx.save_for_backward(x if preserve_norm else None, vector, scale, adapter_ids, strengths)
+
+    @staticmethod
+    @refuse_double_backward("residual_shift")
+    def backward(ctx, dout):
+        x, *entries = ctx.saved_tensors
+        need_dx, need_dvector, need_dscale, _, need_dstrengths, *_ = ctx.needs_input_grad
+        need_dentry = need_dvector or need_dscale
+        dx, need_dx = (dout, False) if x is None else (None, need_dx)
+        if not (need_dx or need_dentry or need_dstrengths):
+            return dx, None, None, None, None, None, None
+        grads = torch.ops.mmicl.residual_shift_bwd(
+            last_dim_contiguous(dout), x, *entries, ctx.impl, need_dx, need_dentry, need_dstrengths
+        )
+        return (
+            grads[0] if need_dx else dx,
+            grads[1] if need_dvector else None,
+            grads[2] if need_dscale else None,
+            None,
+            grads[3] if need_dstrengths else None,
+            None,
+            None,
+        )
+
+    vmap = staticmethod(refuse_vmap("residual_shift"))
+
+
+torch.library.register_vmap("mmicl::residual_shift_fwd", refuse_vmap("residual_shift"))
+
+
+def residual_shift_op(x, vector, scale, adapter_ids, strengths, preserve_norm, impl) -> Tensor:
+    inputs = (x, vector, scale, adapter_ids, strengths, preserve_norm, impl)
+    if needs_grad(*(p for p in (x, vector, scale, strengths) if p is not None)):
+        return _ResidualShiftFunction.apply(*inputs)
+    return torch.ops.mmicl.residual_shift_fwd(*inputs)

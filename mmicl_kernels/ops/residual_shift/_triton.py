@@ -1,0 +1,407 @@
+"""The residual shift in Triton: one read of every operand per pass, deterministic gradients.
+
+The functions of :mod:`._composed` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
+``[B, T, C]`` operands have any strides with a contiguous last dimension. A program owns rows of one batch
+row: whole rows where their norms are needed, else a block of columns; its vector is loaded once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmicl_kernels.ops.residual_shift._composed import accumulation_dtype, new_output
+
+MAX_ROW = 32768  # columns of a program that sees whole rows: 32 registers of each of 1024 threads
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Warps of a program at least, tiles ``[BT, BC]`` it walks along at most.
+
+    columns: BC, where rows need not be whole.
+    """
+
+    num_warps: int
+    steps: int
+    columns: int = 0
+
+    def tiling(self, x: Tensor) -> tuple[int, int, int, int]:
+        """BT, BC, the steps and the warps for ``x [B, T, C]``; powers of two, so that few compile."""
+        T, C = max(x.shape[1], 1), max(x.shape[2], 1)
+        elements = WARP_BYTES // x.itemsize
+        BC = triton.next_power_of_2(C)
+        if self.columns:
+            BC = min(BC, self.columns)
+        num_warps = min(max(self.num_warps, BC // elements), 32)
+        BT = min(max(1, num_warps * elements // BC), triton.next_power_of_2(T))
+        return BT, BC, min(self.steps, triton.next_power_of_2(triton.cdiv(T, BT))), num_warps
+
+
+WARP_BYTES = 1024  # of each operand in a tile: two 16-byte loads a thread
+
+# A forward walks along a few rows so that loading the vector stays a small part of its traffic, a backward
+# so that writing its sums does.
+CONFIGS = {
+    "fwd": LaunchConfig(num_warps=4, steps=4, columns=512),
+    "fwd_norm": LaunchConfig(num_warps=4, steps=4),
+    "bwd": LaunchConfig(num_warps=4, steps=16, columns=512),
+    "bwd_norm": LaunchConfig(num_warps=4, steps=16),
+}
+# The sum of the partial sums: rows and columns of its tile.
+REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_WARPS = 128, 32, 4
+
+
+@triton.jit
+def position(NT, NC):
+    """The batch row (int64: it multiplies strides), the chunk of rows and of columns of this program."""
+    i_p = tl.program_id(0)
+    return (i_p // NC // NT).to(tl.int64), i_p // NC % NT, i_p % NC
+
+
+@triton.jit
+def row_pointers(x, s_b, s_t, i_b, o_t):
+    """Pointers to the first element of the rows ``o_t``; int64, because T * s_t may pass 2^31."""
+    return x + i_b * s_b + o_t.to(tl.int64) * s_t
+
+
+@triton.jit
+def entry(
+    vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b, o_c, m_c,
+    C, K: tl.constexpr, acc: tl.constexpr,
+):  # fmt: skip
+    """The sum of a batch row's entries ``[BC]``, and how many are not off."""
+    b_d = tl.zeros([o_c.shape[0]], dtype=acc)
+    n_on = 0
+    for i_k in range(K):
+        i_a = i_b * 0
+        if adapter_ids is not None:
+            i_a = tl.load(adapter_ids + i_b * s_id_b + i_k * s_id_k).to(tl.int64)
+        b_c = tl.full([], 1.0, dtype=acc)
+        if scale is not None:
+            b_c = tl.load(scale + tl.maximum(i_a, 0) * s_scale).to(acc)
+        if strengths is not None:
+            b_c *= tl.load(strengths + i_b * s_strength_b + i_k * s_strength_k).to(acc)
+        m_on = (i_a >= 0) & (b_c != 0)
+        b_v = tl.load(vector + tl.maximum(i_a, 0) * C + o_c, mask=m_c & m_on, other=0.0).to(acc)
+        b_d += tl.where(m_on, b_c, 0.0) * b_v
+        n_on += m_on.to(tl.int32)
+    return b_d, n_on
+
+
+@triton.jit(do_not_specialize=["T", "NT", "s_scale", "s_id_b", "s_id_k", "s_strength_b", "s_strength_k"])
+def residual_shift_fwd_kernel(
+    x,
+    vector,
+    scale,
+    adapter_ids,
+    strengths,
+    out,
+    s_x_b,
+    s_x_t,
+    s_out_b,
+    s_out_t,
+    s_scale,
+    s_id_b,
+    s_id_k,
+    s_strength_b,
+    s_strength_k,
+    T,
+    NT,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PRESERVE: tl.constexpr,
+    acc: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    NS: tl.constexpr,
+):
+    i_b, i_t, i_c = position(NT, tl.cdiv(C, BC))
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    # [BC]
+    b_d, n_on = entry(
+        vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b, o_c,
+        m_c, C, K, acc,
+    )  # fmt: skip
+    for i_s in range(NS):
+        o_t = (i_t * NS + i_s) * BT + tl.arange(0, BT)
+        m_tc = (o_t < T)[:, None] & m_c[None, :]
+        # [BT, BC]
+        b_x = tl.load(row_pointers(x, s_x_b, s_x_t, i_b, o_t)[:, None] + o_c[None, :], mask=m_tc, other=0.0)
+        b_y = b_x.to(acc) + b_d[None, :]
+        if PRESERVE:
+            # [BT]
+            b_xx = tl.sum(b_x.to(acc) * b_x.to(acc), 1)
+            b_yy = tl.sum(b_y * b_y, 1)
+            m_zero = (b_xx == 0) | (b_yy == 0)
+            b_r = tl.sqrt(b_xx) / tl.sqrt(tl.where(m_zero, 1.0, b_yy))
+            b_y = tl.where(m_zero[:, None], 0.0, b_y * b_r[:, None])
+        b_out = tl.where(n_on == 0, b_x, b_y.to(out.dtype.element_ty))
+        tl.store(row_pointers(out, s_out_b, s_out_t, i_b, o_t)[:, None] + o_c[None, :], b_out, mask=m_tc)
+
+
+@triton.jit(do_not_specialize=["T", "NT", "s_scale", "s_id_b", "s_id_k", "s_strength_b", "s_strength_k"])
+def residual_shift_bwd_kernel(
+    dout,
+    x,
+    vector,
+    scale,
+    adapter_ids,
+    strengths,
+    dx,
+    sums,
+    s_dout_b,
+    s_dout_t,
+    s_x_b,
+    s_x_t,
+    s_dx_b,
+    s_dx_t,
+    s_scale,
+    s_id_b,
+    s_id_k,
+    s_strength_b,
+    s_strength_k,
+    T,
+    NT,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    acc: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    NS: tl.constexpr,
+):
+    """Writes ``dx``, and into ``sums [B, NT, C]`` the entry's gradient over NS * BT rows; if not None."""
+    i_b, i_t, i_c = position(NT, tl.cdiv(C, BC))
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    if x is not None:
+        # [BC]
+        b_d, n_on = entry(
+            vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b,
+            o_c, m_c, C, K, acc,
+        )  # fmt: skip
+    # Summed over rows at the end alone: a sum across warps in every step would cost more than the step.
+    # [BT, BC]
+    b_sums = tl.zeros([BT, BC], dtype=acc)
+    for i_s in range(NS):
+        o_t = (i_t * NS + i_s) * BT + tl.arange(0, BT)
+        m_tc = (o_t < T)[:, None] & m_c[None, :]
+        # [BT, BC]
+        p_dout = row_pointers(dout, s_dout_b, s_dout_t, i_b, o_t)[:, None] + o_c[None, :]
+        b_raw = tl.load(p_dout, mask=m_tc, other=0.0)
+        b_dd = b_raw.to(acc)
+        if x is not None:
+            p_x = row_pointers(x, s_x_b, s_x_t, i_b, o_t)[:, None] + o_c[None, :]
+            b_x = tl.load(p_x, mask=m_tc, other=0.0).to(acc)
+            b_y = b_x + b_d[None, :]
+            # [BT]
+            b_xx, b_yy, b_along = tl.sum(b_x * b_x, 1), tl.sum(b_y * b_y, 1), tl.sum(b_y * b_dd, 1)
+            m_zero = (b_xx == 0) | (b_yy == 0)
+            b_xx, b_yy = tl.where(m_zero, 1.0, b_xx), tl.where(m_zero, 1.0, b_yy)
+            b_r = tl.sqrt(b_xx) / tl.sqrt(b_yy)
+            # [BT, BC]
+            b_dd = tl.where(m_zero[:, None], 0.0, b_r[:, None] * (b_dd - (b_along / b_yy)[:, None] * b_y))
+            if dx is not None:
+                b_dx = b_dd + tl.where(m_zero, 0.0, b_r * (b_along / b_xx))[:, None] * b_x
+                b_dx = tl.where(n_on == 0, b_raw, b_dx.to(dx.dtype.element_ty))
+                p_dx = row_pointers(dx, s_dx_b, s_dx_t, i_b, o_t)[:, None] + o_c[None, :]
+                tl.store(p_dx, b_dx, mask=m_tc)
+        b_sums += b_dd
+    if sums is not None:
+        tl.store(sums + (i_b * NT + i_t) * C + o_c, tl.sum(b_sums, 0), mask=m_c)
+
+
+@triton.jit(
+    do_not_specialize=["A", "N", "NT", "K", "s_scale", "s_id_b", "s_id_k", "s_strength_b", "s_strength_k"]
+)
+def entry_grads_kernel(
+    sums,
+    weight_sums,
+    vector,
+    scale,
+    adapter_ids,
+    strengths,
+    dvector,
+    dscale_part,
+    dweight,
+    s_scale,
+    s_id_b,
+    s_id_k,
+    s_strength_b,
+    s_strength_k,
+    A,
+    N,
+    NT,
+    K,
+    C: tl.constexpr,
+    acc: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Sums the parts ``[N = B * NT, C]`` of one adapter in a block of columns; last comes ``weight_sums``.
+
+    ``dscale_part [A, cdiv(C, BC)]`` holds the products with the vector in each block.
+    """
+    i_a, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < C
+    # [BN, BC]
+    b_sum = tl.zeros([BN, BC], dtype=acc)
+    i_n = 0
+    while i_n < N:  # the interpreter cannot take N as the bound of a range under numpy 2.4
+        o_n = i_n + tl.arange(0, BN)
+        m_n = o_n < N
+        m_nc = m_n[:, None] & m_c[None, :]
+        o_nc = o_n.to(tl.int64)[:, None] * C + o_c[None, :]
+        if i_a == A:
+            if weight_sums is not None:
+                b_sum += tl.load(weight_sums + o_nc, mask=m_nc, other=0.0)
+        else:
+            # [BN]
+            b_weight = tl.where(m_n, 1.0, 0.0).to(acc)
+            if adapter_ids is not None:
+                o_b = (o_n // NT).to(tl.int64)
+                b_weight = tl.zeros([BN], dtype=acc)
+                i_k = 0
+                while i_k < K:
+                    b_id = tl.load(adapter_ids + o_b * s_id_b + i_k * s_id_k, mask=m_n, other=-1)
+                    b_s = tl.full([BN], 1.0, dtype=acc)
+                    if strengths is not None:
+                        p_s = strengths + o_b * s_strength_b + i_k * s_strength_k
+                        b_s = tl.load(p_s, mask=m_n, other=0.0).to(acc)
+                    b_weight += tl.where(b_id == i_a, b_s, 0.0)
+                    i_k += 1
+            # [BN, BC]
+            m_nc = m_nc & (b_weight != 0)[:, None]
+            b_sum += b_weight[:, None] * tl.load(sums + o_nc, mask=m_nc, other=0.0)
+        i_n += BN
+
+    # [BC]
+    b_total = tl.sum(b_sum, 0)
+    if i_a == A:
+        if weight_sums is not None:
+            tl.store(dweight + o_c, b_total.to(dweight.dtype.element_ty), mask=m_c)
+    else:
+        b_v = tl.load(vector + i_a * C + o_c, mask=m_c, other=0.0).to(acc)
+        tl.store(dscale_part + i_a * tl.cdiv(C, BC) + i_c, tl.sum(tl.where(m_c, b_total * b_v, 0.0), 0))
+        if scale is not None:
+            b_total *= tl.load(scale + i_a * s_scale).to(acc)
+        tl.store(dvector + i_a * C + o_c, b_total.to(dvector.dtype.element_ty), mask=m_c)
+
+
+def residual_shift_fwd(
+    x: Tensor,
+    vector: Tensor,
+    scale: Tensor | None,
+    adapter_ids: Tensor | None,
+    strengths: Tensor | None,
+    preserve_norm: bool,
+) -> Tensor:
+    out = new_output(x)
+    if x.numel() == 0:
+        return out
+    B, T, C = x.shape
+    config = CONFIGS["fwd_norm" if preserve_norm else "fwd"]
+    check_row(C, preserve_norm)
+    BT, BC, NS, num_warps = config.tiling(x)
+    NT = triton.cdiv(T, BT * NS)
+    with torch.cuda.device_of(x):
+        residual_shift_fwd_kernel[(B * NT * triton.cdiv(C, BC),)](
+            x, vector, scale, adapter_ids, strengths, out,
+            *x.stride()[:2], *out.stride()[:2], *entry_strides(scale, adapter_ids, strengths),
+            T, NT, C, num_entries(adapter_ids), preserve_norm, acc_type(x), BT, BC, NS, num_warps=num_warps,
+        )  # fmt: skip
+    return out
+
+
+def residual_shift_bwd(
+    dout: Tensor,
+    x: Tensor | None,
+    vector: Tensor,
+    scale: Tensor | None,
+    adapter_ids: Tensor | None,
+    strengths: Tensor | None,
+    need_dx: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    B, T, C = dout.shape
+    dx = new_output(x) if need_dx and x is not None else None
+    check_row(C, x is not None)
+    BT, BC, NS, num_warps = CONFIGS["bwd" if x is None else "bwd_norm"].tiling(dout)
+    NT = triton.cdiv(T, BT * NS)
+    sums = vector.new_empty(B, NT, C, dtype=accumulation_dtype(dout)) if need_sums else None
+    if dout.numel() > 0:
+        with torch.cuda.device_of(dout):
+            residual_shift_bwd_kernel[(B * NT * triton.cdiv(C, BC),)](
+                dout, x, vector, scale, adapter_ids, strengths, dx, sums,
+                *dout.stride()[:2], *token_strides(x), *token_strides(dx),
+                *entry_strides(scale, adapter_ids, strengths),
+                T, NT, C, num_entries(adapter_ids), acc_type(dout), BT, BC, NS, num_warps=num_warps,
+            )  # fmt: skip
+    empty = dout.new_empty(0)
+    return empty if dx is None else dx, empty if sums is None else sums
+
+
+def entry_grads(
+    sums: Tensor | None,
+    vector: Tensor,
+    scale: Tensor | None,
+    adapter_ids: Tensor | None,
+    strengths: Tensor | None,
+    weight_sums: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dvector [A, C]`` and ``dscale [A]`` from ``sums [B, N, C]``, the norm's dweight from ``weight_sums``.
+
+    One launch, and one more for ``dscale`` where C has several blocks. Gradients come in the dtypes of
+    ``vector`` and ``norm_weight``, ``dscale`` in that of the sums.
+    """
+    parts = weight_sums if sums is None else sums
+    if parts is None:
+        return None, None, None
+    A = 0 if sums is None else vector.shape[0]
+    B, NT, C = parts.shape
+    blocks = triton.cdiv(C, REDUCE_COLUMNS)
+    dvector = None if sums is None else vector.new_empty(vector.shape)
+    dscale = None if sums is None else sums.new_empty(A, blocks)
+    dweight = None if weight_sums is None else norm_weight.new_empty(C)
+    if C > 0:
+        with torch.cuda.device_of(parts):
+            entry_grads_kernel[(A + (weight_sums is not None), blocks)](
+                sums, weight_sums, vector, scale, adapter_ids, strengths, dvector, dscale, dweight,
+                *entry_strides(scale, adapter_ids, strengths),
+                A, B * NT, NT, num_entries(adapter_ids), C, acc_type(parts), REDUCE_ROWS, REDUCE_COLUMNS,
+                num_warps=REDUCE_WARPS,
+            )  # fmt: skip
+    return dvector, None if dscale is None else dscale.sum(-1), dweight
+
+
+def check_row(C: int, whole: bool) -> None:
+    """Raise NotImplementedError where a program would have to hold a row that is too long."""
+    if whole and C > MAX_ROW:
+        raise NotImplementedError(f"C is {C}, expected at most {MAX_ROW} for a norm with Triton")
+
+
+def acc_type(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def num_entries(adapter_ids: Tensor | None) -> int:
+    return 1 if adapter_ids is None else adapter_ids.shape[1]
+
+
+def token_strides(x: Tensor | None) -> tuple[int, int]:
+    """Strides of B and T; that of C is 1."""
+    return (0, 0) if x is None else x.stride()[:2]
+
+
+def entry_strides(
+    scale: Tensor | None, adapter_ids: Tensor | None, strengths: Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """Strides of the scale over adapters (0: shared), of ids and strengths over rows and entries."""
+    shared = scale is None or scale.numel() == 1
+    ids = (0, 0) if adapter_ids is None else adapter_ids.stride()
+    return 0 if shared else 1, *ids, *((0, 0) if strengths is None else strengths.stride())

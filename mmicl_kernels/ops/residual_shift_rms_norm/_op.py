@@ -1,0 +1,134 @@
+"""``residual_shift_rms_norm`` as registered operators, forward and backward, under one autograd function."""
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
+from mmicl_kernels.ops.residual_shift import _composed as shift
+from mmicl_kernels.ops.residual_shift._composed import accumulation_dtype, new_output, prepared
+from mmicl_kernels.ops.residual_shift._op import fake_entry_grads, in_the_shape_of, stacked
+from mmicl_kernels.ops.residual_shift_rms_norm._composed import kernels
+
+torch.library.define(
+    "mmicl::residual_shift_rms_norm_fwd",
+    "(Tensor x, Tensor residual, Tensor vector, Tensor? scale, Tensor norm_weight, Tensor? adapter_ids,"
+    " float eps, float weight_offset, str impl) -> (Tensor normed, Tensor new_residual, Tensor rstd)",
+)
+torch.library.define(
+    "mmicl::residual_shift_rms_norm_bwd",
+    "(Tensor dnormed, Tensor? dnew_residual, Tensor new_residual, Tensor rstd, Tensor vector, Tensor? scale,"
+    " Tensor norm_weight, Tensor? adapter_ids, float weight_offset, str impl, bool need_dentry,"
+    " bool need_dweight) -> (Tensor dx, Tensor dvector, Tensor dscale, Tensor dnorm_weight)",
+)
+
+
+def _fwd(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
+    vector, scale, _ = stacked(x, impl, vector, scale, None)
+    (norm_weight,) = prepared(x, impl, norm_weight)
+    with no_autocast(x.device):
+        return kernels(impl, x.device).residual_shift_rms_norm_fwd(
+            x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset
+        )
+
+
+torch.library.impl("mmicl::residual_shift_rms_norm_fwd", ("cpu", "cuda"), _fwd)
+
+
+@torch.library.register_fake("mmicl::residual_shift_rms_norm_fwd")
+def _fwd_fake(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
+    return new_output(x), new_output(x), x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
+
+
+def _bwd(
+    dnormed, dnew_residual, new_residual, rstd, vector, scale, norm_weight, adapter_ids, weight_offset, impl,
+    need_dentry, need_dweight,
+):  # fmt: skip
+    device = dnormed.device
+    stack, scales, _ = stacked(dnormed, impl, vector, scale, None)
+    (weight,) = prepared(dnormed, impl, norm_weight)
+    with no_autocast(device):
+        dx, sums, weight_sums = kernels(impl, device).residual_shift_rms_norm_bwd(
+            dnormed, dnew_residual, new_residual, rstd, weight, weight_offset, need_dentry, need_dweight
+        )
+        dvector, dscale, dweight = _parameter_grads(
+            impl, sums if need_dentry else None, stack, scales, adapter_ids,
+            weight_sums if need_dweight else None, weight,
+        )  # fmt: skip
+    empties = [rstd.new_empty(0) for _ in range(3)]
+    dentry = in_the_shape_of(vector, scale, dvector, dscale) if need_dentry else empties[:2]
+    return dx, *dentry, dweight.to(norm_weight.dtype) if need_dweight else empties[2]
+
+
+def _parameter_grads(impl, sums, vector, scale, adapter_ids, weight_sums, norm_weight):
+    """``dvector``, ``dscale`` and ``dweight``; None for those whose sums are."""
+    if shift.uses_triton(impl, vector.device):
+        from mmicl_kernels.ops.residual_shift import _triton
+
+        return _triton.entry_grads(sums, vector, scale, adapter_ids, None, weight_sums, norm_weight)
+    dentry = (None, None) if sums is None else shift.entry_grads(sums, vector, scale, adapter_ids, None)
+    return *dentry, None if weight_sums is None else weight_sums.sum((0, 1))
+
+
+torch.library.impl("mmicl::residual_shift_rms_norm_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("mmicl::residual_shift_rms_norm_bwd")
+def _bwd_fake(
+    dnormed, dnew_residual, new_residual, rstd, vector, scale, norm_weight, adapter_ids, weight_offset, impl,
+    need_dentry, need_dweight,
+):  # fmt: skip
+    dweight = norm_weight.new_empty(norm_weight.shape) if need_dweight else rstd.new_empty(0)
+    return new_output(new_residual), *fake_entry_grads(vector, scale, need_dentry, rstd), dweight
+
+
+class _ResidualShiftRMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
+        return torch.ops.mmicl.residual_shift_rms_norm_fwd(
+            x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, vector, scale, norm_weight, adapter_ids, _, ctx.weight_offset, ctx.impl = inputs
+        _, new_residual, rstd = output
+        ctx.save_for_backward(new_residual, rstd, vector, scale, norm_weight, adapter_ids)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @refuse_double_backward("residual_shift_rms_norm")
+    def backward(ctx, dnormed, dnew_residual, _):
+        saved = ctx.saved_tensors
+        if dnormed is None:  # the norm is not used
+            dnormed = torch.zeros_like(saved[0])
+        if dnew_residual is not None:
+            dnew_residual = last_dim_contiguous(dnew_residual)
+        need_dx, need_dresidual, need_dvector, need_dscale, need_dweight, *_ = ctx.needs_input_grad
+        dx, dvector, dscale, dweight = torch.ops.mmicl.residual_shift_rms_norm_bwd(
+            last_dim_contiguous(dnormed), dnew_residual, *saved, ctx.weight_offset, ctx.impl,
+            need_dvector or need_dscale, need_dweight,
+        )  # fmt: skip
+        return (
+            dx if need_dx else None,
+            dx if need_dresidual else None,
+            dvector if need_dvector else None,
+            dscale if need_dscale else None,
+            dweight if need_dweight else None,
+            *(None,) * 4,
+        )
+
+    vmap = staticmethod(refuse_vmap("residual_shift_rms_norm"))
+
+
+torch.library.register_vmap("mmicl::residual_shift_rms_norm_fwd", refuse_vmap("residual_shift_rms_norm"))
+
+
+def residual_shift_rms_norm_op(
+    x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl)
+    if needs_grad(*(p for p in inputs[:5] if p is not None)):
+        return _ResidualShiftRMSNormFunction.apply(*inputs)[:2]
+    return torch.ops.mmicl.residual_shift_rms_norm_fwd(*inputs)[:2]

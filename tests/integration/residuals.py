@@ -1,0 +1,77 @@
+"""M2IV and LIVE once more, without hooks and ops: biases of linear layers, and wrapped forwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from published import SELF_ATTENTIONS
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import mmicl_kernels as mk
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Layers by their index, found by name."""
+    modules = dict(model.named_modules())
+    matches = [SELF_ATTENTIONS.match(name) for name in modules]
+    return {match[1]: modules[match[0].removesuffix(".self_attn")] for match in matches if match}
+
+
+def random_shift(model: PreTrainedModel, config=None, *, seed: int = 0) -> mk.M2IVAdapter | mk.LIVEAdapter:
+    """Vectors as long as the states they are added to. A scale of 1/2 makes ``scale * vector`` exact."""
+    adapter = mk.create(model, config or mk.M2IVConfig())
+    generator = torch.Generator().manual_seed(300 + seed)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if name.endswith("scale"):
+                parameter.fill_(0.5)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+@contextmanager
+def biased(model: PreTrainedModel, adapter: mk.M2IVAdapter, strength: float = 1.0) -> Iterator[None]:
+    """M2IV as biases: a branch plus a vector is its last linear layer with that bias."""
+    linears = []
+    for index, layer in decoder_layers(model).items():
+        of = adapter.layers[index]
+        linears += [(layer.self_attn.o_proj, of.attn), (layer.mlp.down_proj, of.mlp)]
+    try:
+        for linear, shift in linears:
+            assert linear.bias is None
+            bias = strength * shift.scale.detach() * shift.vector.detach()
+            linear.bias = nn.Parameter(bias.to(linear.weight.dtype))
+        yield
+    finally:
+        for linear, _ in linears:
+            linear.bias = None
+
+
+@contextmanager
+def renormed(model: PreTrainedModel, vectors: dict[str, Tensor], site: str) -> Iterator[None]:
+    """LIVE with ``vectors`` by layer index, scale included, at the output of "mlp" or "layer"."""
+    layers = decoder_layers(model)
+    modules = {index: layer.mlp if site == "mlp" else layer for index, layer in layers.items()}
+    try:
+        for index, module in modules.items():
+            module.forward = _Renormed(module.forward, vectors[index])
+        yield
+    finally:
+        for module in modules.values():
+            del module.forward
+
+
+class _Renormed:
+    def __init__(self, forward, vector):
+        self.forward, self.vector = forward, vector.detach()
+
+    def __call__(self, *args, **kwargs):
+        x = self.forward(*args, **kwargs)
+        y = x + self.vector.to(x.dtype)
+        return y * (torch.linalg.norm(x, dim=-1) / torch.linalg.norm(y, dim=-1))[..., None]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())

@@ -1,0 +1,448 @@
+"""Value and gradients of ``residual_shift``; test_residual_shift_triton.py runs this file interpreted."""
+
+import functools
+import os
+
+import pytest
+import torch
+
+from mmicl_kernels.ops import residual_shift
+from mmicl_kernels.testing.budgets import (
+    assert_within_budget,
+    eager_residual_shift,
+    gradients,
+    product_error,
+)
+from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton's interpreter rounds bf16 towards zero, everything else to nearest.
+DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
+NAMES = ("out", "dx", "dvector", "dscale", "dstrengths")
+
+# Sizes and why. 32 tokens are one tile of the C++ kernel, 8 columns one of its vectors.
+GRID = {
+    "plain": {},
+    "decode": {"T": 1, "C": 4096},
+    "tiles": {"T": 67, "B": 3},
+    "long": {"B": 1, "T": 500, "C": 72},
+    **{f"columns_{C}": {"C": C} for C in (1, 7, 8, 72, 1000)},
+    **{layout: {"layout": layout} for layout in ("tokens_first", "sliced", "expanded")},
+    "half_parameters": {"parameter_dtype": torch.float16},
+    "ids": {"B": 3, "ids": (1, -1, 0)},
+    "ids_shared": {"B": 3, "ids": (2, 2, 0)},
+    "ids_none": {"ids": (-1, -1)},
+    "several": {"B": 3, "ids": ((1, 0), (2, -1), (1, 1))},
+    "strengths": {
+        "B": 3, "ids": ((1, 0), (2, -1), (-1, -1)), "strengths": ((0.5, -1.0), (2.0, 1.0), (1.0, 1.0)),
+    },
+    "one_strength": {"B": 3, "ids": (0, 1, 2), "strengths": (1.5, 0.0, -0.5)},
+    "strengths_off": {
+        "B": 3, "ids": ((1, 0), (2, 2), (0, 1)), "strengths": ((0.0, 0.0), (1.0, 0.0), (0.0, 2.0)),
+    },
+}  # fmt: skip
+
+
+def inputs_of(name, dtype, device):
+    """``x, vector, scale`` and where the case has them strengths; and the keyword arguments."""
+    sizes = dict(GRID[name])
+    ids, strengths = sizes.pop("ids", None), sizes.pop("strengths", None)
+    adapters = None if ids is None else 3
+    inputs = residual_shift_inputs(dtype=dtype, device=device, adapters=adapters, **sizes)
+    if strengths is not None:
+        inputs = (*inputs, torch.tensor(strengths, device=device, dtype=inputs[1].dtype))
+    ids = None if ids is None else torch.tensor(ids, dtype=torch.int32, device=device)
+    return inputs, {"adapter_ids": ids}
+
+
+def call(op, options, *tensors):
+    x, vector, scale, *strengths = tensors
+    if strengths and op is not eager_residual_shift:
+        options = {**options, "strengths": strengths[0]}
+        strengths = ()
+    return op(x, vector, scale, *strengths, **options)
+
+
+@functools.cache
+def budget(name, preserve_norm, dtype, device):
+    inputs, options = inputs_of(name, dtype, device)
+    options["preserve_norm"] = preserve_norm
+    dout = hidden_states(*inputs[0].shape, dtype=dtype, device=device, seed=9)
+    low = [eager_in_order(seed, inputs, options, dout) for seed in range(3)]
+    exact = gradients(
+        lambda *x: call(residual_shift, {**options, "impl": "reference"}, *x),
+        [x.double() for x in inputs],
+        (dout.double(),),
+    )
+    return inputs, options, dout, low, exact
+
+
+def eager_in_order(seed, inputs, options, dout):
+    """The eager form with tokens and columns in another order: other roundings of the same sums."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, columns = (torch.randperm(n, generator=generator).to(dout.device) for n in dout.shape[1:])
+    if seed == 0:
+        tokens, columns = tokens.sort()[0], columns.sort()[0]
+
+    def permuted(x, vector, *rest):
+        y = call(eager_residual_shift, options, x[:, tokens][..., columns], vector[..., columns], *rest)
+        return y[:, tokens.argsort()][..., columns.argsort()]
+
+    return gradients(permuted, inputs, (dout,))
+
+
+def compare(actual, lows, exact, inputs):
+    results, wide, lows = sum(actual, ()), sum(exact, ()), [sum(x, ()) for x in lows]
+    relative = max(float((x[2].double() - wide[2]).norm() / wide[2].norm().clamp(min=1e-300)) for x in lows)
+    entry = wide[2] / inputs[2][..., None]
+    for i, (name, result) in enumerate(zip(NAMES, results, strict=False)):
+        others = [x[i] for x in lows]
+        if name in ("dscale", "dstrengths") and wide[i].any():
+            others.append(wide[i] + product_error(relative, entry, inputs[1]))
+        assert_within_budget(name, result, others, wide[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("name", GRID)
+def test_value_and_gradients(name, preserve_norm, dtype, impl, device):
+    if preserve_norm and name == "columns_1":
+        pytest.skip("a row of one number is its sign times its length, and has no gradient")
+    inputs, options, dout, low, exact = budget(name, preserve_norm, dtype, device)
+    actual = gradients(lambda *x: call(residual_shift, {**options, "impl": impl}, *x), inputs, (dout,))
+    compare(actual, low, exact, inputs)
+    (out,), grads = actual
+    assert out.dtype == dtype and [g.dtype for g in grads] == [x.dtype for x in inputs]
+    if impl != "reference":
+        x = inputs[0]
+        dense = x.is_contiguous() or x.transpose(0, 1).is_contiguous()
+        assert out.stride() == (x.stride() if dense else out.contiguous().stride())
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("name", [name for name in GRID if name not in ("half_parameters", "columns_1")])
+def test_the_reference_agrees_with_independent_code(name, preserve_norm):
+    _, _, _, low, exact = budget(name, preserve_norm, torch.float64, "cpu")
+    for label, other, reference in zip(NAMES, sum(low[0], ()), sum(exact, ()), strict=False):
+        bound = 100 * other.numel() ** 0.5 * torch.finfo(torch.float64).eps
+        if label in ("dscale", "dstrengths"):  # sums over everything
+            bound *= exact[0][0].numel()
+        assert (reference - other).norm() <= bound * max(1.0, float(reference.norm())), label
+
+
+def test_the_formula_in_numbers(impl):
+    x = torch.tensor([[[3.0, 4.0]]])
+    out = residual_shift(x, torch.tensor([-3.0, 6.0]), 0.5, impl=impl)
+    assert torch.equal(out, torch.tensor([[[1.5, 7.0]]]))
+    out = residual_shift(x, torch.tensor([0.0, -8.0]), 0.5, preserve_norm=True, impl=impl)
+    assert torch.equal(out, torch.tensor([[[5.0, 0.0]]]))
+    stack, ids = torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([[0, 1]])
+    out = residual_shift(x, stack, 1, adapter_ids=ids, strengths=torch.tensor([[2.0, -1.0]]), impl=impl)
+    assert torch.equal(out, torch.tensor([[[3.0 - 8.0, 4.0 - 16.0]]]))
+
+
+def patterns(dtype):
+    """``[1, T, C]``: every value of a 16-bit dtype but NaN; of the others random ones and -0."""
+    if dtype.itemsize == 2:
+        values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        return values.nan_to_num(0.0, torch.inf, -torch.inf).view(1, 512, 128)
+    return torch.cat([torch.randn(2**13), -torch.zeros(2**13)]).to(dtype).view(1, 128, 128)
+
+
+OFF = {
+    "scale": {"scale": 0.0},
+    "scale_tensor": {"scale": torch.zeros(())},
+    "none": {"adapter_ids": torch.tensor([-1])},
+    "nones": {"adapter_ids": torch.tensor([[-1, -1]])},
+    "strength": {"adapter_ids": torch.tensor([0]), "strengths": torch.tensor([0.0])},
+    "strengths": {"adapter_ids": torch.tensor([[0, 1, -1]]), "strengths": torch.tensor([[0.0, 0.0, 5.0]])},
+    "scales": {"adapter_ids": torch.tensor([[0, 1]]), "scale": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("name", OFF)
+def test_off_is_x_bit_for_bit(name, preserve_norm, dtype, impl):
+    """Whatever the vectors hold, NaN included; the gradient of x is that of the output, bit for bit."""
+    x = patterns(dtype)
+    options = {**OFF[name], "preserve_norm": preserve_norm, "impl": impl}
+    vector = torch.full((2, x.shape[2]), torch.nan)
+    vector = vector if "adapter_ids" in options else vector[0]
+    bits = torch.int64 if dtype.itemsize == 8 else {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(residual_shift(x, vector, **options).view(bits), x.view(bits))
+    if impl != "reference":  # whose autograd multiplies with NaN
+        finite = x.nan_to_num(0.0, 1.0, 1.0).requires_grad_()
+        out = residual_shift(finite, vector, **options)
+        assert torch.equal(torch.autograd.grad(out, finite, x)[0].view(bits), x.view(bits))
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+def test_a_coefficient_of_zero_can_be_trained(preserve_norm, impl):
+    """The gradients of a scale or strength of 0 are those of the formula beside 0."""
+    x, vector, _ = residual_shift_inputs(adapters=2, dtype=torch.float64)
+    ids, dout = torch.tensor([[0, 1], [1, 0]]), normal(*x.shape, dtype=torch.float64, seed=9)
+
+    def grads(scale, strength):
+        scale = torch.full((2,), scale, dtype=torch.float64, requires_grad=True)
+        strengths = torch.full((2, 2), strength, dtype=torch.float64, requires_grad=True)
+        out = residual_shift(
+            x, vector, scale, adapter_ids=ids, strengths=strengths, preserve_norm=preserve_norm, impl=impl
+        )
+        return torch.autograd.grad(out, (scale, strengths), dout)
+
+    for index, (zero, beside) in enumerate((((0.0, 1.0), (1e-7, 1.0)), ((1.0, 0.0), (1.0, 1e-7)))):
+        at_zero = grads(*zero)
+        for a, b in zip(at_zero, grads(*beside), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert at_zero[index].abs().min() > 0
+
+
+def test_a_row_without_length_gives_zero_and_no_gradient(impl, device):
+    x, vector, _ = residual_shift_inputs(device=device)
+    scale = torch.tensor(0.5, device=device)
+    x[0, 3] = 0
+    x[1, 5] = -scale * vector
+    dout = torch.ones_like(x)
+    fn = functools.partial(residual_shift, preserve_norm=True, impl=impl)
+    (out,), (dx, *grads) = gradients(fn, (x, vector, scale), (dout,))
+    for b, t in ((0, 3), (1, 5)):
+        assert not out[b, t].any() and not dx[b, t].any()
+        dout[b, t] = 1e6
+    _, others = gradients(fn, (x, vector, scale), (dout,))
+    assert all(torch.equal(a, b) for a, b in zip(grads, others[1:], strict=True))
+    assert all(torch.isfinite(g).all() and g.any() for g in (dx, *grads))
+
+
+def test_large_halves_keep_their_norm(impl, device):
+    """Their squares overflow fp16 and sum to 1e13, which fp32 holds."""
+    x = torch.full((1, 3, 4096), 6e4, dtype=torch.float16, device=device)
+    x[:, :, ::2] *= -1
+    vector = normal(4096, dtype=torch.float32, device=device)
+    fn = functools.partial(residual_shift, preserve_norm=True, impl=impl)
+    (out,), grads = gradients(fn, (x, vector, torch.tensor(100.0, device=device)), (torch.ones_like(x),))
+    length = torch.linalg.vector_norm(out.double(), dim=-1) / torch.linalg.vector_norm(x.double(), dim=-1)
+    assert (length - 1).abs().max() < 2 * torch.finfo(torch.float16).eps
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+def test_nan_is_not_hidden(preserve_norm, impl, device):
+    x, vector, scale = residual_shift_inputs(device=device)
+    x[0, 3, 1] = torch.nan
+    out = residual_shift(x, vector, scale, preserve_norm=preserve_norm, impl=impl)
+    expected = torch.zeros_like(x, dtype=torch.bool)
+    expected[0, 3, slice(None) if preserve_norm else 1] = True
+    assert torch.equal(out.isnan(), expected)
+    assert residual_shift(x, vector * torch.nan, scale, preserve_norm=preserve_norm, impl=impl).isnan().all()
+    assert residual_shift(x, vector, scale * torch.nan, preserve_norm=preserve_norm, impl=impl).isnan().all()
+
+
+@pytest.mark.parametrize("shape", ((0, 3, 8), (2, 0, 8)))
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+def test_empty(shape, preserve_norm, impl):
+    x, vector, scale = residual_shift_inputs(*shape)
+    fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl=impl)
+    (out,), grads = gradients(fn, (x, vector, scale), (x,))
+    assert out.shape == shape and grads[0].shape == shape
+    assert not grads[1].any() and not grads[2].any()
+    ids = torch.zeros(shape[0], 2, dtype=torch.int32)
+    assert fn(x, vector[None], scale, adapter_ids=ids).shape == shape
+
+
+def test_rows_of_a_batch_are_the_rows_alone(impl):
+    """And a row whose gradient is NaN leaves the other adapters' alone."""
+    x, vector, scale = residual_shift_inputs(3, adapters=3)
+    ids = torch.tensor([[2, 0], [1, -1], [0, 0]])
+    fn = functools.partial(residual_shift, preserve_norm=True, impl=impl)
+    out = fn(x, vector, scale, adapter_ids=ids)
+    for b in range(3):
+        assert torch.equal(out[b : b + 1], fn(x[b : b + 1], vector, scale, adapter_ids=ids[b : b + 1]))
+    single = fn(x[1:2], vector[1], scale[1])
+    assert torch.equal(out[1:2], single)
+
+
+def test_ids_of_64_bits_and_other_strides(impl):
+    x, vector, scale = residual_shift_inputs(3, adapters=2)
+    ids = torch.tensor([[1, 0], [-1, 1], [0, 0]])
+    strengths = normal(2, 3, dtype=torch.float32).t()
+    expected = residual_shift(
+        x, vector, scale, adapter_ids=ids.int(), strengths=strengths.contiguous(), impl=impl
+    )
+    out = residual_shift(
+        x, vector.t().contiguous().t(), scale.expand(2, 2)[0], adapter_ids=ids.t().contiguous().t(),
+        strengths=strengths, impl=impl,
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+
+
+def test_bit_equal_twice(impl):
+    inputs = residual_shift_inputs(3, 67, 72, adapters=2)
+    ids, dout = torch.tensor([1, 0, 1]), normal(3, 67, 72, dtype=torch.float32)
+    fn = functools.partial(residual_shift, adapter_ids=ids, preserve_norm=True, impl=impl)
+    first, second = (sum(gradients(fn, inputs, (dout,)), ()) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_only_what_is_needed_is_computed(operator):
+    """Frozen entries: the gradient of x alone, equal to the one beside the others."""
+    x, vector, scale = residual_shift_inputs()
+    for preserve_norm in (False, True):
+        fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl=operator)
+        _, full = gradients(fn, (x, vector, scale), (x,))
+        _, (dx,) = gradients(lambda y, fn=fn: fn(y, vector, scale), (x,), (x,))
+        _, (dscale,) = gradients(lambda s, fn=fn: fn(x, vector, s), (scale,), (x,))
+        assert torch.equal(dx, full[0]) and torch.equal(dscale, full[2])
+
+
+def test_the_input_is_not_written_to(impl):
+    inputs = residual_shift_inputs()
+    before = [x.clone() for x in inputs]
+    for preserve_norm in (False, True):
+        fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl=impl)
+        gradients(fn, inputs, (torch.ones_like(inputs[0]),))
+    assert all(map(torch.equal, inputs, before))
+
+
+def test_autocast_changes_nothing(impl):
+    inputs, ids = residual_shift_inputs(adapters=2), torch.tensor([1, 0])
+    fn = functools.partial(residual_shift, preserve_norm=True, adapter_ids=ids, impl=impl)
+    plain = sum(gradients(fn, inputs, (inputs[0],)), ())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sum(gradients(fn, inputs, (inputs[0],)), ())
+    assert all(map(torch.equal, plain, cast))
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+def test_gradcheck(preserve_norm, impl):
+    inputs = residual_shift_inputs(2, 3, 4, adapters=2, dtype=torch.float64)
+    strengths = normal(2, 2, dtype=torch.float64, seed=5)
+    ids = torch.tensor([[1, 0], [-1, 1]])
+    leaves = [x.requires_grad_() for x in (*inputs, strengths)]
+
+    def fn(x, vector, scale, strengths):
+        return residual_shift(
+            x, vector, scale, adapter_ids=ids, strengths=strengths, preserve_norm=preserve_norm, impl=impl
+        )
+
+    assert torch.autograd.gradcheck(fn, leaves)
+    if impl == "reference":
+        assert torch.autograd.gradgradcheck(fn, leaves)
+
+
+def test_double_backward_is_refused(operator):
+    x, vector, scale = (p.requires_grad_() for p in residual_shift_inputs())
+    out = residual_shift(x, vector, scale, preserve_norm=True, impl=operator)
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)
+    with pytest.raises(RuntimeError, match="residual_shift cannot be differentiated twice"):
+        dx.sum().backward()
+
+
+def test_vmap(operator):
+    x, vector, scale = residual_shift_inputs()
+    with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
+        torch.func.vmap(lambda y: residual_shift(y, vector, scale, impl=operator))(x[None])
+    mapped = torch.func.vmap(lambda y: residual_shift(y, vector, scale, impl="reference"))(x[None])
+    assert torch.equal(mapped[0], residual_shift(x, vector, scale, impl="reference"))
+
+
+ENTRIES = {
+    "plain": {},
+    "ids": {"adapter_ids": torch.tensor([[1, 0], [-1, 1]], dtype=torch.int32), "strengths": torch.ones(2, 2)},
+}
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("name", ENTRIES)
+def test_opcheck(name, preserve_norm, operator):
+    adapters = 2 if ENTRIES[name] else None
+    x, vector, scale = residual_shift_inputs(dtype=torch.float16, adapters=adapters, layout="tokens_first")
+    ids, strengths = ENTRIES[name].get("adapter_ids"), ENTRIES[name].get("strengths")
+    ops = torch.ops.mmicl
+    entries = (vector, scale, ids, strengths)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.residual_shift_fwd, (x, *entries, preserve_norm, operator), test_utils=tests)
+    for needs in ((True, True, strengths is not None), (True, False, False), (False, True, False)):
+        saved = (torch.ones_like(x), x if preserve_norm else None, *entries, operator, *needs)
+        torch.library.opcheck(ops.residual_shift_bwd, saved, test_utils=tests)
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("name", ENTRIES)
+def test_compile(name, preserve_norm, composed):
+    """First and second call, then another length, without a graph break, forward and backward."""
+    torch.compiler.reset()
+    options = {**ENTRIES[name], "preserve_norm": preserve_norm, "impl": composed}
+    fn = functools.partial(residual_shift, **options)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (27, 27, 35):
+        inputs = residual_shift_inputs(T=T, adapters=2 if ENTRIES[name] else None)
+        dout = torch.ones_like(inputs[0])
+        pairs = zip(*(sum(gradients(f, inputs, (dout,)), ()) for f in (fn, compiled)), strict=True)
+        for eager, other in pairs:
+            assert eager.stride() == other.stride()
+            torch.testing.assert_close(other, eager)
+
+
+def changed(**changes):
+    x, vector, scale = residual_shift_inputs(2, 3, 8)
+    return {"x": x, "vector": vector, "scale": scale, **changes}
+
+
+def stacked(**changes):
+    x, vector, scale = residual_shift_inputs(2, 3, 8, adapters=2)
+    return {"x": x, "vector": vector, "scale": scale, "adapter_ids": torch.tensor([0, 1]), **changes}
+
+
+BAD = {
+    "x_rank": (changed(x=torch.zeros(3, 8)), ValueError, r"x has shape \[3, 8\], expected \[B, T, C\]"),
+    "x_dtype": (changed(x=torch.zeros(2, 3, 8).long()), TypeError, "x has dtype torch.int64"),
+    "x_stride": (changed(x=torch.zeros(2, 8, 3).mT), ValueError, "x has strides"),
+    "x_type": (changed(x=[1.0]), TypeError, "x must be a tensor, got list"),
+    "vector_size": (changed(vector=torch.zeros(7)), ValueError, r"vector has shape \[7\].*C = 8"),
+    "vector_stacked": (changed(vector=torch.zeros(2, 8)), ValueError, "a 2-D vector needs adapter_ids"),
+    "vector_device": (changed(vector=torch.zeros(8, device="meta")), ValueError, "vector is on meta"),
+    "scale_type": (changed(scale="1"), TypeError, "scale must be a number or a tensor, got str"),
+    "scale_shape": (changed(scale=torch.zeros(1)), ValueError, r"scale has shape \[1\], expected \[\]"),
+    "scale_dtype": (changed(scale=torch.tensor(1)), TypeError, "scale has dtype torch.int64"),
+    "strengths_alone": (changed(strengths=torch.ones(2)), ValueError, "strengths were given without adapter"),
+    "ids_flat": (changed(adapter_ids=torch.zeros(2).int()), ValueError, "ids were given beside a 1-D"),
+    "ids_high": (stacked(adapter_ids=torch.tensor([0, 2])), ValueError, "adapter_ids has values from 0 to 2"),
+    "ids_low": (stacked(adapter_ids=torch.tensor([[-2], [1]])), ValueError, "adapter_ids has values from -2"),
+    "ids_shape": (stacked(adapter_ids=torch.tensor([0])), ValueError, r"adapter_ids has shape \[1\].*B = 2"),
+    "ids_dtype": (stacked(adapter_ids=torch.zeros(2)), TypeError, "adapter_ids has dtype torch.float32"),
+    "scales": (stacked(scale=torch.zeros(3)), ValueError, r"scale has shape \[3\].*A = 2"),
+    "strengths": (stacked(strengths=torch.ones(2, 1)), ValueError, r"strengths has shape.*expected \[B\]"),
+    "strengths_dtype": (stacked(strengths=torch.ones(2).int()), TypeError, "strengths has dtype torch.int32"),
+    "impl": (changed(impl="fast"), ValueError, "impl is 'fast'"),
+    "impl_cuda": (changed(impl="cuda"), NotImplementedError, "residual_shift has no impl='cuda'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    arguments, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        residual_shift(**arguments)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="allocations of the compiled kernels")
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+def test_bytes(preserve_norm):
+    """The only memory is the result's, and of a backward dx and a sum per 32 tokens: one pass each."""
+    from benchmarks.timing import peak_allocated_bytes
+    from mmicl_kernels import _extension
+
+    if not _extension.load():
+        pytest.skip("the C++ extension is not built")
+    B, T, C = 2, 256, 128
+    x, vector, scale = residual_shift_inputs(B, T, C, dtype=torch.bfloat16)
+    fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl="composed")
+    assert peak_allocated_bytes(lambda: fn(x, vector, scale)) == x.nbytes
+
+    def backward():
+        return torch.ops.mmicl_cpu.residual_shift_bwd(
+            x, x if preserve_norm else None, vector[None], scale[None], None, None, True, True
+        )
+
+    assert peak_allocated_bytes(backward) == x.nbytes * preserve_norm + 4 * B * T // 32 * C

@@ -1,0 +1,361 @@
+"""Value and gradients of ``residual_shift_rms_norm``; test_residual_shift_triton.py runs them interpreted."""
+
+import functools
+import os
+
+import pytest
+import torch
+
+from mmicl_kernels.ops import residual_shift_rms_norm
+from mmicl_kernels.testing.budgets import (
+    assert_within_budget,
+    eager_residual_shift_rms_norm,
+    gradients,
+    product_error,
+)
+from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Triton's interpreter rounds bf16 towards zero, everything else to nearest.
+DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
+NAMES = ("normed", "new_residual", "dx", "dresidual", "dvector", "dscale", "dnorm_weight")
+EPS = 1e-5
+CONVENTIONS = {"llama": 0.0, "gemma": 1.0}
+
+GRID = {
+    "plain": {},
+    "decode": {"T": 1, "C": 4096},
+    "tiles": {"T": 67, "B": 3},
+    **{f"columns_{C}": {"C": C} for C in (7, 8, 72, 1000)},
+    **{layout: {"layout": layout} for layout in ("tokens_first", "sliced", "expanded")},
+    "half_parameters": {"parameter_dtype": torch.float16},
+    "ids": {"B": 3, "ids": (1, -1, 0)},
+    "ids_shared": {"B": 3, "ids": (2, 2, 0)},
+}
+
+
+def make_inputs(B=2, T=13, C=40, *, dtype=torch.float32, layout="dense", device="cpu", **options):
+    """``x, residual, vector, scale, norm_weight``."""
+    x, vector, scale = residual_shift_inputs(B, T, C, dtype=dtype, layout=layout, device=device, **options)
+    residual = hidden_states(B, T, C, dtype=dtype, layout=layout, device=device, seed=50)
+    weight = normal(C, dtype=vector.dtype, device=device, seed=51)
+    return x, residual, vector, scale, weight
+
+
+def output_gradients(x):
+    return tuple(hidden_states(*x.shape, dtype=x.dtype, device=str(x.device), seed=s) for s in (60, 61))
+
+
+def inputs_of(name, dtype, device):
+    sizes = dict(GRID[name])
+    ids = sizes.pop("ids", None)
+    inputs = make_inputs(dtype=dtype, device=device, adapters=None if ids is None else 3, **sizes)
+    ids = None if ids is None else torch.tensor(ids, dtype=torch.int32, device=device)
+    return inputs, {"adapter_ids": ids, "eps": EPS}
+
+
+@functools.cache
+def budget(name, convention, dtype, device):
+    inputs, options = inputs_of(name, dtype, device)
+    options["weight_offset"] = CONVENTIONS[convention]
+    douts = output_gradients(inputs[0])
+    low = [eager_in_order(seed, inputs, options, douts) for seed in range(3)]
+    exact = gradients(
+        functools.partial(residual_shift_rms_norm, **options, impl="reference"),
+        [x.double() for x in inputs],
+        [x.double() for x in douts],
+    )
+    return inputs, options, douts, low, exact
+
+
+def eager_in_order(seed, inputs, options, douts):
+    """The eager form with tokens and columns in another order: other roundings of the same sums."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, columns = (torch.randperm(n, generator=generator) for n in douts[0].shape[1:])
+    tokens, columns = tokens.to(douts[0].device), columns.to(douts[0].device)
+
+    def permuted(x, residual, vector, scale, weight):
+        x, residual = (y[:, tokens][..., columns] for y in (x, residual))
+        outputs = eager_residual_shift_rms_norm(
+            x, residual, vector[..., columns], scale, weight[columns], **options
+        )
+        return tuple(y[:, tokens.argsort()][..., columns.argsort()] for y in outputs)
+
+    return gradients(permuted, inputs, douts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("name", GRID)
+def test_value_and_gradients(name, convention, dtype, impl, device):
+    inputs, options, douts, low, exact = budget(name, convention, dtype, device)
+    fn = functools.partial(residual_shift_rms_norm, **options, impl=impl)
+    outputs, grads = gradients(fn, inputs, douts)
+    lows, wide = [sum(x, ()) for x in low], sum(exact, ())
+    relative = max(float((x[4].double() - wide[4]).norm() / wide[4].norm()) for x in lows)
+    for i, (label, actual) in enumerate(zip(NAMES, outputs + grads, strict=True)):
+        others = [x[i] for x in lows]
+        if label == "dscale":
+            entry = wide[4] / inputs[3][..., None]
+            others.append(wide[i] + product_error(relative, entry, inputs[2]))
+        assert_within_budget(label, actual, others, wide[i])
+    assert [y.dtype for y in outputs] == [dtype] * 2
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+    if impl != "reference":
+        x = inputs[0]
+        dense = x.is_contiguous() or x.transpose(0, 1).is_contiguous()
+        stride = x.stride() if dense else x.contiguous().stride()
+        assert all(y.stride() == stride for y in outputs)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("name", [name for name in GRID if name != "half_parameters"])
+def test_the_reference_agrees_with_independent_code(name, convention):
+    _, _, _, low, exact = budget(name, convention, torch.float64, "cpu")
+    for label, other, reference in zip(NAMES, sum(low[0], ()), sum(exact, ()), strict=True):
+        bound = 100 * exact[0][0].numel() * torch.finfo(torch.float64).eps
+        assert (reference - other).norm() <= bound * max(1.0, float(reference.norm())), label
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter rounds bf16 towards zero")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_rounds_where_the_models_round(convention, dtype, impl):
+    """With a shift of zero, the add and the norm of transformers; in 16 bits bit for bit.
+
+    All of it is computed in fp32 and rounded at the same places, so that only a number within an fp32
+    rounding of the middle between two others may differ.
+    """
+    transformers = pytest.importorskip("transformers")
+    module = {"llama": transformers.models.llama.modeling_llama.LlamaRMSNorm,
+              "gemma": transformers.models.gemma.modeling_gemma.GemmaRMSNorm}[convention]  # fmt: skip
+    x, residual, vector, _, weight = make_inputs(2, 50, 256, dtype=dtype)
+    norm = module(256, eps=EPS).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+    expected = residual + x
+    normed, new_residual = residual_shift_rms_norm(
+        x,
+        residual,
+        vector,
+        0.0,
+        norm.weight.detach(),
+        eps=EPS,
+        weight_offset=CONVENTIONS[convention],
+        impl=impl,
+    )
+    assert torch.equal(new_residual, expected)
+    theirs = norm(expected).detach()
+    if dtype == torch.float32:
+        torch.testing.assert_close(normed, theirs, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    else:
+        different = normed != theirs
+        assert different.float().mean() < 1e-3
+        steps = (normed.view(torch.int16).int() - theirs.view(torch.int16).int()).abs()
+        assert steps.max() <= (2 if convention == "llama" else 1)
+
+
+def test_the_norm_reads_the_stored_residual(impl):
+    """In fp16 a shift of 4e-4 is too small to be stored beside 1, and does not reach the norm of the rest."""
+    half = torch.full((1, 1, 8), 0.5, dtype=torch.float16)
+    vector = torch.tensor([0.0, *[4e-4] * 7])
+    normed, h = residual_shift_rms_norm(half, half, vector, 1.0, torch.ones(8), eps=0.0, impl=impl)
+    assert torch.equal(h, 2 * half) and torch.equal(normed, 2 * half)
+
+
+@pytest.mark.parametrize("used", (0, 1))
+def test_either_output_alone(used, impl):
+    inputs, fn = make_inputs(dtype=torch.float64), functools.partial(residual_shift_rms_norm, eps=EPS)
+    douts = [dy if i == used else None for i, dy in enumerate(output_gradients(inputs[0]))]
+    _, grads = gradients(functools.partial(fn, impl=impl), inputs, douts)
+    _, exact = gradients(functools.partial(fn, impl="reference"), inputs, douts)
+    for grad, expected in zip(grads, exact, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(grads[0], grads[1]) and grads[0].any()
+    assert bool(grads[4].any()) == (used == 0)
+
+
+@pytest.mark.parametrize("frozen", ("entry", "weight", "both"))
+def test_only_what_is_needed_is_computed(frozen, operator):
+    inputs, ids = make_inputs(adapters=2), torch.tensor([1, 0])
+    douts = output_gradients(inputs[0])
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=operator)
+    _, full = gradients(fn, inputs, douts)
+    live = {"entry": (0, 1, 4), "weight": (0, 2, 3), "both": (1,)}[frozen]
+
+    def partly(*leaves):
+        everything = list(inputs)
+        for i, leaf in zip(live, leaves, strict=True):
+            everything[i] = leaf
+        return fn(*everything)
+
+    _, grads = gradients(partly, [inputs[i] for i in live], douts)
+    assert all(torch.equal(grad, full[i]) for grad, i in zip(grads, live, strict=True))
+
+
+def test_off_is_the_plain_norm_bit_for_bit(impl):
+    x, residual, vector, scale, weight = make_inputs(adapters=2, dtype=torch.float16)
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=impl)
+    plain = fn(x, residual, torch.zeros_like(vector[0]), 1.0, weight)
+    assert torch.equal(plain[1], x + residual)
+    nan = torch.full_like(vector, torch.nan)
+    none = torch.tensor([-1, -1])
+    for outputs in (
+        fn(x, residual, nan[0], 0.0, weight),
+        fn(x, residual, nan, scale, weight, adapter_ids=none),
+        fn(x, residual, nan, torch.zeros(2), weight, adapter_ids=none + 2),
+    ):
+        assert all(map(torch.equal, outputs, plain))
+
+
+def test_large_halves(impl, device):
+    """Their squares overflow fp16."""
+    inputs = make_inputs(1, 3, 4096, dtype=torch.float16, device=device)
+    x = inputs[0].sign() * 3e4
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=impl)
+    (normed, h), grads = gradients(fn, (x, x / 2, *inputs[2:4], torch.ones_like(inputs[4])), (x.sign(), None))
+    torch.testing.assert_close(normed.float(), x.sign().float(), rtol=0, atol=0.01)
+    assert all(torch.isfinite(y).all() for y in (h, *grads))
+
+
+def test_nan_is_not_hidden(impl, device):
+    inputs = make_inputs(device=device)
+    inputs[0][0, 3, 1] = torch.nan
+    normed, h = residual_shift_rms_norm(*inputs, eps=EPS, impl=impl)
+    expected = torch.zeros_like(h, dtype=torch.bool)
+    expected[0, 3, 1] = True
+    assert torch.equal(h.isnan(), expected)
+    expected[0, 3] = True
+    assert torch.equal(normed.isnan(), expected)
+
+
+def test_a_row_of_zeros(impl):
+    """Finite with eps: what transformers gives."""
+    x, residual, vector, _, weight = make_inputs()
+    zero = torch.zeros_like(x)
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=impl)
+    scale = torch.zeros(())
+    (normed, h), grads = gradients(fn, (zero, zero, vector, scale, weight), (torch.ones_like(x), None))
+    assert not normed.any() and not h.any()
+    torch.testing.assert_close(grads[0], (weight * EPS**-0.5).expand_as(x), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", ((0, 3, 8), (2, 0, 8)))
+def test_empty(shape, impl):
+    inputs = make_inputs(*shape)
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=impl)
+    outputs, grads = gradients(fn, inputs, (inputs[0], inputs[0]))
+    assert all(y.shape == shape for y in (*outputs, *grads[:2]))
+    assert not any(g.any() for g in grads[2:])
+
+
+def test_the_input_is_not_written_to_and_twice_is_equal(impl):
+    inputs = make_inputs(3, 67, adapters=2)
+    before = [x.clone() for x in inputs]
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=torch.tensor([1, 0, 1]), impl=impl)
+    first, second = (sum(gradients(fn, inputs, output_gradients(inputs[0])), ()) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, inputs, before))
+
+
+def test_autocast_changes_nothing(impl):
+    inputs, ids = make_inputs(adapters=2), torch.tensor([1, 0])
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=impl)
+    plain = sum(gradients(fn, inputs, output_gradients(inputs[0])), ())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sum(gradients(fn, inputs, output_gradients(inputs[0])), ())
+    assert all(map(torch.equal, plain, cast))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_gradcheck(convention, impl):
+    leaves = [x.requires_grad_() for x in make_inputs(2, 3, 4, adapters=2, dtype=torch.float64)]
+    fn = functools.partial(
+        residual_shift_rms_norm, eps=EPS, weight_offset=CONVENTIONS[convention],
+        adapter_ids=torch.tensor([1, -1]), impl=impl,
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(fn, leaves)
+
+
+def test_double_backward_and_vmap_are_refused(operator):
+    leaves = [x.requires_grad_() for x in make_inputs()]
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=operator)
+    (dx,) = torch.autograd.grad(fn(*leaves)[0].sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="residual_shift_rms_norm cannot be differentiated twice"):
+        dx.sum().backward()
+    x, *rest = make_inputs()
+    with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
+        torch.func.vmap(lambda y: fn(y, *rest))(x[None])
+
+
+@pytest.mark.parametrize("ids", (None, torch.tensor([[1], [-1]], dtype=torch.int32)), ids=("shared", "ids"))
+def test_opcheck(ids, operator):
+    adapters = None if ids is None else 2
+    inputs = make_inputs(dtype=torch.float16, adapters=adapters, layout="tokens_first")
+    *_, vector, scale, weight = inputs
+    ops, tests = torch.ops.mmicl, ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*inputs, ids, EPS, 1.0, operator)
+    torch.library.opcheck(ops.residual_shift_rms_norm_fwd, arguments, test_utils=tests)
+    normed, h, rstd = ops.residual_shift_rms_norm_fwd(*arguments)
+    for dh, needs in ((h, (True, True)), (None, (False, True)), (h, (True, False)), (h, (False, False))):
+        saved = (normed, dh, h, rstd, vector, scale, weight, ids, 1.0, operator, *needs)
+        torch.library.opcheck(ops.residual_shift_rms_norm_bwd, saved, test_utils=tests)
+
+
+@pytest.mark.parametrize("ids", (None, torch.tensor([1, -1])), ids=("shared", "ids"))
+def test_compile(ids, composed):
+    torch.compiler.reset()
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=composed)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (27, 27, 35):
+        inputs = make_inputs(T=T, adapters=None if ids is None else 2)
+        pairs = (sum(gradients(f, inputs, output_gradients(inputs[0])), ()) for f in (fn, compiled))
+        for eager, other in zip(*pairs, strict=True):
+            assert eager.stride() == other.stride()
+            torch.testing.assert_close(other, eager)
+
+
+BAD = {
+    "residual_shape": ({"residual": torch.zeros(2, 3, 7)}, ValueError, r"residual has shape.*C = 8"),
+    "residual_dtype": ({"residual": torch.zeros(2, 3, 8).half()}, TypeError, "residual has dtype torch.flo"),
+    "residual_stride": ({"residual": torch.zeros(2, 8, 3).mT}, ValueError, "residual has strides"),
+    "weight_shape": ({"norm_weight": torch.zeros(7)}, ValueError, "norm_weight has shape"),
+    "weight_dtype": ({"norm_weight": torch.zeros(8).int()}, TypeError, "norm_weight has dtype torch.int32"),
+    "weight_device": ({"norm_weight": torch.zeros(8, device="meta")}, ValueError, "norm_weight is on meta"),
+    "vector": ({"vector": torch.zeros(2, 8)}, ValueError, "a 2-D vector needs adapter_ids"),
+    "ids": ({"adapter_ids": torch.zeros(2, 1).int()}, ValueError, r"adapter_ids has shape \[2, 1\]"),
+    "eps": ({"eps": -1e-5}, ValueError, "eps is -1e-05, expected at least 0"),
+    "eps_type": ({"eps": "1"}, TypeError, "eps must be a number, got str"),
+    "offset": ({"weight_offset": None}, TypeError, "weight_offset must be a number, got NoneType"),
+    "impl": ({"impl": "cuda"}, NotImplementedError, "residual_shift_rms_norm has no impl='cuda'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    changes, error, message = BAD[name]
+    names = ("x", "residual", "vector", "scale", "norm_weight")
+    arguments = {**dict(zip(names, make_inputs(2, 3, 8), strict=True)), "eps": EPS, **changes}
+    with pytest.raises(error, match=message):
+        residual_shift_rms_norm(**arguments)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="allocations of the compiled kernels")
+def test_bytes():
+    """Two results and a number per token; a backward dx and two sums per 32 tokens: one pass each."""
+    from benchmarks.timing import peak_allocated_bytes
+    from mmicl_kernels import _extension
+
+    if not _extension.load():
+        pytest.skip("the C++ extension is not built")
+    B, T, C = 2, 256, 128
+    x, residual, vector, scale, weight = make_inputs(B, T, C, dtype=torch.bfloat16)
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl="composed")
+    forward = peak_allocated_bytes(lambda: fn(x, residual, vector, scale, weight))
+    assert forward == 2 * x.nbytes + 4 * B * T
+    rstd = torch.ones(B, T)
+
+    def backward():
+        return torch.ops.mmicl_cpu.residual_shift_rms_norm_bwd(x, x, x, rstd, weight, 0.0, True, True)
+
+    assert peak_allocated_bytes(backward) == x.nbytes + 2 * 4 * B * T // 32 * C

@@ -1,0 +1,261 @@
+"""The residual ops' Triton kernels: values in the interpreter and on a GPU, machine code without one.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or compiles:
+``test_values_in_the_interpreter`` starts one on the value tests of both ops and on those here.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mmicl_kernels.ops import residual_shift, residual_shift_rms_norm  # noqa: E402
+from mmicl_kernels.ops.residual_shift import _triton as shift  # noqa: E402
+from mmicl_kernels.ops.residual_shift_rms_norm import _triton as norm  # noqa: E402
+from mmicl_kernels.testing.budgets import gradients  # noqa: E402
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
+from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
+on_device = pytest.mark.parametrize("device", [DEVICE])
+compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
+
+KERNELS = (
+    shift.residual_shift_fwd_kernel,
+    shift.residual_shift_bwd_kernel,
+    shift.entry_grads_kernel,
+    norm.residual_shift_rms_norm_fwd_kernel,
+    norm.residual_shift_rms_norm_bwd_kernel,
+)
+FOLDER = Path(__file__).parent
+
+
+@compiles
+@pytest.mark.parametrize("name", ("residual_shift", "residual_shift_rms_norm", "residual_shift_triton"))
+def test_values_in_the_interpreter(name):
+    """Runs every value test of one file on the CPU."""
+    file = FOLDER / f"test_{name}.py"
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not bad_input",
+            str(file),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
+    assert passed >= (5 if name.endswith("triton") else 100), run.stdout[-2000:]
+
+
+# ---- values: the interpreter's, or a GPU's ----
+
+
+@on_device
+@pytest.mark.parametrize("preserve_norm", (False, True))
+def test_many_blocks_and_adapters(preserve_norm, device):
+    """Several programs per row, per sequence and in every sum, whatever the tiling: against the reference."""
+    x, vector, scale = (p.to(device) for p in residual_shift_inputs(3, 150, 600, adapters=5))
+    ids = torch.tensor([[4, 0, -1], [1, 1, 0], [-1, -1, -1]], device=device)
+    strengths = normal(3, 3, dtype=torch.float32, device=device)
+    inputs, dout = (x, vector, scale, strengths), hidden_states(3, 150, 600, dtype=x.dtype, device=device)
+
+    def fn(impl):
+        return lambda x, v, s, w: residual_shift(
+            x, v, s, adapter_ids=ids, strengths=w, preserve_norm=preserve_norm, impl=impl
+        )
+
+    pairs = (sum(gradients(fn(impl), inputs, (dout,)), ()) for impl in ("triton", "reference"))
+    for ours, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@on_device
+def test_offsets_past_two_to_the_31(device):
+    """Five rows, 2^29 elements apart: the product of row and stride passes int32."""
+    T, C, stride = 5, 16, 2**29
+    storage = torch.from_numpy(np.zeros((T - 1) * stride + C, np.float16)).to(device)
+    far = storage.as_strided((1, T, C), (stride, stride, 1))
+    x, vector, scale = (p.to(device) for p in residual_shift_inputs(1, T, C, dtype=torch.float16))
+    far.copy_(x)
+    weight = torch.ones(C, device=device)
+    for preserve_norm in (False, True):
+        results = [
+            residual_shift(y, vector, scale, preserve_norm=preserve_norm, impl="triton") for y in (x, far)
+        ]
+        assert torch.equal(*results)
+    results = [
+        residual_shift_rms_norm(y, y, vector, scale, weight, eps=1e-5, impl="triton") for y in (x, far)
+    ]
+    assert all(map(torch.equal, *results))
+    stack = (vector[None], scale[None], None, None)
+    near = shift.residual_shift_bwd(x, x, *stack, True, True)
+    assert all(map(torch.equal, shift.residual_shift_bwd(far, far, *stack, True, True), near))
+
+
+@on_device
+def test_rows_too_long_for_a_norm_are_refused(device):
+    x = torch.zeros(1, 1, shift.MAX_ROW + 1, device=device)
+    vector = torch.zeros(x.shape[2], device=device)
+    assert torch.equal(residual_shift(x, vector, impl="triton"), x)
+    with pytest.raises(NotImplementedError, match="C is 32769, expected at most 32768"):
+        residual_shift(x, vector, preserve_norm=True, impl="triton")
+    with pytest.raises(NotImplementedError, match="C is 32769"):
+        residual_shift_rms_norm(x, x, vector, 1.0, vector, eps=0.0, impl="triton")
+
+
+@on_device
+@pytest.mark.parametrize("preserve_norm", (False, True))
+def test_launches(preserve_norm, device):
+    """One forward; one backward and one small reduction. Frozen entries leave the reduction out."""
+    launched = []
+
+    def counting(kernel):
+        run = kernel.run
+        return mock.patch.object(kernel, "run", lambda *a, **k: (launched.append(kernel), run(*a, **k)))
+
+    x, vector, scale = (p.to(device).requires_grad_() for p in residual_shift_inputs())
+    with counting(KERNELS[0]), counting(KERNELS[1]), counting(KERNELS[2]):
+        out = residual_shift(x, vector, scale, preserve_norm=preserve_norm, impl="triton")
+        assert launched == [KERNELS[0]]
+        torch.autograd.grad(out, (x, vector, scale), out)
+        assert launched == list(KERNELS[:3])
+        launched.clear()
+        out = residual_shift(x, vector.detach(), scale.detach(), preserve_norm=preserve_norm, impl="triton")
+        torch.autograd.grad(out, x, out)
+        assert launched == [KERNELS[0], *([KERNELS[1]] if preserve_norm else [])]
+
+
+@on_device
+def test_launches_of_the_fused_norm(device):
+    launched = []
+
+    def counting(kernel):
+        run = kernel.run
+        return mock.patch.object(kernel, "run", lambda *a, **k: (launched.append(kernel), run(*a, **k)))
+
+    x, vector, scale = (p.to(device).requires_grad_() for p in residual_shift_inputs())
+    weight = torch.ones_like(vector).requires_grad_()
+    leaves = (x, vector, scale, weight)
+    with counting(KERNELS[2]), counting(KERNELS[3]), counting(KERNELS[4]):
+        outputs = residual_shift_rms_norm(x, x, vector, scale, weight, eps=1e-5, impl="triton")
+        assert launched == [KERNELS[3]]
+        torch.autograd.grad(outputs, leaves, outputs)
+        assert launched == [KERNELS[3], KERNELS[4], KERNELS[2]]
+
+
+# ---- machine code, without a GPU ----
+
+
+def compiled(capability, C, dtype, ids=None, strengths=None):
+    """What the launchers would launch on a CUDA device, by the kernel's name and order."""
+    adapters = None if ids is None else 4
+    x, vector, scale = residual_shift_inputs(2, 256, C, dtype=dtype, adapters=adapters)
+    vector = vector if adapters else vector[None]
+    scale = scale if adapters else scale[None]
+    weight = torch.ones(C, dtype=dtype)
+    entries = (vector, scale, ids, strengths)
+    with compiling_for(capability, KERNELS) as kernels:
+        for preserve_norm in (False, True):
+            shift.residual_shift_fwd(x, *entries, preserve_norm)
+            _, sums = shift.residual_shift_bwd(x, x if preserve_norm else None, *entries, True, True)
+        normed, h, rstd = norm.residual_shift_rms_norm_fwd(
+            x, x, vector, scale, weight, None if ids is None else ids[:, :1].contiguous(), 1e-5, 0.0
+        )
+        norm.residual_shift_rms_norm_bwd(normed, h, h, rstd, weight, 0.0, True, True)
+        shift.entry_grads(sums, vector, scale, ids, strengths, sums, weight)
+    return [machine_code(kernel) for kernel in kernels]
+
+
+@compiles
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+def test_registers_and_vector_loads(dtype, capability):
+    """Registers leave room for 16 warps on an SM of 65536; all memory is touched 16 bytes at a time."""
+    codes = compiled(capability, 4096, dtype)
+    names = [k.__name__ for k in KERNELS]
+    assert [code.name for code in codes] == [*names[:2], *names[:2], *names[3:], names[2]]
+    for code in codes:
+        assert code.spilled_bytes == 0, code.name
+        assert code.registers <= 128, (code.name, code.registers)
+        assert "ld.global.v4.b32" in code.ptx, code.name
+        if code.name != "entry_grads_kernel":  # which writes a few numbers
+            assert "st.global.v4.b32" in code.ptx, code.name
+            assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
+
+
+@compiles
+@pytest.mark.parametrize("C", (40, 3584, 8192))
+def test_no_spills_at_other_sizes(C):
+    ids, strengths = torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, 3)
+    for code in compiled(90, C, torch.bfloat16, ids, strengths):
+        assert code.spilled_bytes == 0, (code.name, code.registers)
+
+
+# ---- on a GPU alone ----
+
+
+def step_on_cuda():
+    """Forward and backward of everything, and the ids it reads."""
+    inputs = residual_shift_inputs(3, 300, 4096, adapters=4, dtype=torch.bfloat16, device="cuda")
+    x, weight = inputs[0], torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    options = {"adapter_ids": torch.tensor([0, -1, 2], dtype=torch.int32, device="cuda"), "impl": "triton"}
+
+    def fused(x, vector, scale, weight):
+        return residual_shift_rms_norm(x, x, vector, scale, weight, eps=1e-5, **options)
+
+    def step():
+        results = [*gradients(fused, (*inputs, weight), (x, x))]
+        for preserve_norm in (False, True):
+            fn = functools.partial(residual_shift, preserve_norm=preserve_norm, **options)
+            results += gradients(fn, inputs, (x,))
+        return sum(results, ())
+
+    return step, options["adapter_ids"]
+
+
+@pytest.mark.gpu
+@compiles
+def test_cuda_graph_replay():
+    step, ids = step_on_cuda()
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    ids.copy_(ids.roll(1))  # ids are data: another request needs no new graph
+    graph.replay()
+    for a, b in zip(replayed, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@compiles
+def test_no_host_synchronisation():
+    step, _ = step_on_cuda()
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,154 @@
+"""Machine code of every launch in the table, without a GPU: no spills, tensor cores, TMA, known registers.
+
+``registers.json`` holds what the assembler of Triton 3.6.0 made of each row. After a change that is meant
+to change it: ``UPDATE_REGISTERS=1 pytest tests/ops/test_shifted_attention_registers.py -m "slow or not slow"``.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from mmicl_kernels.ops.attention_shift import _triton as attention_shift_triton  # noqa: E402
+from mmicl_kernels.ops.shifted_attention import _triton as kernels  # noqa: E402
+from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
+from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
+from mmicl_kernels.testing.cross_compile import (  # noqa: E402
+    SHARED_MEMORY,
+    compiling_for,
+    machine_code,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets its kernels"
+)
+
+TABLE = Path(__file__).with_name("registers.json")
+UPDATE = os.environ.get("UPDATE_REGISTERS") == "1"
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+B, H, G = 2, 8, 2
+SIZES = {"decode": (1, 4096), "chunk": (16, 4096)}  # queries and keys; (512, 512) for the others
+NAMES = {
+    "dq": bwd.shifted_attention_dq_kernel,
+    "dkdv": bwd.shifted_attention_dkdv_kernel,
+    "combine": fwd.shifted_attention_combine_kernel,
+    **dict.fromkeys(("fwd", "decode", "chunk"), fwd.shifted_attention_fwd_kernel),
+}
+ALL = (
+    *dict.fromkeys(NAMES.values()),
+    attention_shift_triton.attention_shift_bwd_kernel,
+    attention_shift_triton.attention_shift_reduce_kernel,
+)
+# Rows of sm_89 are those of sm_80 that fit its shared memory; the code is the same.
+ROWS = [row for row in launch.CONFIGS if row[2] in (launch.SM_80, launch.SM_90)]
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def variants(is_general, T, S, dtype):
+    """Options of the calls that a row of the table serves."""
+    bounds = {"kv_start": ints(1, 1), "kv_end": ints(S, S)}
+    added = torch.zeros(B, 1, T, S, dtype=dtype)
+    packed = {"cu_seqlens_q": ints(0, T), "cu_seqlens_k": ints(0, S), "max_seqlen_q": T, "max_seqlen_k": S}
+    if is_general:
+        return {
+            "mask": {"mask": torch.ones(B, 1, T, S, dtype=torch.bool), **bounds},
+            "bias": {"mask": added},
+            "softcap": {"softcap": 30.0, "causal": True, "window": 100, **bounds},
+            "all_keys": {"all_keys": True, "causal": True, **bounds},
+            "all_keys_softcap": {"all_keys": True, "softcap": 30.0, "causal": True, **bounds},
+            "packed": {"causal": True, "adapter_ids": ints(0), **packed},
+        }
+    return {"causal": {"causal": True}, "window": {"causal": True, "window": 100, "adapter_ids": ints(0, 0)}}
+
+
+def compiled(row, options, monkeypatch):
+    """Machine code of the row's kernel (and of the combine, in a decode), as launched for ``options``."""
+    kernel, _, generation, itemsize, BD = row
+    monkeypatch.setattr(launch, "generation", lambda device: generation)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    defaults = dict.fromkeys(Options._fields) | {"scale": 0.1, "causal": False, "all_keys": False}
+    options = Options(**{**defaults, "impl": "triton", **options})
+    batch = B if options.cu_seqlens_q is None else 1
+    (T, S), dtype = SIZES.get(kernel, (512, 512)), DTYPES[itemsize]
+    q = torch.empty(batch, T, H, BD, dtype=dtype).transpose(1, 2)
+    k = torch.empty(batch, S, G, BD, dtype=dtype).transpose(1, 2)
+    weight, bias, lse = torch.empty(1, H, BD), torch.empty(1, H), torch.empty(batch, H, T)
+    wanted = (NAMES[kernel], NAMES["combine"])
+    others = [x for x in ALL if x not in wanted]
+    with compiling_for(generation, wanted, others) as done:
+        if kernel in ("dq", "dkdv"):
+            saved = (q, lse, lse, kernels.new_results(q, options)[3])
+            kernels.backward(q, None, saved, True, (q, k, k), (weight, bias, weight), options)
+        else:
+            kernels.forward(q, k, k, (weight, bias, weight), options)
+    return [machine_code(x) for x in done]
+
+
+def name_of(row):
+    kernel, is_general, generation, itemsize, BD = row
+    return f"{kernel}{'_general' if is_general else ''}-sm_{generation}-{8 * itemsize}_bit-D{BD}"
+
+
+def check(row, name, monkeypatch):
+    """Assert what holds of one variant; returns registers per thread by kernel."""
+    kernel, is_general, generation, itemsize, _ = row
+    config, (T, S) = launch.CONFIGS[row], SIZES.get(kernel, (512, 512))
+    codes = compiled(row, variants(is_general, T, S, DTYPES[itemsize])[name], monkeypatch)
+    splits = kernel in SIZES
+    assert [code.name for code in codes] == [x.__name__ for x in (NAMES[kernel], NAMES["combine"])][: 1 + splits]
+    for code in codes:
+        assert code.spilled_bytes == 0, code.name
+        assert code.shared_bytes <= SHARED_MEMORY[generation], code.name
+    main = codes[0]
+    if itemsize == 2:
+        # wgmma takes 64 rows of queries, or in dK and dV of keys; fewer go through mma.sync
+        rows = config.BN if kernel == "dkdv" else config.BM
+        assert main.count("HGMMA" if generation == launch.SM_90 and rows >= 64 else "HMMA") > 0
+    assert (main.count("UTMALDG") > 0) == config.TMA
+    assert config.TMA or config.num_stages == 1 or main.count("LDGSTS") > 0
+    return {code.name: code.registers for code in codes}
+
+
+def cases():
+    """Every row with every variant; one of each, of the rows that models use, is quick."""
+    for row in ROWS:
+        _, is_general, _, itemsize, BD = row
+        for number, name in enumerate(variants(is_general, 1, 1, torch.float32)):
+            quick = number == 0 and itemsize == 2 and BD <= 128
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(row, name, marks=marks, id=f"{name_of(row)}-{name}")
+
+
+@pytest.mark.parametrize(("row", "name"), cases())
+def test_machine_code(row, name, monkeypatch):
+    registers = check(row, name, monkeypatch)
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if UPDATE:
+        table.setdefault(name_of(row), {})[name] = registers
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    elif triton.__version__ == "3.6.0":
+        assert registers == table[name_of(row)][name]
+
+
+def test_the_table_is_complete():
+    """All kernels, kinds, generations, sizes of elements and head dims; nothing that is not launched."""
+    names = ("fwd", "decode", "chunk", "dq", "dkdv")
+    generations = (launch.SM_80, launch.SM_89, launch.SM_90)
+    expected = {
+        (kernel, is_general, generation, itemsize, BD)
+        for kernel in names for is_general in (False, True) for generation in generations
+        for itemsize in (2, 4) for BD in (64, 128, 256)
+    }  # fmt: skip
+    assert launch.CONFIGS.keys() == expected
+
+
+def test_the_registers_are_of_the_rows_there_are():
+    table = json.loads(TABLE.read_text())
+    assert table.keys() == {name_of(row) for row in ROWS}
