@@ -1,14 +1,23 @@
 """Losses and a loop. The student and the teacher are one frozen model, shifted and not."""
 
+from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective, ManyShotBatch
 from mmicl_kernels.training.episodes import EpisodeBatch
 from mmicl_kernels.training.loop import TrainingConfig, train
 from mmicl_kernels.training.objectives import Losses, MimICObjective, trainable
+from mmicl_kernels.training.sampling import Draw, draw_demonstrations, joint_features, split_shots
 
 __all__ = [
+    "Draw",
     "EpisodeBatch",
+    "LIVEObjective",
     "Losses",
+    "M2IVObjective",
+    "ManyShotBatch",
     "MimICObjective",
     "TrainingConfig",
+    "draw_demonstrations",
+    "joint_features",
+    "split_shots",
     "train",
     "trainable",
 ]

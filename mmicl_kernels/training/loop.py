@@ -37,6 +37,8 @@ def train(
     """Minimise ``objective`` over ``parameters`` for ``steps`` batches, one update each.
 
     All other parameters of ``model`` are frozen meanwhile, so that no gradient is computed for them.
+    An objective may have ``learning_rates``, by the last part of a parameter's name, as those of M2IV and
+    LIVE have for their scales; they follow the same schedule.
 
     Returns:
         the losses of each step.
@@ -48,7 +50,8 @@ def train(
     if not parameters:
         raise ValueError("parameters is empty, expected at least one to train")
     config = config or TrainingConfig()
-    optimizer = torch.optim.AdamW(_groups(parameters, config), lr=config.learning_rate)
+    rates = getattr(objective, "learning_rates", {})
+    optimizer = torch.optim.AdamW(_groups(parameters, config, rates))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
     log = []
     bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
@@ -86,12 +89,16 @@ def frozen(model: nn.Module, except_for: dict[str, nn.Parameter]) -> Iterator[No
             parameter.requires_grad_(True)
 
 
-def _groups(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> list[dict]:
-    """Weight decay for all but the biases, as the official code has it."""
-    decayed = [x for name, x in parameters.items() if "bias" not in name]
-    biases = [x for name, x in parameters.items() if "bias" in name]
-    groups = [(decayed, config.weight_decay), (biases, 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+def _groups(
+    parameters: dict[str, nn.Parameter], config: TrainingConfig, rates: dict[str, float]
+) -> list[dict]:
+    """By learning rate and weight decay, which the biases have none of, as in the official code."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = rates.get(name.rpartition(".")[2], config.learning_rate)
+        decay = 0.0 if "bias" in name else config.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

@@ -62,9 +62,9 @@ FP32 = torch.float32
 
 def interpreted(*arguments):
     """A pytest process that interprets its kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:warnings"]
     return subprocess.Popen(
-        command,
+        [*command, *map(str, arguments)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ def test_values_in_the_interpreter():
     """The grid in fp32 and this file, beside each other."""
     extremes = Path(__file__).with_name("test_extremes.py")
     selection = ("-x", "-m", "not slow and not gpu")
-    assert_all_pass([interpreted(*selection, GRID_TESTS), interpreted(*selection, __file__, extremes)])
+    assert_all_pass([interpreted(*selection, GRID_TESTS, extremes), interpreted(*selection, __file__)])
 
 
 @compiles
@@ -181,9 +181,11 @@ DECODES = (
     "packed_all_keys",
 )  # fmt: skip
 # Of 37 queries each, so that a tile begins and ends within a group; with a mask or a softcap.
-CHUNKS = ("gqa_3", "mask", "hide_inf", "softcap", "all_keys_bias", "ids_blind", "no_keys", "head_dim_1")
-SLOW_CHUNKS = ("mqa", "mask_queries", "hide_finite", "bias_transposed", "all_keys_mask", "scale_negative",
-               "kv_crossed")  # fmt: skip
+CHUNKS = ("gqa_3", "mask", "all_keys_bias", "ids_blind")
+SLOW_CHUNKS = (
+    "mqa", "mask_queries", "hide_inf", "hide_finite", "bias_transposed", "all_keys_mask", "scale_negative",
+    "softcap", "kv_crossed", "no_keys", "head_dim_1",
+)  # fmt: skip
 
 
 @on_device
@@ -192,7 +194,8 @@ SLOW_CHUNKS = ("mqa", "mask_queries", "hide_finite", "bias_transposed", "all_key
     [
         *((name, 3) for name in DECODES + CHUNKS),
         *(pytest.param(name, 3, marks=pytest.mark.slow) for name in SLOW_CHUNKS),
-        *((name, parts) for name in ("decode_short", "all_keys_kv_end", "packed_ids") for parts in (2, 64)),
+        *((name, 2) for name in ("decode", "packed_ids")),
+        *((name, 64) for name in ("decode_short", "all_keys_kv_end")),
     ],
 )
 def test_splits(name, parts, device, monkeypatch, launches):
@@ -294,7 +297,7 @@ def every_launch(call, monkeypatch):
 
 
 @on_device
-@pytest.mark.parametrize("name", ("decode_7", "all_keys_kv_end", "packed_window"))
+@pytest.mark.parametrize("name", ("decode_7", "all_keys_kv_end"))
 def test_bit_equal_twice(name, device, monkeypatch):
     inputs, arguments, douts, _, _ = budget(name, FP32, device)
     first, second = (
@@ -319,7 +322,7 @@ def garbage(device, T, softcap=None):
 @pytest.mark.parametrize("softcap", (None, 5.0))
 @pytest.mark.parametrize("T", (3, 20))
 def test_finite_rows_beyond_kv_end_mean_nothing(T, softcap, device, monkeypatch):
-    """In the last partial tile too, whichever way it is loaded; bit for bit."""
+    """In the last partial tile too, whichever way it is loaded; bit for bit. NaN there is no contract."""
     for way, (clean, dirty) in every_launch(lambda: garbage(device, T, softcap), monkeypatch):
         for label, x, y in zip(NAMES, sum(clean, ()), sum(dirty, ()), strict=True):
             assert torch.equal(x, y), (way, label)

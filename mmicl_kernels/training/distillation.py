@@ -1,0 +1,232 @@
+"""What LIVE and M2IV minimise: the answer's distribution after demonstrations, without them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmicl_kernels.integration import Handle
+from mmicl_kernels.methods import LIVEAdapter, M2IVAdapter
+from mmicl_kernels.training.episodes import IGNORE, EpisodeBatch
+from mmicl_kernels.training.objectives import Losses, _wide
+from mmicl_kernels.training.record import record_outputs
+
+
+@dataclass(frozen=True)
+class ManyShotBatch(EpisodeBatch):
+    """More demonstrations than one prompt holds, split over teacher passes [ours].
+
+    Attributes:
+        further: the passes beside ``teacher``: each one's inputs and its ``teacher_query``. The target is
+            the mean of all passes' probabilities.
+    """
+
+    further: tuple[tuple[dict[str, Tensor], Tensor], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for inputs, query in self.further:
+            EpisodeBatch(self.student, inputs, self.student_query, query, self.labels)
+
+
+class LIVEObjective:
+    """``T^2 KL(teacher || student)`` of the answer's tokens plus their cross-entropy.
+
+    LIVE (arXiv 2406.13185). The teacher is the same frozen model with its adapters off, given the
+    demonstrations. Both losses are means over the answer's tokens, which must be among the query's.
+    ``learning_rates`` is for :func:`train`.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        """``handle`` must hold a single LIVE adapter; raises ValueError otherwise."""
+        if not isinstance(handle.single, LIVEAdapter):
+            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single LIVE adapter")
+        self.handle = handle
+        self.config = handle.single.config
+        self.learning_rates = {"scale": self.config.scale_learning_rate}
+
+    def __call__(self, batch: EpisodeBatch) -> Losses:
+        """Raises ValueError if no token is labelled, or one that is not the query's."""
+        T = self.config.temperature
+        targets = teach(self.handle, batch, T)
+        logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
+        kl = T**2 * divergence(logits, targets, T)
+        ce = answer_cross_entropy(logits, batch.labels)
+        total = self.config.kl_weight * kl + self.config.ce_weight * ce
+        return Losses(total, {"kl": kl.detach(), "ce": ce.detach()})
+
+
+class M2IVObjective:
+    """Mimicry of the teacher's answer, synergy of the two branches, and the answer's cross-entropy.
+
+    M2IV (arXiv 2504.04633). Mimicry is ``KL(teacher || student)`` at the temperature, without LIVE's
+    ``T^2``; it and the cross-entropy are means over the answer's tokens. Synergy is the sum over layers of
+    :func:`synergy` of the branches with their vectors, ``a_l + alpha v_a`` and ``m_l + alpha v_m``, where
+    every token of the query is one sample [ours]. With ``synergy_weight`` 0 it is not computed.
+    ``learning_rates`` is for :func:`train`.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        """``handle`` must hold a single M2IV adapter; raises ValueError otherwise."""
+        if not isinstance(handle.single, M2IVAdapter):
+            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single M2IV adapter")
+        self.handle = handle
+        self.config = handle.single.config
+        self.learning_rates = {"scale": self.config.scale_learning_rate}
+        self._anchors = handle.anchors if self.config.synergy_weight > 0 else []
+
+    def __call__(self, batch: EpisodeBatch) -> Losses:
+        """Raises ValueError as LIVE's, and under gradient checkpointing, which hides the branches."""
+        self._check_checkpointing()
+        config, query = self.config, batch.student_query
+        targets = teach(self.handle, batch, config.temperature)
+        with (
+            record_outputs([anchor.after_attention for anchor in self._anchors], query) as attention,
+            record_outputs([anchor.mlp for anchor in self._anchors], query) as mlp,
+        ):
+            logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
+        mimicry = divergence(logits, targets, config.temperature)
+        ce = answer_cross_entropy(logits, batch.labels)
+        total = config.mimicry_weight * mimicry + config.ce_weight * ce
+        parts = {"mimicry": mimicry.detach(), "ce": ce.detach()}
+        if self._anchors:
+            branches = self._synergy(attention, mlp).to(total.device)
+            total = total + config.synergy_weight * branches
+            parts["synergy"] = branches.detach()
+        return Losses(total, parts)
+
+    def _synergy(self, attention: list[Tensor], mlp: list[Tensor]) -> Tensor:
+        """The sum over layers, one after another: nothing is stacked."""
+        losses = []
+        for anchor, a, m in zip(self._anchors, attention, mlp, strict=True):
+            # The attention's vector is in what was recorded; the MLP's joins at the layer's output.
+            shift = self.handle.single.layers[str(anchor.index)].mlp
+            shifted = _wide(m) + self.handle.scaled(shift.scale) * shift.vector
+            losses.append(synergy(a, shifted, self.config.gamma))
+        device = losses[0].device
+        return sum(loss.to(device) for loss in losses)
+
+    def _check_checkpointing(self) -> None:
+        model = self.handle.model
+        # A checkpointed layer runs without a graph first, so what a hook inside it sees has no gradient.
+        if self._anchors and model.training and model.is_gradient_checkpointing:
+            raise ValueError(
+                f"synergy_weight is {self.config.synergy_weight!r} and gradient checkpointing is on, "
+                "expected synergy_weight=0, model.eval() or model.gradient_checkpointing_disable()"
+            )
+
+
+@torch.no_grad()
+def teach(handle: Handle, batch: EpisodeBatch, temperature: float) -> Tensor:
+    """The probabilities ``[N, V]`` to reach at the N answer tokens, in fp32 (fp64 if the model is).
+
+    They are the mean over the teacher's passes, which run one after another.
+    """
+    passes = [(batch.teacher, batch.teacher_query), *getattr(batch, "further", ())]
+    total = None
+    with handle.disabled():
+        for inputs, query in passes:
+            logits = answer_logits(handle.model, inputs, teacher_rows(batch, query))
+            probabilities = torch.softmax(_wide(logits) / temperature, -1)
+            total = probabilities if total is None else total.add_(probabilities)
+    return total.div_(len(passes))
+
+
+def answer_logits(model: nn.Module, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """``model(**inputs).logits`` at ``rows`` (bool ``[B, T]``) alone, ``[N, V]``; others are not computed.
+
+    The hidden states are cut before the language head, and not by ``logits_to_keep``, which keeps the same
+    positions of all batch rows. What the model does to logits after its head, it still does.
+
+    Raises:
+        RuntimeError: the model was compiled before, so that it does not see the cut.
+    """
+    with _head_sees(model, rows):
+        logits = model(**inputs).logits
+    if logits.shape[:2] != (1, int(rows.sum())):
+        raise RuntimeError(
+            f"logits have shape {list(logits.shape)}, expected [1, {int(rows.sum())}, V]: train with a model "
+            "that is not compiled as a whole"
+        )
+    return logits[0]
+
+
+@contextmanager
+def _head_sees(model: nn.Module, rows: Tensor) -> Iterator[None]:
+    def cut(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args[0][rows.to(args[0].device)][None], *args[1:]
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def student_rows(batch: EpisodeBatch) -> Tensor:
+    """Bool ``[B, T]``: the student's positions that predict a labelled token.
+
+    Raises:
+        ValueError: there is none, or a labelled token is not one of the query's.
+    """
+    labelled = _labelled(batch)
+    if not labelled.any():
+        raise ValueError("labels marks no token to predict, expected at least one")
+    return _before(labelled)
+
+
+def teacher_rows(batch: EpisodeBatch, query: Tensor) -> Tensor:
+    """Bool ``[B, T]``: the positions of a teacher's prompt that predict the same tokens, in that order.
+
+    ``query`` is this prompt's ``teacher_query``. Raises ValueError as :func:`student_rows`, or if the prompt
+    begins with a token of the answer.
+    """
+    labelled = torch.zeros_like(query)
+    labelled[query] = _labelled(batch)[batch.student_query].to(query.device)
+    if labelled[:, 0].any():
+        raise ValueError("teacher_query marks the answer at position 0, expected tokens before it")
+    return _before(labelled)
+
+
+def _labelled(batch: EpisodeBatch) -> Tensor:
+    """The labelled tokens of the student; position 0 is predicted by nothing."""
+    labelled = (batch.labels != IGNORE).to(batch.student_query.device)
+    labelled[:, 0] = False
+    outside = (labelled & ~batch.student_query).sum(-1)
+    if outside.any():
+        raise ValueError(
+            f"labels marks {outside.tolist()} tokens per row outside of student_query, expected 0"
+        )
+    return labelled
+
+
+def _before(tokens: Tensor) -> Tensor:
+    return F.pad(tokens[:, 1:], (0, 1), value=False)
+
+
+def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """``KL(targets || softmax(logits / temperature))`` of ``[N, V]`` each, the mean over N."""
+    log_probabilities = F.log_softmax(_wide(logits) / temperature, -1)
+    return F.kl_div(log_probabilities, targets.to(logits.device), reduction="batchmean")
+
+
+def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of :func:`answer_logits` ``[N, V]`` to the N labels of ``[B, T]``, their mean."""
+    labels = labels[:, 1:].to(logits.device)
+    return F.cross_entropy(_wide(logits), labels[labels != IGNORE])
+
+
+def synergy(a: Tensor, m: Tensor, gamma: float) -> Tensor:
+    """``sum_i (1 - M_ii)^2 + gamma sum_{i != j} M_ij^2`` of ``M = a^T m / N``, rows of unit length.
+
+    ``a`` and ``m`` are N samples of two branches, ``[N, C]``. The smaller of two matrices is made: ``M
+    [C, C]``, or the samples' products ``[N, N]``, as ``|a^T m|_F^2 = sum((a a^T) * (m m^T))``.
+    """
+    a, m = (F.normalize(_wide(x), dim=-1) for x in (a, m.to(a.device)))
+    N, C = a.shape
+    diagonal = (a * m).mean(0)
+    squares = ((a @ a.mT) * (m @ m.mT)).sum() if N < C else (a.mT @ m).square().sum()
+    return (1 - diagonal).square().sum() + gamma * (squares / N**2 - diagonal.square().sum())
