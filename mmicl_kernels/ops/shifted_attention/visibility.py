@@ -39,9 +39,9 @@ class Visibility(NamedTuple):
 
         ``q_start`` becomes an int where it is the same for all rows.
         """
+        if isinstance(self.q_start, Tensor) or (self.q_start is None and self.kv_end is not None):
+            return self  # known on the device alone: nothing may be computed there for this
         first = self.first_position(T, S)
-        if isinstance(first, Tensor):
-            return self
         causal = self.causal and first < S - 1
         window = None if self.window is None or first + T <= self.window else self.window
         return self._replace(causal=causal, window=window, q_start=first)

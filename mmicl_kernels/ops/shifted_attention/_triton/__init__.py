@@ -88,7 +88,7 @@ def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tens
     BD = launch.block_head_dim(D)
     pack = H // G if T * (H // G) <= launch.DECODE_ROWS else 1
     rows = T * pack
-    config = launch.config(launch.forward_kernel(rows), problem.is_general, BD, q)
+    config = launch.config(launch.forward_kernel(rows), problem.is_general, BD, k, v)
     programs = B * (H // pack) * triton.cdiv(rows, config.BM)
     splits = launch.splits(programs, S, q.device) if rows <= launch.DECODE_ROWS else 1
     part_acc = part_norms = None
@@ -142,7 +142,7 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     visibility, strides = _visibility(problem, options), (*_strides(q, k, v, dout), *problem.mask_strides)
     BD, constants = launch.block_head_dim(D), (problem.causal, options.all_keys, problem.fold)
     with torch.cuda.device_of(q):
-        config = launch.config("dq", problem.is_general, BD, q)
+        config = launch.config("dq", problem.is_general, BD, q, k, v, dout)
         tiles, use_tma = _tiles(config, BD, (q, config.BM), (k, config.BN), (v, config.BN), (dout, config.BM))
         shifted_attention_dq_kernel[(B * H * triton.cdiv(T, config.BM),)](
             *tiles, parameters[0], *rows, *visibility, options.adapter_ids, dqkv[0],
@@ -151,7 +151,7 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
         )  # fmt: skip
         if B * S == 0 or k.numel() == 0:
             return dqkv, dparameters
-        config = launch.config("dkdv", problem.is_general, BD, q)
+        config = launch.config("dkdv", problem.is_general, BD, q, k, v, dout)
         programs = B * G * triton.cdiv(S, config.BN)
         heads = H // G if programs >= launch.multiprocessors(q.device) else 1
         dk, dv = dqkv[1:]

@@ -130,12 +130,16 @@ def block_head_dim(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def config(kernel: str, is_general: bool, BD: int, q: Tensor) -> LaunchConfig:
-    """The launch of ``kernel`` for tensors like ``q``."""
-    current = generation(q.device)
+def config(kernel: str, is_general: bool, BD: int, *operands: Tensor) -> LaunchConfig:
+    """The launch of ``kernel``, which loads tiles of ``operands``: without TMA where one has no descriptor."""
+    x = operands[0]
+    current = generation(x.device)
     if current == INTERPRETER:
         return INTERPRETED
-    return CONFIGS[kernel, is_general, current, q.itemsize, max(BD, 64)]
+    row = CONFIGS[kernel, is_general, current, x.itemsize, max(BD, 64)]
+    if row.TMA and not all(map(has_descriptor, operands)):
+        row = CONFIGS[kernel, is_general, SM_80, x.itemsize, max(BD, 64)]
+    return row
 
 
 def options(config: LaunchConfig) -> dict[str, int]:
