@@ -100,7 +100,7 @@ def test_layers_that_hold_models_name_no_foreign_package_but_theirs():
         "methods": {"safetensors"},
         "library": {"safetensors", "huggingface_hub"},
         "integration": {"transformers"},
-        "training": {"tqdm"},
+        "training": {"tqdm", "sklearn"},
     }
     for path in FILES:
         layer = layer_of(name_of(path))

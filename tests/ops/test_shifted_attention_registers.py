@@ -126,7 +126,7 @@ def cases():
             yield pytest.param(row, name, marks=marks, id=f"{name_of(row)}-{name}")
 
 
-@pytest.mark.parametrize(("row", "name"), cases())
+@pytest.mark.parametrize(("row", "name"), list(cases()))
 def test_machine_code(row, name, monkeypatch):
     registers = check(row, name, monkeypatch)
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}

@@ -458,6 +458,9 @@ def test_queries_are_nearest_to_their_centroids():
         expected.append(int(members[(points[members] - points[members].mean(0)).norm(dim=1).argmin()]))
     assert nearest_to_centroids(points, 4, seed=0).tolist() == sorted(expected)
     assert nearest_to_centroids(points, len(points)).tolist() == list(range(len(points)))
+    one, two = (draw_demonstrations(points, 4, 8, seed=seed) for seed in (0, 1))
+    assert [draw.query for draw in one] == [draw.query for draw in two]
+    assert not {draw.demonstrations for draw in one} & {draw.demonstrations for draw in two}
 
 
 def test_every_query_is_drawn_twice():

@@ -92,7 +92,7 @@ _ROWS = (
     ("dkdv", False, 2, 64, (32, 32, 4, 1), (32, 32, 4, 1), (128, 64, 8, 2, True)),
     ("dkdv", False, 2, 128, (32, 64, 8, 2), (32, 64, 8, 2), (128, 64, 8, 2, True)),
     ("dkdv", False, 2, 256, (32, 64, 8, 1), (32, 32, 8, 1), (32, 64, 8, 1, True)),
-    ("dkdv", False, 4, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("dkdv", False, 4, 64, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     ("dkdv", False, 4, 128, (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     ("dkdv", False, 4, 256, (32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     ("dkdv", True, 2, 64, (32, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2, True)),
@@ -131,7 +131,7 @@ def block_head_dim(D: int) -> int:
 
 
 def config(kernel: str, is_general: bool, BD: int, *operands: Tensor) -> LaunchConfig:
-    """The launch of ``kernel``, which loads tiles of ``operands``: without TMA where one has no descriptor."""
+    """The launch of ``kernel``, which loads tiles of ``operands``; no TMA where one has no descriptor."""
     x = operands[0]
     current = generation(x.device)
     if current == INTERPRETER:
