@@ -103,7 +103,11 @@ def test_stock_kernels_where_they_win_and_need_nothing_else(name, training):
 
 
 @pytest.mark.parametrize("T", (1, 2, dispatch.DECODE_QUERIES))
-@pytest.mark.parametrize("options", ({}, {"causal": True}, {"kv_end": row_ints, "causal": True}), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"causal": True}, {"kv_end": row_ints, "causal": True}),
+    ids=("plain", "causal", "kv_end"),
+)
 def test_triton_for_a_decode(options, T):
     assert chosen(D=256, T=T, S=4000, **options) == "triton"
 
