@@ -472,7 +472,7 @@ def test_another_process_goes_on_where_one_was_lost(as_cuda, tmp_path, monkeypat
     assert _row([row for row in rows if row["backward"]], "published")["error"] == "gone"
 
 
-@pytest.mark.parametrize("stage", measure.STAGES)
+@pytest.mark.parametrize("stage", sorted(measure.STAGES))
 def test_a_process_lost_between_providers_costs_the_case(as_cuda, stage):
     called = []
     spec = dataclasses.replace(as_cuda(), make_inputs=lambda *arguments: called.append(arguments))
