@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import check_backbone, describe_backbone, find_anchors
 from mmicl_kernels.integration.attention import PatchedLayer
-from mmicl_kernels.integration.residual import LayerShift, ResidualHook, SiteRows
+from mmicl_kernels.integration.residual import ResidualHook, SiteShift
 from mmicl_kernels.integration.slots import Entry, check_strength, parse_rows
 from mmicl_kernels.methods import Adapter, LIVEAdapter, M2IVAdapter, MimICAdapter, ResidualSite
 
@@ -40,8 +40,7 @@ class Handle:
         self._slots: list[Adapter | None] = [None] * slots
         self._rows: list[dict[str, float]] | None = None
         self._attention: list[PatchedLayer] = []
-        self._sites: dict[ResidualSite, SiteRows] = {}
-        self._shifts: dict[ResidualSite, list[LayerShift]] = {}
+        self._sites: dict[ResidualSite, SiteShift] = {}
         self._hooks: dict[str, list[ResidualHook]] = {}
         self._check_plain()
         self._set_strength(strength)
@@ -223,7 +222,7 @@ class Handle:
 
     def _copy_parameters(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            for stack in (*self._attention, *(x for shifts in self._shifts.values() for x in shifts)):
+            for stack in (*self._attention, *(x for shift in self._sites.values() for x in shift.layers)):
                 stack.copy_parameters()
 
     def _take_slot(self, name: str, adapter: Adapter) -> None:
@@ -267,9 +266,7 @@ class Handle:
             self._attention = [PatchedLayer(self, anchor, self._slots) for anchor in self.anchors]
         for site in adapter.residual_sites:
             if site not in self._sites:
-                rows = SiteRows(site)
-                self._shifts[site] = [LayerShift(self, anchor, rows, self._slots) for anchor in self.anchors]
-                self._sites[site] = rows
+                self._sites[site] = SiteShift(self, site, self._slots)
             if site.module not in self._hooks:
                 self._hooks[site.module] = [ResidualHook(anchor, site.module) for anchor in self.anchors]
 
@@ -285,7 +282,7 @@ class Handle:
         order = sorted(needed, key=lambda site: not site.preserve_norm)
         for module, hooks in self._hooks.items():
             for index, hook in enumerate(hooks):
-                hook.shifts = [self._shifts[site][index] for site in order if site.module == module]
+                hook.shifts = [self._sites[site].layers[index] for site in order if site.module == module]
                 hook.install() if hook.shifts else hook.remove()
 
     def _remove_patches(self) -> None:

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 ENTRIES = 4
 
 
-class SiteRows:
-    """What all layers of one site share: the slots that every batch row uses, ``[rows, K]``.
+class SiteShift:
+    """The shifts of one site, by layer, and what they share: the slots that every batch row uses.
 
-    ``ids`` and ``strengths`` are None while no rows() are open.
+    ``ids`` and ``strengths``, ``[rows, K]``, are None while no rows() are open.
     """
 
-    def __init__(self, site: ResidualSite) -> None:
-        self.site = site
+    def __init__(self, handle: "Handle", site: ResidualSite, slots: list[Adapter | None]) -> None:
+        self.layers = [LayerShift(handle, anchor, site, self, slots) for anchor in handle.anchors]
         self.ids: Tensor | None = None
         self.strengths: Tensor | None = None
 
@@ -50,16 +50,22 @@ class SiteRows:
 class LayerShift(SlotStack):
     """The shift of one layer at one site."""
 
-    def __init__(self, handle: "Handle", anchor: Anchor, rows: SiteRows, slots: list[Adapter | None]) -> None:
+    def __init__(
+        self,
+        handle: "Handle",
+        anchor: Anchor,
+        site: ResidualSite,
+        rows: SiteShift,
+        slots: list[Adapter | None],
+    ) -> None:
         super().__init__(slots, anchor.device)
-        self._handle, self._rows, self._key = handle, rows, str(anchor.index)
-        self.site = rows.site
+        self._handle, self._site, self._rows, self._key = handle, site, rows, str(anchor.index)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [B, T, C]`` shifted as the handle says."""
-        options = {"preserve_norm": self.site.preserve_norm, "impl": self._handle.impl}
+        options = {"preserve_norm": self._site.preserve_norm, "impl": self._handle.impl}
         if self._rows.ids is None:
-            vector, scale = self._handle.require_single().residual_shift(self.site, self._key)
+            vector, scale = self._handle.require_single().residual_shift(self._site, self._key)
             if isinstance(scale, Tensor):
                 scale = self._handle.scaled(scale)
             return residual_shift(x, vector.to(x.device), scale, **options)
@@ -68,9 +74,9 @@ class LayerShift(SlotStack):
         return residual_shift(x, vector, scale, adapter_ids=ids, strengths=strengths, **options)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
-        if self.site not in adapter.residual_sites:
+        if self._site not in adapter.residual_sites:
             return None
-        vector, scale = adapter.residual_shift(self.site, self._key)
+        vector, scale = adapter.residual_shift(self._site, self._key)
         return [vector, scale if isinstance(scale, Tensor) else vector.new_full((), scale)]
 
 

@@ -84,7 +84,7 @@ class Backbone:
         return cls(**{**data, "layers": layers, "fingerprint": fingerprint})
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class ResidualSite:
     """Where in every decoder layer a method adds a vector to the residual stream, and how.
 

@@ -16,7 +16,7 @@ def normal(
     Args:
         layout: "dense"; "heads_last", a transposed ``[B, T, H, D]`` as a projection leaves it;
             "sliced", a window of a larger buffer whose rows start at odd offsets (a KV cache, a fused
-            projection); "expanded", one batch row seen B times (stride 0). All but "dense" need 4 dims.
+            projection); "expanded", one batch row seen B times (stride 0). The two before it need 4 dims.
     """
     if layout == "heads_last":
         B, H, T, D = shape
@@ -151,6 +151,4 @@ def hidden_states(
         return normal(T, B, C, **options).transpose(0, 1)
     if layout == "sliced":
         return normal(B, T + 3, C + 6, **options)[:, 2 : T + 2, 3 : C + 3]
-    if layout == "expanded":
-        return normal(1, T, C, **options).expand(B, T, C)
-    return normal(B, T, C, **options)
+    return normal(B, T, C, layout=layout, **options)

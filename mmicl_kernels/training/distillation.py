@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
 from mmicl_kernels.methods import LIVEAdapter, M2IVAdapter
-from mmicl_kernels.training.episodes import IGNORE, EpisodeBatch
-from mmicl_kernels.training.objectives import Losses, _wide
+from mmicl_kernels.training.episodes import IGNORE, EpisodeBatch, check_same_tokens
+from mmicl_kernels.training.objectives import Losses, refuse_checkpointing, single_adapter, wide
 from mmicl_kernels.training.record import record_outputs
 
 
@@ -28,8 +28,8 @@ class ManyShotBatch(EpisodeBatch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for inputs, query in self.further:
-            EpisodeBatch(self.student, inputs, self.student_query, query, self.labels)
+        for _, query in self.further:
+            check_same_tokens(self.student_query, query)
 
 
 class LIVEObjective:
@@ -42,10 +42,7 @@ class LIVEObjective:
 
     def __init__(self, handle: Handle) -> None:
         """``handle`` must hold a single LIVE adapter; raises ValueError otherwise."""
-        if not isinstance(handle.single, LIVEAdapter):
-            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single LIVE adapter")
-        self.handle = handle
-        self.config = handle.single.config
+        self.handle, self.config = handle, single_adapter(handle, LIVEAdapter).config
         self.learning_rates = {"scale": self.config.scale_learning_rate}
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
@@ -71,16 +68,13 @@ class M2IVObjective:
 
     def __init__(self, handle: Handle) -> None:
         """``handle`` must hold a single M2IV adapter; raises ValueError otherwise."""
-        if not isinstance(handle.single, M2IVAdapter):
-            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single M2IV adapter")
-        self.handle = handle
-        self.config = handle.single.config
+        self.handle, self.config = handle, single_adapter(handle, M2IVAdapter).config
         self.learning_rates = {"scale": self.config.scale_learning_rate}
         self._anchors = handle.anchors if self.config.synergy_weight > 0 else []
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
         """Raises ValueError as LIVE's, and under gradient checkpointing, which hides the branches."""
-        self._check_checkpointing()
+        refuse_checkpointing(self.handle.model, self.config, "synergy_weight", 0)
         config, query = self.config, batch.student_query
         targets = teach(self.handle, batch, config.temperature)
         with (
@@ -104,19 +98,10 @@ class M2IVObjective:
         for anchor, a, m in zip(self._anchors, attention, mlp, strict=True):
             # The attention's vector is in what was recorded; the MLP's joins at the layer's output.
             shift = self.handle.single.layers[str(anchor.index)].mlp
-            shifted = _wide(m) + self.handle.scaled(shift.scale) * shift.vector
+            shifted = wide(m) + self.handle.scaled(shift.scale) * shift.vector
             losses.append(synergy(a, shifted, self.config.gamma))
         device = losses[0].device
         return sum(loss.to(device) for loss in losses)
-
-    def _check_checkpointing(self) -> None:
-        model = self.handle.model
-        # A checkpointed layer runs without a graph first, so what a hook inside it sees has no gradient.
-        if self._anchors and model.training and model.is_gradient_checkpointing:
-            raise ValueError(
-                f"synergy_weight is {self.config.synergy_weight!r} and gradient checkpointing is on, "
-                "expected synergy_weight=0, model.eval() or model.gradient_checkpointing_disable()"
-            )
 
 
 @torch.no_grad()
@@ -130,7 +115,7 @@ def teach(handle: Handle, batch: EpisodeBatch, temperature: float) -> Tensor:
     with handle.disabled():
         for inputs, query in passes:
             logits = answer_logits(handle.model, inputs, teacher_rows(batch, query))
-            probabilities = torch.softmax(_wide(logits) / temperature, -1)
+            probabilities = torch.softmax(wide(logits) / temperature, -1)
             total = probabilities if total is None else total.add_(probabilities)
     return total.div_(len(passes))
 
@@ -209,14 +194,14 @@ def _before(tokens: Tensor) -> Tensor:
 
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """``KL(targets || softmax(logits / temperature))`` of ``[N, V]`` each, the mean over N."""
-    log_probabilities = F.log_softmax(_wide(logits) / temperature, -1)
+    log_probabilities = F.log_softmax(wide(logits) / temperature, -1)
     return F.kl_div(log_probabilities, targets.to(logits.device), reduction="batchmean")
 
 
 def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of :func:`answer_logits` ``[N, V]`` to the N labels of ``[B, T]``, their mean."""
     labels = labels[:, 1:].to(logits.device)
-    return F.cross_entropy(_wide(logits), labels[labels != IGNORE])
+    return F.cross_entropy(wide(logits), labels[labels != IGNORE])
 
 
 def synergy(a: Tensor, m: Tensor, gamma: float) -> Tensor:
@@ -225,7 +210,7 @@ def synergy(a: Tensor, m: Tensor, gamma: float) -> Tensor:
     ``a`` and ``m`` are N samples of two branches, ``[N, C]``. The smaller of two matrices is made: ``M
     [C, C]``, or the samples' products ``[N, N]``, as ``|a^T m|_F^2 = sum((a a^T) * (m m^T))``.
     """
-    a, m = (F.normalize(_wide(x), dim=-1) for x in (a, m.to(a.device)))
+    a, m = (F.normalize(wide(x), dim=-1) for x in (a, m.to(a.device)))
     N, C = a.shape
     diagonal = (a * m).mean(0)
     squares = ((a @ a.mT) * (m @ m.mT)).sum() if N < C else (a.mT @ m).square().sum()

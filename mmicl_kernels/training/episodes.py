@@ -26,9 +26,14 @@ class EpisodeBatch:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        mine, theirs = self.student_query.sum(-1), self.teacher_query.sum(-1)
-        if not torch.equal(mine, theirs):
-            raise ValueError(
-                f"teacher_query marks {theirs.tolist()} tokens per row, expected {mine.tolist()} "
-                "as student_query does"
-            )
+        check_same_tokens(self.student_query, self.teacher_query)
+
+
+def check_same_tokens(student_query: Tensor, teacher_query: Tensor) -> None:
+    """Raise ValueError unless both, ``[B, T]`` of their prompts, mark as many tokens in every row."""
+    mine, theirs = student_query.sum(-1), teacher_query.sum(-1)
+    if not torch.equal(mine, theirs):
+        raise ValueError(
+            f"teacher_query marks {theirs.tolist()} tokens per row, expected {mine.tolist()} "
+            "as student_query does"
+        )

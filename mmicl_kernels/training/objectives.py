@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
-from mmicl_kernels.methods import MimICAdapter
+from mmicl_kernels.methods import Adapter, MimICAdapter
 from mmicl_kernels.training.episodes import IGNORE, EpisodeBatch
 from mmicl_kernels.training.record import record_outputs
 
@@ -30,15 +30,12 @@ class MimICObjective:
 
     def __init__(self, handle: Handle) -> None:
         """``handle`` must hold a single MimIC adapter; raises ValueError otherwise."""
-        if not isinstance(handle.single, MimICAdapter):
-            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single MimIC adapter")
-        self.handle = handle
-        self.config = handle.single.config
+        self.handle, self.config = handle, single_adapter(handle, MimICAdapter).config
         self._sites = [getattr(anchor, self.config.align) for anchor in handle.anchors]
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
         """Raises ValueError under gradient checkpointing, which hides what happens inside a layer."""
-        self._check_checkpointing()
+        refuse_checkpointing(self.handle.model, self.config, "align", "layer")
         targets = self._teach(batch)
         with record_outputs(self._sites, batch.student_query) as states:
             logits = self.handle.model(**batch.student).logits
@@ -46,15 +43,6 @@ class MimICObjective:
         ce = cross_entropy(logits, batch.labels)
         total = self.config.align_weight * align + self.config.ce_weight * ce
         return Losses(total, {"align": align.detach(), "ce": ce.detach()})
-
-    def _check_checkpointing(self) -> None:
-        model = self.handle.model
-        # A checkpointed layer runs without a graph first, so what a hook inside it sees has no gradient.
-        if model.training and model.is_gradient_checkpointing and self.config.align != "layer":
-            raise ValueError(
-                f"align is {self.config.align!r} and gradient checkpointing is on, expected align='layer', "
-                "model.eval() or model.gradient_checkpointing_disable()"
-            )
 
     @torch.no_grad()
     def _teach(self, batch: EpisodeBatch) -> list[Tensor]:
@@ -64,9 +52,27 @@ class MimICObjective:
         return states
 
 
+def single_adapter(handle: Handle, method: type[Adapter]) -> Adapter:
+    """The adapter of all rows. Raises ValueError unless it is one of ``method``, attached by itself."""
+    if not isinstance(handle.single, method):
+        name = method.__name__.removesuffix("Adapter")
+        raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single {name} adapter")
+    return handle.single
+
+
+def refuse_checkpointing(model: nn.Module, config: object, name: str, instead: object) -> None:
+    """Raise ValueError under gradient checkpointing, unless ``config`` has ``instead`` as ``name``."""
+    # A checkpointed layer runs without a graph first, so what a hook inside it sees has no gradient.
+    if getattr(config, name) != instead and model.training and model.is_gradient_checkpointing:
+        raise ValueError(
+            f"{name} is {getattr(config, name)!r} and gradient checkpointing is on, "
+            f"expected {name}={instead!r}, model.eval() or model.gradient_checkpointing_disable()"
+        )
+
+
 def alignment(states: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Mean squared difference over layers, tokens and channels, layer by layer: nothing is stacked."""
-    losses = [F.mse_loss(_wide(x), _wide(y)) for x, y in zip(states, targets, strict=True)]
+    losses = [F.mse_loss(wide(x), wide(y)) for x, y in zip(states, targets, strict=True)]
     device = losses[0].device
     return sum(loss.to(device) for loss in losses) / len(losses)
 
@@ -78,7 +84,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels[:, 1:].to(logits.device)
     kept = labels != IGNORE
-    return F.cross_entropy(_wide(logits[:, :-1][kept]), labels[kept])
+    return F.cross_entropy(wide(logits[:, :-1][kept]), labels[kept])
 
 
 def trainable(adapter: nn.Module) -> dict[str, nn.Parameter]:
@@ -86,6 +92,6 @@ def trainable(adapter: nn.Module) -> dict[str, nn.Parameter]:
     return {name: x for name, x in adapter.named_parameters() if x.requires_grad}
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

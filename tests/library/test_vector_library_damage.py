@@ -129,14 +129,15 @@ def test_damaged_matrix(library):
     assert library.verify() == []
 
 
-def test_missing_index(library):
-    for path in (library.folder / "index").iterdir():
-        path.unlink()
-        reader = mk.VLibrary(library.folder)
-        assert reader.list() == NAMES and "index" in reader.verify()[0]
-        assert reader.search(embedding=[1.0, 2.0], limit=1)[0].name == "b"
-        reader.put("a", live(), embedding=[1.0, 1.0], overwrite=True)
-        assert reader.verify() == [] and library.verify() == []
+@pytest.mark.parametrize("pattern", ("log.jsonl", "*.f32"))
+def test_missing_index(library, pattern):
+    (path,) = (library.folder / "index").glob(pattern)
+    path.unlink()
+    reader = mk.VLibrary(library.folder)
+    assert reader.list() == NAMES and "index" in reader.verify()[0]
+    assert reader.search(embedding=[1.0, 2.0], limit=1)[0].name == "b"
+    reader.put("a", live(), embedding=[1.0, 1.0], overwrite=True)
+    assert reader.verify() == [] and library.verify() == []
 
 
 LINES = {

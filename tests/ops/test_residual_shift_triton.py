@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -124,18 +125,26 @@ def test_rows_too_long_for_a_norm_are_refused(device):
         residual_shift_rms_norm(x, x, vector, 1.0, vector, eps=0.0, impl="triton")
 
 
+@contextmanager
+def launches(*kernels):
+    """Yields the list of those of ``kernels`` that are launched inside, in order."""
+    launched = []
+
+    def counting(kernel, run):
+        return lambda *a, **k: (launched.append(kernel), run(*a, **k))
+
+    with ExitStack() as stack:
+        for kernel in kernels:
+            stack.enter_context(mock.patch.object(kernel, "run", counting(kernel, kernel.run)))
+        yield launched
+
+
 @on_device
 @pytest.mark.parametrize("preserve_norm", (False, True))
 def test_launches(preserve_norm, device):
     """One forward; one backward and one small reduction. Frozen entries leave the reduction out."""
-    launched = []
-
-    def counting(kernel):
-        run = kernel.run
-        return mock.patch.object(kernel, "run", lambda *a, **k: (launched.append(kernel), run(*a, **k)))
-
     x, vector, scale = (p.to(device).requires_grad_() for p in residual_shift_inputs())
-    with counting(KERNELS[0]), counting(KERNELS[1]), counting(KERNELS[2]):
+    with launches(*KERNELS[:3]) as launched:
         out = residual_shift(x, vector, scale, preserve_norm=preserve_norm, impl="triton")
         assert launched == [KERNELS[0]]
         torch.autograd.grad(out, (x, vector, scale), out)
@@ -148,16 +157,10 @@ def test_launches(preserve_norm, device):
 
 @on_device
 def test_launches_of_the_fused_norm(device):
-    launched = []
-
-    def counting(kernel):
-        run = kernel.run
-        return mock.patch.object(kernel, "run", lambda *a, **k: (launched.append(kernel), run(*a, **k)))
-
     x, vector, scale = (p.to(device).requires_grad_() for p in residual_shift_inputs())
     weight = torch.ones_like(vector).requires_grad_()
     leaves = (x, vector, scale, weight)
-    with counting(KERNELS[2]), counting(KERNELS[3]), counting(KERNELS[4]):
+    with launches(*KERNELS[2:]) as launched:
         outputs = residual_shift_rms_norm(x, x, vector, scale, weight, eps=1e-5, impl="triton")
         assert launched == [KERNELS[3]]
         torch.autograd.grad(outputs, leaves, outputs)

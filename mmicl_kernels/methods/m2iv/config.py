@@ -15,7 +15,7 @@ class M2IVConfig:
         temperature: of both softmaxes in the KL.
         gamma: weight of the off-diagonal squares in the synergy loss.
         teacher_shots: demonstrations in a teacher's prompt.
-        scale_learning_rate: learning rate of ``attn_scale`` and ``mlp_scale``.
+        scale_learning_rate: learning rate of every ``attn.scale`` and ``mlp.scale``.
     """
 
     mimicry_weight: float = 1.0

@@ -66,7 +66,7 @@ def _rows(x, s_b, s_h, s_t, i_b, i_h, o_t):
 
 
 @triton.jit
-def _adapter(adapter_ids, s_ids, i_b):
+def adapter(adapter_ids, s_ids, i_b):
     """The row of the stacked parameters, -1 for none."""
     i_a = i_b * 0
     if adapter_ids is not None:
@@ -130,7 +130,7 @@ def attention_shift_fwd_kernel(
     b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
     b_out = tl.load(p_out, mask=m_td, other=0.0).to(b_lse.dtype)
 
-    i_a = _adapter(adapter_ids, s_ids, i_b)
+    i_a = adapter(adapter_ids, s_ids, i_b)
     i_ah = tl.maximum(i_a, 0) * H + i_h
     # [BD]
     b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
@@ -195,7 +195,7 @@ def attention_shift_bwd_kernel(
         n_t = tl.load(cu_seqlens + i_b + 1) - row
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    i_a = _adapter(adapter_ids, s_ids, i_b)
+    i_a = adapter(adapter_ids, s_ids, i_b)
     i_ah = tl.maximum(i_a, 0) * H + i_h
     # [BD]
     b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
@@ -325,7 +325,7 @@ def add_gate_grad_kernel(
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     m_t, m_d = o_t < T, o_d < D
     m_td = m_t[:, None] & m_d[None, :]
-    i_a = _adapter(adapter_ids, s_ids, i_b)
+    i_a = adapter(adapter_ids, s_ids, i_b)
     i_ah = tl.maximum(i_a, 0) * H + i_h
     p_dq = _rows(dq, s_dq_b, s_dq_h, s_dq_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
     # [BT]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmicl_kernels import _extension
 from mmicl_kernels.ops._impl import HAS_TRITON
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 
 
 def kernels(impl: str, device: torch.device) -> ModuleType:
@@ -31,10 +32,6 @@ def kernels(impl: str, device: torch.device) -> ModuleType:
 
 def uses_triton(impl: str, device: torch.device) -> bool:
     return impl == "triton" or (device.type == "cuda" and HAS_TRITON)
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def prepared(x: Tensor, impl: str, *parameters: Tensor | None) -> Sequence[Tensor | None]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
-from mmicl_kernels.ops.residual_shift import _composed
 from mmicl_kernels.ops.residual_shift._composed import (
+    entry_grads,
     kernels,
     new_output,
     prepared,
@@ -53,7 +53,7 @@ def _residual_shift_bwd(
             dout, x, stack, scales, adapter_ids, weights, need_dx, need_dentry or need_dstrengths
         )
         if need_dentry:
-            grads = entry_grads(impl, sums, stack, scales, adapter_ids, weights)
+            *grads, _ = parameter_grads(impl, sums, stack, scales, adapter_ids, weights)
             dvector, dscale = in_the_shape_of(vector, scale, *grads)
         if need_dstrengths:
             dstrengths = strength_grads(sums, stack, scales, adapter_ids).to(strengths.dtype)
@@ -82,13 +82,16 @@ def stacked(
     return prepared(x, impl, vector, scale, strengths)
 
 
-def entry_grads(impl: str, sums: Tensor, vector, scale, adapter_ids, strengths) -> tuple[Tensor, Tensor]:
-    """``dvector`` and ``dscale`` of the stacked parameters."""
-    if uses_triton(impl, sums.device):
+def parameter_grads(
+    impl: str, sums, vector, scale, adapter_ids, strengths, weight_sums=None, norm_weight=None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dvector``, ``dscale`` of the stacked parameters, ``dweight`` of a norm; None where no sums are."""
+    if uses_triton(impl, vector.device):
         from mmicl_kernels.ops.residual_shift import _triton
 
-        return _triton.entry_grads(sums, vector, scale, adapter_ids, strengths)[:2]
-    return _composed.entry_grads(sums, vector, scale, adapter_ids, strengths)
+        return _triton.entry_grads(sums, vector, scale, adapter_ids, strengths, weight_sums, norm_weight)
+    dentry = (None, None) if sums is None else entry_grads(sums, vector, scale, adapter_ids, strengths)
+    return *dentry, None if weight_sums is None else weight_sums.sum((0, 1))
 
 
 def in_the_shape_of(

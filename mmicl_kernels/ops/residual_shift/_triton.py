@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops.residual_shift._composed import accumulation_dtype, new_output
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops.residual_shift._composed import new_output
 
 MAX_ROW = 32768  # columns of a program that sees whole rows: 32 registers of each of 1024 threads
 

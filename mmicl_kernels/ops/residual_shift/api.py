@@ -13,7 +13,7 @@ from mmicl_kernels.ops._checks import (
     check_same_device,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.residual_shift._composed import accumulation_dtype
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.residual_shift._op import residual_shift_op
 from mmicl_kernels.ops.residual_shift.reference import residual_shift_reference
 

@@ -4,10 +4,15 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
-from mmicl_kernels.ops.residual_shift import _composed as shift
-from mmicl_kernels.ops.residual_shift._composed import accumulation_dtype, new_output, prepared
-from mmicl_kernels.ops.residual_shift._op import fake_entry_grads, in_the_shape_of, stacked
+from mmicl_kernels.ops.residual_shift._composed import new_output, prepared
+from mmicl_kernels.ops.residual_shift._op import (
+    fake_entry_grads,
+    in_the_shape_of,
+    parameter_grads,
+    stacked,
+)
 from mmicl_kernels.ops.residual_shift_rms_norm._composed import kernels
 
 torch.library.define(
@@ -51,23 +56,13 @@ def _bwd(
         dx, sums, weight_sums = kernels(impl, device).residual_shift_rms_norm_bwd(
             dnormed, dnew_residual, new_residual, rstd, weight, weight_offset, need_dentry, need_dweight
         )
-        dvector, dscale, dweight = _parameter_grads(
-            impl, sums if need_dentry else None, stack, scales, adapter_ids,
+        dvector, dscale, dweight = parameter_grads(
+            impl, sums if need_dentry else None, stack, scales, adapter_ids, None,
             weight_sums if need_dweight else None, weight,
         )  # fmt: skip
     empties = [rstd.new_empty(0) for _ in range(3)]
     dentry = in_the_shape_of(vector, scale, dvector, dscale) if need_dentry else empties[:2]
     return dx, *dentry, dweight.to(norm_weight.dtype) if need_dweight else empties[2]
-
-
-def _parameter_grads(impl, sums, vector, scale, adapter_ids, weight_sums, norm_weight):
-    """``dvector``, ``dscale`` and ``dweight``; None for those whose sums are."""
-    if shift.uses_triton(impl, vector.device):
-        from mmicl_kernels.ops.residual_shift import _triton
-
-        return _triton.entry_grads(sums, vector, scale, adapter_ids, None, weight_sums, norm_weight)
-    dentry = (None, None) if sums is None else shift.entry_grads(sums, vector, scale, adapter_ids, None)
-    return *dentry, None if weight_sums is None else weight_sums.sum((0, 1))
 
 
 torch.library.impl("mmicl::residual_shift_rms_norm_bwd", ("cpu", "cuda"), _bwd)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops.residual_shift._composed import accumulation_dtype, new_output
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops.residual_shift._composed import new_output
 from mmicl_kernels.ops.residual_shift._triton import (
     LaunchConfig,
     acc_type,

@@ -67,8 +67,8 @@ class BlockwiseAttention(NamedTuple):
 
 
 def all_heads(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values ``[B, G, S, D]`` repeated for each of q's heads."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    """Keys or values ``[B, G, S, D]`` repeated for each of q's heads; themselves where these are as many."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _query_rows(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -18,8 +18,7 @@ def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tens
     """
     part = _forward if options.cu_seqlens_q is None else _packed_forward
     out, lse, gate_lse = part(q, k, v, parameters, options)
-    is_added = options.mask is not None and options.mask.is_floating_point()
-    return out, lse, gate_lse, torch.zeros_like(lse) if is_added else lse.new_empty(0)
+    return out, lse, gate_lse, torch.zeros_like(lse) if options.is_mask_added else lse.new_empty(0)
 
 
 def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):

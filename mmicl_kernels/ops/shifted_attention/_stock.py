@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention, all_heads
+from mmicl_kernels.ops.shifted_attention.options import SMALLEST_SCALE
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 
 aten = torch.ops.aten
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class StockAttention(NamedTuple):

@@ -18,10 +18,9 @@ from mmicl_kernels.ops._checks import (
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
 from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
-from mmicl_kernels.ops.shifted_attention.options import Options
+from mmicl_kernels.ops.shifted_attention.options import FARTHEST, Options
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
 
-FARTHEST = 2**29  # of positions: their sums with lengths and windows must fit into int32
 NORMALIZERS = ("visible", "all_keys")
 IMPLEMENTATIONS = ("auto", "reference", "composed", "triton")
 

@@ -42,7 +42,7 @@ def choose(q: Tensor, k: Tensor, options: Options, training: bool) -> str:
     major = min(torch.cuda.get_device_capability(q.device)[0], 9)
     if major < 8:
         return "composed"
-    if not _is_stock(T, k.shape[2], options) or (T <= DECODE_QUERIES and not training):
+    if (T <= DECODE_QUERIES and not training) or not _is_stock(T, k.shape[2], options):
         return "triton"
     step = max(low for (_, low, _) in LONGEST_FUSED if low <= D)
     longest = LONGEST_FUSED[major, step, training]

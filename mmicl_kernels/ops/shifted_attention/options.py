@@ -8,6 +8,10 @@ from torch import Tensor
 from mmicl_kernels.ops.attention_shift._composed import new_output
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 
+FARTHEST = 2**29  # of positions: sums of three of them fit into int32
+# At and below it, kernels that hide keys with -inf before they scale make NaN of them, or +inf.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
 
 class Options(NamedTuple):
     """In the order of the operators' schema: plain values and tensors only."""
@@ -34,6 +38,11 @@ class Options(NamedTuple):
         q_start = self.q_start if self.q_starts is None else self.q_starts
         return Visibility(self.causal, self.window, q_start, self.kv_start, self.kv_end, self.mask)
 
+    @property
+    def is_mask_added(self) -> bool:
+        """Whether the mask is the kind that is added to the scores."""
+        return self.mask is not None and self.mask.is_floating_point()
+
     def sequences(self) -> list[tuple[slice, slice, "Options"]]:
         """Rows of queries and keys, and options, of every packed sequence; one of all if not packed."""
         if self.cu_seqlens_q is None:
@@ -57,6 +66,6 @@ def new_results(q: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Te
     ``lse_low`` is what rounding took from lse where a mask is added to the scores; empty elsewhere.
     """
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    is_added = options.mask is not None and options.mask.is_floating_point()
     gate_lse = torch.empty_like(lse) if options.all_keys else lse.new_empty(0)
-    return new_output(q), lse, gate_lse, torch.empty_like(lse) if is_added else lse.new_empty(0)
+    lse_low = torch.empty_like(lse) if options.is_mask_added else lse.new_empty(0)
+    return new_output(q), lse, gate_lse, lse_low

@@ -21,7 +21,7 @@ from mmicl_kernels.ops.shifted_attention._triton.fwd import (
     shifted_attention_combine_kernel,
     shifted_attention_fwd_kernel,
 )
-from mmicl_kernels.ops.shifted_attention.options import Options, new_results
+from mmicl_kernels.ops.shifted_attention.options import SMALLEST_SCALE, Options, new_results
 
 
 class Problem(NamedTuple):
@@ -61,7 +61,6 @@ class Problem(NamedTuple):
         if mask is not None:
             strides = mask.expand(q.shape[0], H, N, N_K).stride()
             mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        added = mask is not None and mask.dtype != torch.uint8
         is_bounded = options.cu_seqlens_q is not None or options.kv_end is not None
         is_special = mask is not None or options.softcap is not None or options.all_keys
         exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
@@ -72,7 +71,7 @@ class Problem(NamedTuple):
             q_start=q_start if isinstance(q_start, int) else None,
             mask=mask,
             mask_strides=strides,
-            fold=options.scale > launch.SMALLEST_SCALE and options.softcap is None and not added,
+            fold=options.scale > SMALLEST_SCALE and options.softcap is None and not options.is_mask_added,
             is_general=is_bounded or is_special,
             precision="ieee" if exact else "tf32",
         )

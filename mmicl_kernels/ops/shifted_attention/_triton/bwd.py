@@ -10,13 +10,16 @@ these (``attention_shift``'s backward) computes delta, dg and the gradients of t
 import triton
 import triton.language as tl
 
+from mmicl_kernels.ops.attention_shift._triton import adapter
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     LOG2E,
     add_mask,
     bounds,
+    head,
     key_ranges,
     load_tile,
     query_ranges,
+    score_unit,
     scores,
     sequence,
     visible,
@@ -136,21 +139,15 @@ def shifted_attention_dkdv_kernel(
     BOUNDED: tl.constexpr = PACKED or kv_end is not None
     i_p, HP = tl.program_id(0), H // HEADS
     i_hp, i_b, i_n = i_p % HP, i_p // HP % B, i_p // HP // B
-    row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
+    i_x, row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
     n_0 = i_n * BN
     if n_0 >= n_k:
         return
     position, first, end = bounds(q_start, q_starts, kv_start, kv_end, i_b, n_q, n_k)
     lo, a, b, hi = query_ranges(first, end, position, n_0, n_q, window, CAUSAL, PACKED, BM, BN)
-    i_x = i_b.to(tl.int64)
-    if cu_seqlens_q is not None:
-        i_x = i_x * 0
 
     i_g = i_hp * HEADS // GROUP
-    p_k, p_v = k, v
-    if not TMA:
-        p_k = k + i_x * s_k_b + i_g.to(tl.int64) * s_k_g
-        p_v = v + i_x * s_v_b + i_g.to(tl.int64) * s_v_g
+    p_k, p_v = head(k, i_x, i_g, s_k_b, s_k_g, TMA), head(v, i_x, i_g, s_v_b, s_v_g, TMA)
     # [BN, BD]
     b_k = load_tile(p_k, i_x, i_g, row_k, s_k_t, n_0, end, D, BN, BD, TMA, True, BOUNDED)
     b_v = load_tile(p_v, i_x, i_g, row_k, s_v_t, n_0, end, D, BN, BD, TMA, True, BOUNDED)
@@ -158,9 +155,7 @@ def shifted_attention_dkdv_kernel(
     b_dv = tl.zeros([BN, BD], tl.float32)
     o_n, o_d = n_0 + tl.arange(0, BN), tl.arange(0, BD)
 
-    unit = LOG2E
-    if FOLD:
-        unit = scale * LOG2E
+    unit = score_unit(scale, FOLD)
     # Queries that see some of the keys, all, some; then those whose gate alone counts the keys.
     MASKED: tl.constexpr = mask is not None
     RIGHT: tl.constexpr = not MASKED and (window is not None or PACKED)
@@ -173,10 +168,8 @@ def shifted_attention_dkdv_kernel(
         p_mask = None
         if MASKED:
             p_mask = mask + i_x * s_mask_b + i_h.to(tl.int64) * s_mask_h
-        p_q, p_dout = q, dout
-        if not TMA:
-            p_q = q + i_x * s_q_b + i_h.to(tl.int64) * s_q_h
-            p_dout = dout + i_x * s_dout_b + i_h.to(tl.int64) * s_dout_h
+        p_q = head(q, i_x, i_h, s_q_b, s_q_h, TMA)
+        p_dout = head(dout, i_x, i_h, s_dout_b, s_dout_h, TMA)
         for i_r in tl.static_range(5):
             if not MASKED if i_r == 1 else (RIGHT if i_r == 2 else (i_r == 0 or ALL_KEYS)):
                 b_dk, b_dv = _accumulate_dkdv(
@@ -242,21 +235,17 @@ def shifted_attention_dq_kernel(
     i_p = tl.program_id(0)
     i_h, i_b = i_p % H, i_p // H % B
     i_t = tl.cdiv(T, BM) - 1 - i_p // H // B
-    row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
+    i_x, row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
     t_0 = i_t * BM
     if t_0 >= n_q:
         return
     position, first, end = bounds(q_start, q_starts, kv_start, kv_end, i_b, n_q, n_k)
     p_last = position + tl.minimum(t_0 + BM, n_q) - 1
     lo, a, b, hi = key_ranges(first, end, position + t_0, p_last, window, CAUSAL, BN)
-    i_x, i_g = i_b.to(tl.int64), i_h // GROUP
-    if cu_seqlens_q is not None:
-        i_x = i_x * 0
+    i_g = i_h // GROUP
 
-    p_q, p_dout = q, dout
-    if not TMA:
-        p_q = q + i_x * s_q_b + i_h.to(tl.int64) * s_q_h
-        p_dout = dout + i_x * s_dout_b + i_h.to(tl.int64) * s_dout_h
+    p_q = head(q, i_x, i_h, s_q_b, s_q_h, TMA)
+    p_dout = head(dout, i_x, i_h, s_dout_b, s_dout_h, TMA)
     # [BM, BD]
     b_q = load_tile(p_q, i_x, i_h, row_q, s_q_t, t_0, n_q, D, BM, BD, TMA, True, PACKED)
     b_do = load_tile(p_dout, i_x, i_h, row_q, s_dout_t, t_0, n_q, D, BM, BD, TMA, True, PACKED)
@@ -273,18 +262,14 @@ def shifted_attention_dq_kernel(
     if ALL_KEYS:
         b_gate_lse = _rows(gate_lse, o_row, m_t, float("inf"))[:, None]
 
-    p_k, p_v, p_mask = k, v, None
-    if not TMA:
-        p_k = k + i_x * s_k_b + i_g.to(tl.int64) * s_k_g
-        p_v = v + i_x * s_v_b + i_g.to(tl.int64) * s_v_g
+    p_k, p_v = head(k, i_x, i_g, s_k_b, s_k_g, TMA), head(v, i_x, i_g, s_v_b, s_v_g, TMA)
+    p_mask = None
     MASKED: tl.constexpr = mask is not None
     LEFT: tl.constexpr = MASKED or (kv_start is not None or window is not None)
     if MASKED:
         p_mask = mask + i_x * s_mask_b + i_h.to(tl.int64) * s_mask_h
         a = hi
-    unit = LOG2E
-    if FOLD:
-        unit = scale * LOG2E
+    unit = score_unit(scale, FOLD)
     starts, stops = (lo, a, b, 0, hi), (a, b, hi, lo, tl.cdiv(end, BN) * BN)
     for i_r in tl.static_range(5):
         if LEFT if i_r == 0 else (ALL_KEYS if i_r > 2 else not MASKED):
@@ -295,9 +280,7 @@ def shifted_attention_dq_kernel(
                 CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BN, BD, PRECISION, TMA, BOUNDED,
             )  # fmt: skip
 
-    i_a = i_b * 0
-    if adapter_ids is not None:
-        i_a = tl.load(adapter_ids + i_b).to(tl.int64)
+    i_a = adapter(adapter_ids, 1, i_b)
     p_weight = weight + (tl.maximum(i_a, 0) * H + i_h) * D + o_d
     b_weight = tl.load(p_weight, mask=(o_d < D) & (i_a >= 0), other=0.0)
     b_dq = b_dq * scale + b_dg * b_weight[None, :]

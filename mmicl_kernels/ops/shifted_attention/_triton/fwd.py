@@ -7,14 +7,15 @@ Prefill has PACK = 1; decode packs a key head's whole group, so that the keys ar
 import triton
 import triton.language as tl
 
-from mmicl_kernels.ops.attention_shift._triton import gate
+from mmicl_kernels.ops.attention_shift._triton import adapter, gate
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
-    LOG2E,
     add_mask,
     bounds,
     exp_scores,
+    head,
     key_ranges,
     load_tile,
+    score_unit,
     scores,
     sequence,
     visible,
@@ -71,9 +72,7 @@ def _attend(
 def _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D: tl.constexpr, BD: tl.constexpr):
     """``q.weight + bias`` [BM], the adapter, and the parameters' rows [1 or BM, 1] of heads ``o_h``."""
     o_d = tl.arange(0, BD)
-    i_a = i_b * 0
-    if adapter_ids is not None:
-        i_a = tl.load(adapter_ids + i_b).to(tl.int64)
+    i_a = adapter(adapter_ids, 1, i_b)
     o_ah = (tl.maximum(i_a, 0) * H + o_h + tl.zeros([1], tl.int64))[:, None]
     m_d = (o_d < D)[None, :] & (i_a >= 0)
     b_weight = tl.load(weight + o_ah * D + o_d[None, :], mask=m_d, other=0.0)
@@ -142,13 +141,10 @@ def shifted_attention_fwd_kernel(
     i_s = i_p // HP // B % SPLITS
     NT = tl.cdiv(T * PACK, BM)
     i_t = NT - 1 - i_p // HP // B // SPLITS
-    row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
+    i_x, row_q, row_k, n_q, n_k = sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S)
     if i_t * BM >= n_q * PACK:
         return
     position, first, end = bounds(q_start, q_starts, kv_start, kv_end, i_b, n_q, n_k)
-    i_x = i_b.to(tl.int64)
-    if cu_seqlens_q is not None:
-        i_x = i_x * 0
 
     # [BM]
     o_r, o_d = i_t * BM + tl.arange(0, BM), tl.arange(0, BD)
@@ -184,17 +180,11 @@ def shifted_attention_fwd_kernel(
         )
 
     i_g = i_hp * PACK // GROUP
-    if TMA:
-        p_k, p_v = k, v
-    else:
-        p_k = k + i_x * s_k_b + i_g.to(tl.int64) * s_k_g
-        p_v = v + i_x * s_v_b + i_g.to(tl.int64) * s_v_g
+    p_k, p_v = head(k, i_x, i_g, s_k_b, s_k_g, TMA), head(v, i_x, i_g, s_v_b, s_v_g, TMA)
     p_mask = None
     if mask is not None:
         p_mask = mask + i_x * s_mask_b + (o_h * s_mask_h + tl.zeros([1], tl.int64))[:, None]
-    unit = LOG2E
-    if FOLD:
-        unit = scale * LOG2E
+    unit = score_unit(scale, FOLD)
 
     b_acc = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
@@ -243,18 +233,13 @@ def shifted_attention_combine_kernel(
     """A program merges the SPLITS <= BS parts of one row."""
     i_n, HP = tl.program_id(0).to(tl.int64), H // PACK
     i_r, i_hp, i_b = i_n % (T * PACK), i_n // (T * PACK) % HP, i_n // (T * PACK) // HP
-    row_q, _, n_q, _ = sequence(cu_seqlens_q, cu_seqlens_q, i_b, T, T)
+    i_x, row_q, _, n_q, _ = sequence(cu_seqlens_q, cu_seqlens_q, i_b, T, T)
     if i_r >= n_q * PACK:
         return
-    i_x = i_b
-    if cu_seqlens_q is not None:
-        i_x = i_x * 0
     o_s, o_d = tl.arange(0, BS), tl.arange(0, BD)
     m_s, n_rows = o_s < SPLITS, B * HP * T * PACK
     o_part, n_parts = o_s.to(tl.int64) * n_rows + i_n, SPLITS.to(tl.int64) * n_rows
-    unit = LOG2E
-    if FOLD:
-        unit = scale * LOG2E
+    unit = score_unit(scale, FOLD)
 
     # [BS]
     b_part_m = tl.load(part_norms + o_part, mask=m_s, other=float("-inf"))

@@ -8,6 +8,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmicl_kernels.ops.shifted_attention.options import FARTHEST
+
 # Generations differ in what a program may use: sm_80 has 163 KiB of shared memory, sm_86, sm_89 and sm_120
 # have 99, sm_90 and sm_100 have 227 and copy tiles by descriptor (TMA). The interpreter takes small tiles, so
 # that small sizes have many.
@@ -18,9 +20,8 @@ MAX_SPLITS = 64
 MIN_SPLIT_KEYS = 256  # a part of fewer keys costs more to combine than it saves
 PROGRAMS_PER_SM = 2  # of a decode: so many fit, by registers and shared memory
 COMBINE_WARPS = 4
-WIDE = 2**30  # a window that hides nothing
+WIDE = 2 * FARTHEST  # a window that hides nothing
 MAX_REGISTERS = 255  # without it ptxas may spill rather than lower an occupancy it has chosen
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,22 @@ costs nothing: ``exp2(raw * unit - max * unit)`` is one multiply-add. Otherwise 
 import triton
 import triton.language as tl
 
+from mmicl_kernels.ops.shifted_attention.options import FARTHEST
+
 LOG2E = tl.constexpr(1.4426950408889634)
-FAR = tl.constexpr(2**29)  # beyond every position; sums of three of them fit into int32
+FAR = tl.constexpr(FARTHEST)
 
 
 @triton.jit
 def sequence(cu_seqlens_q, cu_seqlens_k, i_b, T, S):
-    """First rows of sequence ``i_b`` in the storage of queries and of keys, and its numbers of both."""
-    row_q, row_k, n_q, n_k = i_b * 0, i_b * 0, T, S
+    """Where sequence ``i_b`` lies in the storages of queries and keys: batch row (int64, to multiply
+    strides), first row of either; and its numbers of both."""
+    i_x, row_q, row_k, n_q, n_k = i_b.to(tl.int64), i_b * 0, i_b * 0, T, S
     if cu_seqlens_q is not None:
+        i_x = i_x * 0
         row_q, row_k = tl.load(cu_seqlens_q + i_b), tl.load(cu_seqlens_k + i_b)
         n_q, n_k = tl.load(cu_seqlens_q + i_b + 1) - row_q, tl.load(cu_seqlens_k + i_b + 1) - row_k
-    return row_q, row_k, n_q, n_k
+    return i_x, row_q, row_k, n_q, n_k
 
 
 @triton.jit
@@ -97,6 +101,12 @@ def visible(o_t, o_n, position, first, end, window, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def head(x, i_x, i_h, s_b, s_h, TMA: tl.constexpr):
+    """``x`` for :func:`load_tile`: a descriptor as it is, or a pointer to the first row of head ``i_h``."""
+    return x if TMA else x + i_x * s_b + i_h.to(tl.int64) * s_h
+
+
+@triton.jit
 def load_tile(
     x, i_b, i_h, row, s_t, i_t, n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     TMA: tl.constexpr, EDGE: tl.constexpr, BOUNDED: tl.constexpr,
@@ -135,6 +145,12 @@ def tanh(b_x):
 
 
 @triton.jit
+def score_unit(scale, FOLD: tl.constexpr):
+    """What a score is multiplied by for ``exp2``."""
+    return scale * LOG2E if FOLD else LOG2E
+
+
+@triton.jit
 def scores(b_a, b_b, scale, softcap, FOLD: tl.constexpr, PRECISION: tl.constexpr):
     """Products of the rows of two tiles, raw where FOLD, else scaled and capped."""
     b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
@@ -157,5 +173,5 @@ def add_mask(b_s, p_mask, s_mask_t, s_mask_n, o_t, o_n, n_q, n_k):
 
 @triton.jit
 def exp_scores(b_s, b_m, unit, FOLD: tl.constexpr):
-    """``exp(s - m)`` of scores; ``unit`` is log2(e), times the scale where FOLD."""
+    """``exp(s - m)`` of scores; ``unit`` is their ``score_unit``."""
     return tl.exp2(b_s * unit - b_m * unit) if FOLD else tl.exp2((b_s - b_m) * unit)
