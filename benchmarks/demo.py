@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,19 +18,22 @@ from torch import nn
 from tqdm import tqdm
 
 import mmicl_kernels as mk
-from benchmarks.experiments.digits import data
+from benchmarks.experiments.digits import data, uses
 from benchmarks.experiments.digits.evaluate import accuracy
-from benchmarks.experiments.digits.mimic import Recipe, train_mimic
+from benchmarks.experiments.digits.measure import SETTINGS
 from benchmarks.experiments.digits.model import load_model
+from benchmarks.experiments.digits.train import train_adapter
 from benchmarks.peers import published
 from benchmarks.timing import peak_allocated_bytes
 from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.methods import Adapter
 
 TASKS = data.TASKS
 LABELS = {0: "zero-shot", 1: "1-shot", 4: "4-shot", 8: "8-shot", 16: "16-shot"}
 ROUNDS, QUICK_ROUNDS = 20, 2
 QUICK_STEPS, QUICK_SAMPLES = 20, 32
 FURTHER_TOKENS = 16
+BOTH = "M2IV, task + style"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Way:
 
 
 def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
-    """Train MimIC for ``task``, measure every way to answer, print the table, save it and a plot.
+    """Train every method for ``task``, measure every way to answer, print the table, save it and a plot.
 
     ``quick`` trains, samples and times just enough to see that it runs.
     """
@@ -64,28 +68,43 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
     model = load_model()
     ways = _ways(model, task, seed, quick)
     rows = _measure(model, task, ways, seed, quick)
+    with ways[-1].attached():
+        asks = uses.measure_style(model, "test", task, shots=0)[f"{task}: right, then asks back"]
     out.mkdir(parents=True, exist_ok=True)
-    described = {"task": task, "seed": seed, "quick": quick, "rows": [asdict(row) for row in rows]}
+    described = {"task": task, "seed": seed, "quick": quick, "asks_back": asks}
+    described["rows"] = [asdict(row) for row in rows]
     (out / "demo.json").write_text(json.dumps(described, indent=1) + "\n")
     _plot(rows, task, out / "demo.png")
     _print(rows, task)
+    print(f"{BOTH}: both vectors come from a VLibrary, and {asks:.1%} of the answers are right and ask back")
     print(f"saved {out / 'demo.json'} and {out / 'demo.png'}")
 
 
 def _ways(model: nn.Module, task: str, seed: int, quick: bool) -> list[Way]:
-    """Prompts with demonstrations, and MimIC trained here: as published, and as this library runs it."""
-    recipe = replace(Recipe(), steps=QUICK_STEPS) if quick else Recipe()
-    print(f"training MimIC for the task {task!r}: the gate as published, then over visible keys")
-    adapters = {
-        normalizer: train_mimic(
-            model, task, seed=seed, recipe=recipe, config=mk.MimICConfig(normalizer=normalizer)
-        )
-        for normalizer in ("all_keys", "visible")
-    }
+    """Prompts with demonstrations, and what is trained here in their place."""
+
+    def trained(method: str, **config: object) -> Adapter:
+        setting = SETTINGS[method]
+        recipe = replace(setting.recipe, steps=QUICK_STEPS) if quick else setting.recipe
+        return train_adapter(model, task, config=replace(setting.config, **config), recipe=recipe, seed=seed)
+
+    print(f"training for the task {task!r}: MimIC with the gate as published and over visible keys, LIVE,")
+    print(f"M2IV; and M2IV for the style {uses.STYLE!r}")
+    gates = {name: trained("mimic", normalizer=name) for name in ("all_keys", "visible")}
+    live, m2iv = trained("live"), trained("m2iv")
+    style = uses.learn(model, uses.STYLE, QUICK_STEPS if quick else None)
+    with tempfile.TemporaryDirectory() as folder:
+        library = mk.VLibrary(folder)
+        library.put("task", m2iv, task=task)
+        library.put("style", style, tags=["style"])
+        both = library.combine({"task": 1.0, "style": 1.0})
     return [
         *(Way(name, shots, nullcontext) for shots, name in LABELS.items()),
-        Way("MimIC, published", 0, lambda: published(model, adapters["all_keys"])),
-        Way("MimIC, ours", 0, lambda: mk.attach(model, adapters["visible"])),
+        Way("MimIC, published", 0, lambda: published(model, gates["all_keys"])),
+        Way("MimIC, ours", 0, lambda: mk.attach(model, gates["visible"])),
+        Way("LIVE", 0, lambda: mk.attach(model, live)),
+        Way("M2IV", 0, lambda: mk.attach(model, m2iv)),
+        Way(BOTH, 0, lambda: mk.attach(model, both)),
     ]
 
 
@@ -174,11 +193,10 @@ def _print(rows: list[Row], task: str) -> None:
 
 
 def _plot(rows: list[Row], task: str, path: Path) -> None:
-
     figure = Figure(figsize=(9, 4), layout="constrained")
     accuracy, latency = figure.subplots(1, 2, sharey=True)
     names = [row.name for row in rows][::-1]
-    colours = ["tab:orange" if "MimIC" in name else "tab:blue" for name in names]
+    colours = ["tab:blue" if name in LABELS.values() else "tab:orange" for name in names]
     values = [row.accuracy for row in rows][::-1]
     spread = [
         [row.accuracy - row.interval[0] for row in rows][::-1],

@@ -192,13 +192,16 @@ def read_all(path: Path) -> tuple[Entry, Adapter, Tensor | None]:
 def parse_json(text: bytes | str, source: str) -> Any:
     """JSON without NaN and infinities. Raises CheckpointError, whatever ``text`` is."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not valid JSON: {error}") from error
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: a log has many lines
 
 
 def _opened(path: Path) -> BinaryIO:

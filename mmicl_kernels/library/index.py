@@ -35,7 +35,9 @@ LOG = "log.jsonl"
 FORMAT_VERSION = 1
 MAX_LINE_BYTES = 2**18
 RETRIES = 3  # a writer may replace log and matrix between a reader's looks at the two
-ROWS_AT_ONCE = 2**13  # copied or scored in fp64
+ROWS_AT_ONCE = 2**13  # copied
+NUMBERS_AT_ONCE = 2**15 - 1  # scored in fp64: torch divides more among threads, see ``Index.nearest``
+CROWD = 2**10  # rows that fp16 cannot tell apart: with more, fp32 looks at them before fp64 does
 SPARE_OPERATIONS = 256  # before a log is written anew, beside twice its live rows
 
 
@@ -80,6 +82,8 @@ class Operation:
 class Index:
     """The rows of one library's entries, and unit vectors of their embeddings ``[slots, D]`` fp32.
 
+    The vectors lie in a mapped file; the first search by embedding keeps a copy in fp16 beside them.
+
     ``refresh`` reads what was written since. The methods below it are for who holds the library's lock.
     ``damage`` says why the log could not be used; the rows are then those of a scan of all entries.
     """
@@ -91,6 +95,8 @@ class Index:
     def _clear(self) -> None:
         self.rows: dict[str, Row] = {}
         self.vectors = torch.empty(0, 0)
+        self._halves = torch.empty(0, 0, dtype=torch.float16)  # of ``vectors``, with room for more
+        self._rounded = 0
         self.damage: str | None = None
         self._generation: str | None = None
         self._offset = self._operations = self._slots = 0
@@ -120,20 +126,43 @@ class Index:
     def nearest(self, rows: list[Row], query: Tensor, limit: int) -> list[tuple[float, str]]:
         """``(cosine, name)`` of the best of ``rows``, best first, ties by name.
 
-        fp32 finds who may be among the best, fp64 decides. ``query`` is a unit vector ``[D]`` fp64.
+        fp16 finds who may be among the best, fp32 too where these are many, and fp64 decides. ``query`` is
+        a unit vector ``[D]`` fp64.
+
+        On a busy machine every step that torch divides among threads waits until each of them had its turn,
+        milliseconds. Of the usual steps for all rows only the product is divided; comparisons would be.
         """
         rows, slots = self._embedded(rows)
         if not rows:
             return []
-        # A row of NaN, which only damage can bring about, is nowhere near.
-        scores = (self.vectors @ query.float())[slots].nan_to_num(nan=-torch.inf)
-        # A dot product of unit vectors in fp32 is off by at most (D + 2) roundings; so are two of them.
-        margin = 2 * (query.numel() + 2) * torch.finfo(torch.float32).eps
-        bound = scores.topk(min(limit, len(rows))).values[-1] - margin
-        chosen = (scores >= bound).nonzero().view(-1)
-        exact = [self._cosines(slots[part], query) for part in chosen.split(ROWS_AT_ONCE)]
-        best = zip(torch.cat(exact).tolist(), (rows[i].name for i in chosen.tolist()), strict=True)
+        limit = min(limit, len(rows))
+        chosen = _within(self._scores(query).index_select(0, slots), limit, query.numel())
+        if len(chosen) > CROWD:
+            scores = self.vectors.mv(query.float()).index_select(0, slots)
+            # No cosine is above 2, nor is NaN one: the row is damaged, and nowhere near.
+            chosen = _within(scores.where(scores < 2, -torch.inf), limit, query.numel())
+        cosines = self._cosines(slots[chosen], query)
+        near = cosines >= cosines.topk(limit).values[-1]
+        names = (rows[i].name for i in chosen[near].tolist())
+        best = zip(cosines[near].tolist(), names, strict=True)
         return sorted(best, key=lambda pair: (-pair[0], pair[1]))[:limit]
+
+    @torch.inference_mode(False)  # what was made in that mode could not be changed outside
+    def _scores(self, query: Tensor) -> Tensor:
+        """Cosines with all ``vectors``, ``[slots]`` fp16, within ``score_error``: half the bytes to read.
+
+        ``mv``, because ``@`` would follow the caller's autocast to bf16.
+        """
+        known, count = self._rounded, len(self.vectors)
+        if count > len(self._halves):
+            known, room = 0, (count + count // 4, self.vectors.shape[1])
+            self._halves = self.vectors.new_empty(room, dtype=torch.float16)
+        if count > known:
+            self._halves[known:count] = self.vectors[known:]
+            # What is not finite in fp16 was no unit vector, but damage: that it not hide the others.
+            self._halves[known:count].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            self._rounded = count
+        return self._halves[:count].mv(query.half())
 
     def _embedded(self, rows: list[Row]) -> tuple[list[Row], Tensor]:
         """Those of ``rows`` that have a vector, and where; kept for all rows, because that takes as long."""
@@ -146,8 +175,12 @@ class Index:
         return found
 
     def _cosines(self, slots: Tensor, query: Tensor) -> Tensor:
-        vectors = self.vectors[slots].double()
-        return (vectors * query).sum(-1) / vectors.norm(dim=-1)
+        """Cosines with the vectors in ``slots``, fp64; -inf with NaN, which only damage can bring about."""
+        cosines = []
+        for part in slots.split(max(1, NUMBERS_AT_ONCE // query.numel())):
+            vectors = self.vectors[part].double()
+            cosines.append((vectors * query).sum(-1) / vectors.norm(dim=-1))
+        return torch.cat(cosines).nan_to_num(nan=-torch.inf)
 
     def recover(self) -> None:
         """Clear away what a crash left, and settle what it interrupted. Before every write."""
@@ -337,6 +370,25 @@ def unit(embedding: Tensor) -> Tensor:
     embedding = embedding.double()
     embedding = embedding / embedding.abs().max()  # or the squares of the largest overflow
     return embedding / embedding.norm()
+
+
+def score_error(dtype: torch.dtype, dimension: int) -> float:
+    """Bound on the error of a dot product of unit vectors rounded to ``dtype``, summed in fp32.
+
+    Each rounding to ``dtype``, of either vector and of the sum, costs half an eps; another half covers what
+    these do to each other. A sum of D products in fp32 costs at most D halves of its eps, in any order. As
+    many cover numbers below the normal range of fp16, which are rounded by up to 2^-25 each.
+    """
+    return 2 * torch.finfo(dtype).eps + (dimension + 2) * torch.finfo(torch.float32).eps
+
+
+def _within(scores: Tensor, limit: int, dimension: int) -> Tensor:
+    """Where the ``scores`` are that may be among the best ``limit``, for all their errors."""
+    found = scores.topk(min(limit + CROWD, len(scores)))
+    bound = float(found.values[limit - 1]) - 2 * score_error(scores.dtype, dimension)
+    if float(found.values[-1]) >= bound:  # there may be more
+        return (scores.float() >= bound).nonzero().view(-1)
+    return found.indices[found.values.float() >= bound]
 
 
 def append(path: Path, data: bytes) -> None:

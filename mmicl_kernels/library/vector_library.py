@@ -7,7 +7,7 @@ import os
 import threading
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -194,18 +194,20 @@ class VLibrary:
         words, wanted = (text or "").casefold().split(), set(tags or ())
         query = None if embedding is None else unit(_embedding(embedding))
 
-        def meets(row: Row) -> bool:
-            return (
-                (task is None or row.task == task)
-                and (method is None or row.method == method)
-                and (not wanted or wanted <= set(row.tags))
-                and all(word in row.text for word in words)
-            )
+        def meeting(rows: list[Row]) -> list[Row]:
+            if task is not None:
+                rows = [row for row in rows if row.task == task]
+            if method is not None:
+                rows = [row for row in rows if row.method == method]
+            if wanted:
+                rows = [row for row in rows if wanted.issubset(row.tags)]
+            for word in words:
+                rows = [row for row in rows if word in row.text]
+            return rows
 
-        plain = not words and not wanted and task is None and method is None
         found: list[Entry] = []
         for _ in range(RETRIES):
-            found, stale = self._search(None if plain else meets, query, limit)
+            found, stale = self._search(meeting, query, limit)
             if not stale:
                 break
         return found
@@ -320,16 +322,16 @@ class VLibrary:
             raise CheckpointError(f"{path} holds the entry {found[0].name!r}, expected {name!r}")
         return found
 
-    def _search(self, meets: Any, query: Tensor | None, limit: int) -> tuple[list[Entry], bool]:
+    def _search(
+        self, meeting: Callable[[list[Row]], list[Row]], query: Tensor | None, limit: int
+    ) -> tuple[list[Entry], bool]:
         """Found entries, and whether one of them was replaced or removed meanwhile."""
         with self._mutex:
             index = self._index
             index.refresh()
             if query is not None and index.dimension not in (None, len(query)):
                 raise ValueError(f"embedding has dimension {len(query)}, the library has {index.dimension}")
-            rows = index.sorted_rows()
-            if meets is not None:
-                rows = [row for row in rows if meets(row)]
+            rows = meeting(index.sorted_rows())
             if query is None:
                 best = [(None, row.name) for row in rows[:limit]]
             else:

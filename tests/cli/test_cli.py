@@ -70,6 +70,9 @@ def test_quick_demo_writes_table_and_plot(tmp_path):
         "16-shot",
         "MimIC, published",
         "MimIC, ours",
+        "LIVE",
+        "M2IV",
+        "M2IV, task + style",
     ]
     assert rows["MimIC, ours"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"]
     assert rows["8-shot"]["accuracy"] > rows["zero-shot"]["accuracy"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import threading
 import types
@@ -11,9 +12,10 @@ import torch
 from vectors import BACKBONE, LAYERS, MAKERS, WIDTH, PlainAdapter, PlainConfig, assert_same, live
 
 import mmicl_kernels as mk
+from mmicl_kernels.library import index as index_module
 from mmicl_kernels.library import read_adapter
 from mmicl_kernels.library import vector_library as module
-from mmicl_kernels.library.index import ROWS_AT_ONCE, SPARE_OPERATIONS
+from mmicl_kernels.library.index import CROWD, ROWS_AT_ONCE, SPARE_OPERATIONS, Index, score_error, unit
 from mmicl_kernels.methods import ADAPTERS, LIVEConfig
 
 OTHER = dataclasses.replace(BACKBONE, fingerprint=(3.0, 2.0, 1.0))
@@ -292,8 +294,14 @@ def brute_force(library, query, limit, tags):
     return [(name, -score) for score, name in sorted(scored)[:limit]]
 
 
+@pytest.fixture(params=[CROWD, 2])
+def crowd(request, monkeypatch):
+    """Few vectors pass for a crowd."""
+    monkeypatch.setattr(index_module, "CROWD", request.param)
+
+
 @pytest.mark.parametrize("limit", [1, 5, 10, 40, 55, 56, 1000])
-def test_search_by_embedding_is_brute_force(gallery, limit):
+def test_search_by_embedding_is_brute_force(gallery, crowd, limit):
     for query in (torch.randn(7), gallery.embedding("n00"), -gallery.embedding("n00") * 1e30, [1] + [0] * 6):
         for tags in (None, ["t1"]):
             found = gallery.search(embedding=query, tags=tags, limit=limit)
@@ -304,7 +312,7 @@ def test_search_by_embedding_is_brute_force(gallery, limit):
     assert gallery.search(embedding=gallery.embedding("n00"), limit=1)[0].score == pytest.approx(1, abs=1e-7)
 
 
-def test_ties_are_in_order_of_names(library):
+def test_ties_are_in_order_of_names(library, crowd):
     for name in ("c", "a", "d", "b"):
         library.put(name, live(), embedding=[1.0, 2.0, 3.0])
     library.put("better", live(), embedding=[1.0, 2.0, 2.9])
@@ -312,7 +320,7 @@ def test_ties_are_in_order_of_names(library):
     assert names(found) == ["better", "a", "b"] and found[1].score == found[2].score < found[0].score
 
 
-def test_fp64_decides_what_fp32_cannot(library):
+def test_fp64_decides_what_fp32_cannot(library, crowd):
     """Two vectors whose cosines with the query differ by less than a rounding of fp32."""
     near = 2.0**-14
     library.put("a", live(), embedding=[1.0, 1.5 * near])
@@ -320,7 +328,7 @@ def test_fp64_decides_what_fp32_cannot(library):
     assert names(library.search(embedding=[1.0, 0.0])) == ["b", "a"]
 
 
-def test_fp32_does_not_drop_the_best(library):
+def test_fp32_does_not_drop_the_best(library, crowd):
     """Among cosines as close as roundings of fp32, the best of fp64 is found."""
     base = torch.randn(512)
     for number in range(40):
@@ -334,8 +342,93 @@ def test_fp32_does_not_drop_the_best(library):
             assert names(library.search(embedding=query, limit=limit)) == expected
 
 
-def test_many_equal_vectors(library, monkeypatch):
-    monkeypatch.setattr(sys.modules["mmicl_kernels.library.index"], "ROWS_AT_ONCE", 4)
+def test_fp16_does_not_drop_the_best(library, crowd):
+    """Cosines that fp16 puts in another order."""
+    base, rows = torch.randn(512), {}
+    for number in range(40):
+        name = f"n{number:02}"
+        library.put(name, live(), embedding=base + 2e-4 * torch.randn(512))
+        rows[name] = unit(library.embedding(name)).float()
+    index, misled = Index(library.folder), 0
+    index.vectors = torch.stack(list(rows.values()))
+    for _ in range(20):
+        query = torch.randn(512)
+        cosines = {
+            name: float(row.double() @ unit(query) / row.double().norm()) for name, row in rows.items()
+        }
+        best = max(cosines, key=cosines.get)
+        (found,) = library.search(embedding=query, limit=1)
+        assert found.name == best and found.score == pytest.approx(cosines[best], abs=1e-15)
+        scores = index._scores(unit(query))
+        misled += bool(scores[list(rows).index(best)] < scores.max())
+    assert misled > 2
+
+
+def halfway_in_bf16(*shape):
+    """bf16 rounds all elements but the first down by nearly 2^-8; fp16 does not."""
+    element = (1 + 2**-8.1) * 2.0 ** -math.ceil(math.log2(shape[-1]) / 2)
+    vectors = torch.full(shape, element)
+    vectors[..., 0] = max(0.0, 1 - (shape[-1] - 1) * element**2) ** 0.5
+    return vectors
+
+
+VECTORS = {
+    "random": lambda *shape: torch.randn(shape),
+    "equal": lambda *shape: torch.ones(shape),
+    "subnormal": lambda *shape: torch.cat([torch.ones(*shape[:-1], 1), 3e-6 * torch.rand(shape)], -1),
+    "of one sign": lambda *shape: torch.rand(shape) ** 8,
+    "halfway in bf16": halfway_in_bf16,
+}
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+@pytest.mark.parametrize("rows, dimension", [(1, 1), (3, 2), (9, 63), (300, 513), (1, 4096), (2, 2**16 - 1)])
+def test_fp16_stays_within_its_bound(tmp_path, kind, rows, dimension):
+    """Summed in fp16, ones in 65535 dimensions would give a cosine of 0.1."""
+    index = Index(tmp_path)
+    index.vectors = unit_rows(VECTORS[kind](rows, dimension)).float()
+    for query in (unit(VECTORS[kind](dimension)), unit(index.vectors[-1])):
+        errors = (index._scores(query).double() - index.vectors.double() @ query).abs()
+        assert float(errors.max()) <= score_error(torch.float16, len(query))
+
+
+def unit_rows(vectors):
+    return torch.stack([unit(vector) for vector in vectors])
+
+
+def test_search_in_the_callers_contexts(gallery):
+    """Autocast would compare in bf16; a tensor made in inference mode could not be changed outside."""
+    query = gallery.embedding("n00") + 0.1
+    expected = [(entry.name, entry.score) for entry in gallery.search(embedding=query, limit=60)]
+    reader = mk.VLibrary(gallery.folder)
+    for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
+        with context:
+            found = [(x.name, x.score) for x in reader.search(embedding=query, limit=60)]
+            scores = reader._index._scores(unit(query))
+        assert found == expected and torch.equal(scores, reader._index._scores(unit(query)))
+        gallery.put("late", live(), embedding=query, overwrite=True)
+        assert names(reader.search(embedding=query, limit=1)) == ["late"]
+        gallery.remove("late")
+
+
+def test_search_while_vectors_are_added(library):
+    """What was rounded to fp16 before is kept, and follows every new row, whether there is room or not."""
+    reader = mk.VLibrary(library.folder)
+    for number in range(24):
+        library.put(f"n{number % 19:02}", live(), tags=["t"], embedding=torch.randn(7), overwrite=True)
+        if number % 3 != 1:  # one or two new rows
+            query = torch.randn(7)
+            expected = [name for name, _ in brute_force(library, query, 3, None)]
+            assert names(reader.search(embedding=query, limit=3)) == expected
+    library.remove("n03")
+    library.rebuild()  # into other slots
+    expected = [name for name, _ in brute_force(library, query, 3, None)]
+    assert names(reader.search(embedding=query, limit=3)) == expected
+
+
+def test_many_equal_vectors(library, crowd, monkeypatch):
+    monkeypatch.setattr(index_module, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(index_module, "NUMBERS_AT_ONCE", 4)
     assert ROWS_AT_ONCE > 4
     for number in range(11):
         library.put(f"n{number:02}", live(), embedding=[1.0, 1.0])

@@ -129,6 +129,18 @@ def test_damaged_matrix(library):
     assert library.verify() == []
 
 
+@pytest.mark.parametrize("crowd", [index_module.CROWD, 0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 9e37, -9e37])
+def test_a_damaged_vector_hides_no_other(library, value, crowd, monkeypatch):
+    monkeypatch.setattr(index_module, "CROWD", crowd)
+    (path,) = (library.folder / "index").glob("*.f32")
+    path.write_bytes(struct.pack("2f", 1.0, value) + path.read_bytes()[8:])
+    reader = mk.VLibrary(library.folder)
+    for limit, expected in ((1, ["b"]), (2, ["b", "c"])):
+        assert [x.name for x in reader.search(embedding=[1.0, 2.0], limit=limit)] == expected
+    assert sorted(x.name for x in reader.search(embedding=[1.0, 2.0])) == NAMES and len(reader.verify()) == 1
+
+
 @pytest.mark.parametrize("pattern", ("log.jsonl", "*.f32"))
 def test_missing_index(library, pattern):
     (path,) = (library.folder / "index").glob(pattern)

@@ -2,7 +2,7 @@
 
 Interface
 ---------
-``TASKS``, ``WORDS[task]``, ``VOCABULARY``      the seven tasks, their answer words, all tokens
+``TASKS``, ``WORDS[task]``, ``VOCABULARY``      the seven tasks, answer words (of "mixed" too), all tokens
 ``word_id(word)``, ``decode(ids)``              word -> id, ids -> words
 ``draw_episodes(count, shots, split=..., generator=...) -> (demonstrations [B,K], queries [B])``
 ``scramble(demonstrations, task, generator)``   the control: random answers of the same task
@@ -43,8 +43,9 @@ WORDS: dict[str, tuple[str, ...]] = {
     "paper": ("ivory", "mint", "sky", "rose"),
     "ink": ("navy", "maroon", "forest", "black"),
     "orientation": ("upright", "turned"),
+    "mixed": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
 }
-TASKS = tuple(WORDS)
+TASKS = tuple(WORDS)[:-1]  # the model was never shown "mixed"
 SPECIAL = ("<pad>", "<bos>", "<end>", "<image>", "question")
 VOCABULARY = SPECIAL + tuple(dict.fromkeys(word for words in WORDS.values() for word in words))
 PAD_ID, BOS_ID, END_ID, IMAGE_ID, QUESTION_ID = range(len(SPECIAL))
@@ -64,8 +65,8 @@ SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1400), "test": slic
 class Samples:
     """Images with the answer to every task; any leading shape ``[...]``.
 
-    ``images [...,3,16,16]`` fp32 in [-1, 1]; ``answers [...,7]`` int64 word ids in the order of
-    ``TASKS``; ``originals [...]`` int64, which of the 1,797 scans was drawn.
+    ``images [...,3,16,16]`` fp32 in [-1, 1]; ``answers [...,8]`` int64 word ids in the order of
+    ``WORDS``; ``originals [...]`` int64, which of the 1,797 scans was drawn.
     """
 
     images: Tensor
@@ -112,7 +113,7 @@ def decode(ids: Tensor) -> list[str]:
 @cache
 def word_ids(task: str) -> Tensor:
     """Ids ``[W]`` of a task's answer words, in the order of ``WORDS[task]``."""
-    _check_member("task", task, TASKS)
+    _check_member("task", task, WORDS)
     return torch.tensor([word_id(word) for word in WORDS[task]])
 
 
@@ -196,11 +197,12 @@ def draw_samples(originals: Tensor, *, generator: torch.Generator, augment: bool
         "paper": paper,
         "ink": ink,
         "orientation": turned,
+        "mixed": (digit + turned) % 10,  # "digit" if upright, "next" if turned
     }
-    answers = torch.stack([word_ids(task)[indices[task]] for task in TASKS], -1)
+    answers = torch.stack([word_ids(task)[indices[task]] for task in WORDS], -1)
     return Samples(
         images.view(*originals.shape, *images.shape[1:]),
-        answers.view(*originals.shape, len(TASKS)),
+        answers.view(*originals.shape, len(WORDS)),
         originals,
     )
 
@@ -244,7 +246,7 @@ def scramble(demonstrations: Samples, task: str, generator: torch.Generator) -> 
     words = word_ids(task)
     answers = demonstrations.answers.clone()
     drawn = torch.randint(len(words), demonstrations.shape, generator=generator)
-    answers[..., TASKS.index(task)] = words[drawn]
+    answers[..., _column(task)] = words[drawn]
     return Samples(demonstrations.images, answers, demonstrations.originals)
 
 
@@ -258,7 +260,7 @@ def episode_inputs(
 ) -> Episode:
     """Builds prompts of equal length for ``queries [B]`` after ``demonstrations [B,K]``.
 
-    ``task`` is one name, or int64 ``[B]`` indices into ``TASKS``. ``with_answer=False`` leaves out
+    ``task`` is one name, or int64 ``[B]`` indices into ``WORDS``. ``with_answer=False`` leaves out
     the query's answer and end: the prompt to generate from.
     ``label_demonstrations`` puts the loss on every answer of the episode, not only on the query's.
     """
@@ -269,8 +271,7 @@ def episode_inputs(
             f"got {list(demonstrations.shape)}"
         )
     if isinstance(task, str):
-        _check_member("task", task, TASKS)
-        task = torch.full((count,), TASKS.index(task))
+        task = torch.full((count,), _column(task))
     samples = _join(demonstrations, queries)
     segments = samples.shape[1]
     answers = samples.answers.take_along_dim(task[:, None, None], -1)  # [B, K+1, 1]
@@ -308,6 +309,11 @@ def _join(demonstrations: Samples | None, queries: Samples) -> Samples:
             for name in ("images", "answers", "originals")
         )
     )
+
+
+def _column(task: str) -> int:
+    _check_member("task", task, WORDS)
+    return list(WORDS).index(task)
 
 
 def _check_member(name: str, value: str, allowed) -> None:

@@ -1,13 +1,15 @@
-"""The README's tables of the demo and of all digit tasks: ``python -m benchmarks.experiments.digits.report``.
+"""The README's tables of the demo and of all digits: ``python -m benchmarks.experiments.digits.report``.
 
-Reads ``results.json`` beside this file and ``demo.json`` under benchmarks/results.
+Reads ``results.json`` and ``uses.json`` beside this file and ``demo.json`` under benchmarks/results.
 """
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.experiments.digits.mimic import RESULTS
+from benchmarks.experiments.digits.measure import RESULTS, SETTINGS
+from benchmarks.experiments.digits.uses import RESULTS as USES
 from benchmarks.report import fill_tables
 
 ROOT = Path(__file__).parents[3]
@@ -16,9 +18,12 @@ DEMO = ROOT / "benchmarks" / "results" / "cpu-amd-epyc" / "demo.json"
 
 def tables() -> dict[str, str]:
     """Markdown by the name of its marker."""
+    results = json.loads(RESULTS.read_text())
     return {
         "demo": demo_table(json.loads(DEMO.read_text())),
-        "digits": task_table(json.loads(RESULTS.read_text())),
+        "digits": task_table(results),
+        "mixed": mixed_table(results),
+        "uses": uses_table(json.loads(USES.read_text())),
     }
 
 
@@ -48,31 +53,75 @@ def demo_table(demo: dict) -> str:
 
 
 def task_table(results: dict) -> str:
-    """Accuracies in percent; MimIC's are means over the seeds, with the range of their means."""
-    tasks = list(results["plain"]["0"])
+    """Accuracies in percent; a method's are means over its seeds, with the range of their means."""
+    tasks = SETTINGS["m2iv"].tasks
     lines = [
-        [
-            f"{shots}-shot" if int(shots) else "zero-shot",
-            *_percent(row, tasks),
-            f"{100 * results['plain_mean'][shots]:.1f}",
-        ]
+        [_shots(shots), *_percent(row, tasks), f"{100 * _mean(row, tasks):.1f}"]
         for shots, row in results["plain"].items()
     ]
-    seeds = list(results["mimic"].values())
-    mean = {task: statistics.mean(row[task] for row in seeds) for task in tasks}
-    means = [100 * value for value in results["mimic_mean"].values()]
-    spread = f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})"
-    lines.append([f"MimIC, no demonstrations, {len(seeds)} seeds", *_percent(mean, tasks), spread])
-    ratios = results["mimic_over_8_shot"].values()
+    sixteen = _mean(results["plain"]["16"], tasks)
+    notes = []
+    for name, row in _adapted(results, tasks):
+        seeds = list(row["seeds"].values())
+        mean = {task: statistics.mean(seed[task] for seed in seeds) for task in tasks}
+        lines.append(
+            [_row_name(name, seeds), *_percent(mean, tasks), _spread(_mean(x, tasks) for x in seeds)]
+        )
+        ratio = 100 * statistics.mean(_mean(x, tasks) for x in seeds) / sixteen
+        notes.append(f"{SETTINGS[name].name} {ratio:.1f} %")
+    steps = SETTINGS["m2iv"].recipe.steps
     note = (
-        f"MimIC reaches {100 * min(ratios):.1f} to {100 * max(ratios):.1f} % of the 8-shot accuracy; "
-        f"{results['recipe']['steps']} updates, {results['seconds_per_adapter']} s an adapter on one core "
-        "beside other work."
+        f"Of the 16-shot accuracy, the mean over tasks and seeds: {'; '.join(notes)}. {steps} updates each."
     )
     return f"{_markdown(['', *tasks, 'mean'], lines)}\n\n{note}"
 
 
-def _percent(row: dict[str, float], tasks: list[str]) -> list[str]:
+def mixed_table(results: dict) -> str:
+    """The task that demonstrations do not teach this model: plain prompts, and methods trained on answers."""
+    lines = [[_shots(shots), f"{100 * row['mixed']:.1f}"] for shots, row in results["plain"].items()]
+    for name, row in _adapted(results, ("mixed",)):
+        seeds = list(row["seeds"].values())
+        lines.append([_row_name(name, seeds), _spread(seed["mixed"] for seed in seeds)])
+    return _markdown(["", "mixed"], lines)
+
+
+def uses_table(results: dict) -> str:
+    lines = [
+        [use, measured, *(f"{100 * row[way][measured]:.1f}" for way in ("plain", "with"))]
+        for use, row in results["uses"].items() for measured in row["plain"]
+    ]  # fmt: skip
+    first, *others = results["combination"].items()
+    lines += [
+        [f"{name}, no demonstrations", measured, *(f"{100 * x[measured]:.1f}" for x in (first[1], row))]
+        for name, row in others for measured in row
+    ]  # fmt: skip
+    return _markdown(["vector", "share of the test images", "plain", "with it"], lines)
+
+
+def _adapted(results: dict, tasks: tuple[str, ...]) -> list[tuple[str, dict]]:
+    return [(name, row) for name, row in results["adapted"].items() if SETTINGS[name].tasks == tasks]
+
+
+def _shots(shots: str) -> str:
+    return f"{shots}-shot" if int(shots) else "zero-shot"
+
+
+def _row_name(name: str, seeds: list) -> str:
+    return f"{SETTINGS[name].name}, no demonstrations, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+
+
+def _mean(row: dict[str, float], tasks: tuple[str, ...]) -> float:
+    return statistics.mean(row[task] for task in tasks)
+
+
+def _spread(values: Iterable[float]) -> str:
+    """Percent: the mean, and in brackets the range if there are several."""
+    values = [100 * value for value in values]
+    bounds = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{bounds}"
+
+
+def _percent(row: dict[str, float], tasks: tuple[str, ...]) -> list[str]:
     return [f"{100 * row[task]:.1f}" for task in tasks]
 
 

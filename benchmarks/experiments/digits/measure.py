@@ -1,0 +1,107 @@
+"""Every method on every task, without demonstrations: ``python -m benchmarks.experiments.digits.measure``.
+
+Writes ``results.json`` after every adapter and trains only those that it lacks; ``--split validation`` is
+what the recipes below were chosen on.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import mmicl_kernels as mk
+from benchmarks.experiments.digits import data
+from benchmarks.experiments.digits.evaluate import Accuracy, accuracy
+from benchmarks.experiments.digits.model import load_model
+from benchmarks.experiments.digits.train import Recipe, train_adapter
+
+RESULTS = Path(__file__).with_name("results.json")
+SEEDS = (0, 1, 2)
+SHOTS = (0, 1, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of a table: a method, how it is trained, and for which tasks."""
+
+    name: str
+    config: object
+    recipe: Recipe
+    tasks: tuple[str, ...] = data.TASKS
+
+
+# Demonstrations do not teach this model "mixed", so there is no teacher to follow there: answers only.
+TAUGHT = Recipe(shots=16)
+UNTAUGHT = {"recipe": Recipe(steps=1000, shots=1), "tasks": ("mixed",)}
+SETTINGS = {
+    "mimic": Setting("MimIC", mk.MimICConfig(), Recipe()),
+    "live": Setting("LIVE", mk.LIVEConfig(), TAUGHT),
+    "m2iv": Setting("M2IV", mk.M2IVConfig(synergy_weight=0.1), TAUGHT),
+    "m2iv-64": Setting(
+        "M2IV, teacher of 64 in 4 passes", mk.M2IVConfig(synergy_weight=0.1), Recipe(shots=64, passes=4)
+    ),
+    "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
+    "mixed-m2iv-synergy": Setting(
+        "M2IV, synergy 0.1", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0.1, ce_weight=1), **UNTAUGHT
+    ),
+    "mixed-m2iv": Setting(
+        "M2IV, no synergy", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0, ce_weight=1), **UNTAUGHT
+    ),
+    "mixed-mimic": Setting("MimIC", mk.MimICConfig(align_weight=0, ce_weight=1), **UNTAUGHT),
+}
+
+
+def measure(model: nn.Module, split: str, settings: Sequence[str], seeds: Sequence[int], out: Path) -> dict:
+    """Add to the results in ``out`` what they lack: accuracies by shots, and by setting, seed and task."""
+    results = json.loads(out.read_text()) if out.exists() else {"plain": {}, "adapted": {}}
+    if results.setdefault("split", split) != split:
+        raise ValueError(f"{out} has the split {results['split']!r}, expected {split!r}")
+    for shots in SHOTS:
+        row = results["plain"].setdefault(str(shots), {})
+        for task in data.WORDS:
+            if task not in row:
+                row[task] = _rate(accuracy(model, task, shots, split))
+    todo = [(name, seed, task) for seed in seeds for name in settings for task in SETTINGS[name].tasks]
+    for name, seed, task in tqdm(todo, desc="adapters", unit="adapter"):
+        setting = SETTINGS[name]
+        recipe = {"config": asdict(setting.config), "recipe": asdict(setting.recipe)}
+        row = results["adapted"].setdefault(name, {**recipe, "seconds": {}, "seeds": {}})
+        if {key: row[key] for key in recipe} != recipe:
+            raise ValueError(f"{out} has {name!r} trained with {row['recipe']}, expected {setting.recipe}")
+        measured = row["seeds"].setdefault(str(seed), {})
+        if task in measured:
+            continue
+        start = time.perf_counter()
+        adapter = train_adapter(
+            model, task, config=setting.config, recipe=setting.recipe, seed=seed, progress=False
+        )
+        row["seconds"][f"{task}, seed {seed}"] = round(time.perf_counter() - start, 1)
+        with mk.attach(model, adapter):
+            measured[task] = _rate(accuracy(model, task, 0, split))
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _rate(measured: Accuracy) -> float:
+    return round(measured.value, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the model is too small to share out
+    measure(load_model(), arguments.split, arguments.settings, arguments.seeds, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
