@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import residual_peers, shapes
+from benchmarks import residual_peers, shapes, splice_peers
 from benchmarks.attention_peers import (
     BACKENDS,
     WITH_LSE,
@@ -385,4 +385,42 @@ RESIDUAL_SHIFT = (
     ),
 )
 
-OPS = {spec.name: spec for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT, *RESIDUAL_SHIFT)}
+# ---- prefix_splice: copies alone ----
+
+_SPLICE_PEERS = {
+    "loop": splice_peers.python_loop,
+    "pad_sequence": splice_peers.cat_and_pad,
+    "masked_scatter": splice_peers.masked_scatter,
+}
+
+
+def _splice_lineup(cases: tuple[Case, ...], impls: tuple[str, ...]) -> Lineup:
+    return Lineup(
+        cases=cases,
+        providers={
+            "memcpy": splice_peers.memcpy,
+            **_SPLICE_PEERS,
+            **{impl: splice_peers.ours(impl) for impl in impls},
+        },
+        floors=("memcpy",),
+        others=tuple(_SPLICE_PEERS),
+        stock=tuple(_SPLICE_PEERS),
+        ours=impls,
+    )
+
+
+PREFIX_SPLICE = OpSpec(
+    name="prefix_splice",
+    tests=("tests/ops/test_prefix_splice.py",),
+    make_inputs=splice_peers.make_inputs,
+    bytes=splice_peers.count_bytes,
+    flops=lambda case: 0,
+    parts=splice_peers.parts,
+    lineups={
+        "cpu": _splice_lineup(splice_peers.CPU_CASES, ("composed",)),
+        "cuda": _splice_lineup(splice_peers.CUDA_CASES, OURS),
+    },
+    share=0.04,
+)
+
+OPS = {spec.name: spec for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT, *RESIDUAL_SHIFT, PREFIX_SPLICE)}

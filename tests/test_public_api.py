@@ -21,6 +21,11 @@ SIGNATURES = {
     "impl='auto')",
     "ops.residual_shift_rms_norm": "(x, residual, vector, scale, norm_weight, *, eps, weight_offset=0.0, "
     "adapter_ids=None, impl='auto')",
+    "ops.prefix_splice": "(bank, offsets, demo_ids, cu_demos, prompt, *, length, layout='left', "
+    "max_length=None, prompt_start=None, prompt_end=None, cu_prompt=None, labels=None, bank_scale=None, "
+    "impl='auto')",
+    "ops.prefix_splice_": "(embeddings, bank, offsets, demo_ids, cu_demos, starts, *, bank_scale=None, "
+    "impl='auto')",
     "create": "(model, config)",
     "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0)",
     "load": "(folder, model)",

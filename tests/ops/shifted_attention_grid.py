@@ -1,11 +1,11 @@
 """The contract of ``shifted_attention`` as a grid of calls, each with its exact result and its budget."""
 
 import functools
-import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.testing.budgets import (
@@ -17,7 +17,6 @@ from mmicl_kernels.testing.budgets import (
 from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs
 
 # Triton has no fp64 here, and its interpreter rounds bf16 towards zero.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDE = (torch.float32,) if INTERPRETED else (torch.float64, torch.float32)
 DTYPES = (*WIDE, torch.float16) if INTERPRETED else (*WIDE, torch.bfloat16, torch.float16)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dweight", "dbias", "dshift")

@@ -1,22 +1,26 @@
 """The shift's Triton kernels: values in Triton's interpreter and on a GPU, machine code without one.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or compiles. The
-value tests have one device: the CPU in an interpreting process (``test_values_in_the_interpreter``
-starts one on this file), CUDA in any other.
+``test_values_in_the_interpreter`` starts a process on this file.
 """
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from triton_process import (  # noqa: E402
+    INTERPRETED,
+    assert_all_pass,
+    assert_no_synchronisation,
+    captured,
+    compiles,
+    interpreted,
+    on_device,
+)
 
 from mmicl_kernels.ops import attention_shift  # noqa: E402
 from mmicl_kernels.ops.attention_shift import _composed, _triton  # noqa: E402
@@ -28,11 +32,6 @@ from mmicl_kernels.testing.budgets import (  # noqa: E402
 )
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
-on_device = pytest.mark.parametrize("device", [DEVICE])
-compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
 
 # The interpreter rounds bf16 towards zero, a GPU to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
@@ -129,17 +128,7 @@ def row_parameter(parameter, ids):
 @compiles
 def test_values_in_the_interpreter():
     """Runs every value test of this file on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
-    assert passed > len(CASES) * len(DTYPES[:3]), run.stdout[-2000:]
+    assert_all_pass(interpreted(__file__), at_least=len(CASES) * len(DTYPES[:3]) + 1)
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -398,11 +387,7 @@ def test_cuda_graph_replay(T):
         shifted = _triton.attention_shift_fwd(*inputs, ids)
         return shifted, *_triton.attention_shift_bwd(dout, *inputs[1:], ids, inputs[0], 2, True)
 
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = step()
+    graph, replayed = captured(step)
     ids.copy_(ids.roll(1))  # ids are data: another request needs no new graph
     inputs[2].mul_(0.5)
     graph.replay()
@@ -420,9 +405,4 @@ def test_no_host_synchronisation():
     def step():
         gradients(lambda *x: attention_shift(*x, adapter_ids=ids, impl="triton"), inputs, [dout])
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronisation(step)

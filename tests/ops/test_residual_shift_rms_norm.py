@@ -1,10 +1,10 @@
 """Value and gradients of ``residual_shift_rms_norm``; test_residual_shift_triton.py runs them interpreted."""
 
 import functools
-import os
 
 import pytest
 import torch
+from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import residual_shift_rms_norm
 from mmicl_kernels.testing.budgets import (
@@ -15,7 +15,6 @@ from mmicl_kernels.testing.budgets import (
 )
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
 NAMES = ("normed", "new_residual", "dx", "dresidual", "dvector", "dscale", "dnorm_weight")

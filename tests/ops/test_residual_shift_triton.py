@@ -1,17 +1,11 @@
 """The residual ops' Triton kernels: values in the interpreter and on a GPU, machine code without one.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or compiles:
-``test_values_in_the_interpreter`` starts one on the value tests of both ops and on those here.
+``test_values_in_the_interpreter`` starts a process on the value tests of both ops and on those here.
 """
 
 import functools
-import os
 import re
-import subprocess
-import sys
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,17 +13,22 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_process import (  # noqa: E402
+    assert_all_pass,
+    assert_no_synchronisation,
+    captured,
+    compiles,
+    interpreted,
+    launches,
+    on_device,
+)
+
 from mmicl_kernels.ops import residual_shift, residual_shift_rms_norm  # noqa: E402
 from mmicl_kernels.ops.residual_shift import _triton as shift  # noqa: E402
 from mmicl_kernels.ops.residual_shift_rms_norm import _triton as norm  # noqa: E402
 from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
-on_device = pytest.mark.parametrize("device", [DEVICE])
-compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
 
 KERNELS = (
     shift.residual_shift_fwd_kernel,
@@ -45,28 +44,8 @@ FOLDER = Path(__file__).parent
 @pytest.mark.parametrize("name", ("residual_shift", "residual_shift_rms_norm", "residual_shift_triton"))
 def test_values_in_the_interpreter(name):
     """Runs every value test of one file on the CPU."""
-    file = FOLDER / f"test_{name}.py"
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "not bad_input",
-            str(file),
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=FOLDER.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
-    assert passed >= (5 if name.endswith("triton") else 100), run.stdout[-2000:]
+    at_least = 5 if name.endswith("triton") else 100
+    assert_all_pass(interpreted("-k", "not bad_input", FOLDER / f"test_{name}.py"), at_least=at_least)
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -123,20 +102,6 @@ def test_rows_too_long_for_a_norm_are_refused(device):
         residual_shift(x, vector, preserve_norm=True, impl="triton")
     with pytest.raises(NotImplementedError, match="C is 32769"):
         residual_shift_rms_norm(x, x, vector, 1.0, vector, eps=0.0, impl="triton")
-
-
-@contextmanager
-def launches(*kernels):
-    """Yields the list of those of ``kernels`` that are launched inside, in order."""
-    launched = []
-
-    def counting(kernel, run):
-        return lambda *a, **k: (launched.append(kernel), run(*a, **k))
-
-    with ExitStack() as stack:
-        for kernel in kernels:
-            stack.enter_context(mock.patch.object(kernel, "run", counting(kernel, kernel.run)))
-        yield launched
 
 
 @on_device
@@ -241,11 +206,7 @@ def step_on_cuda():
 @compiles
 def test_cuda_graph_replay():
     step, ids = step_on_cuda()
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = step()
+    graph, replayed = captured(step)
     ids.copy_(ids.roll(1))  # ids are data: another request needs no new graph
     graph.replay()
     for a, b in zip(replayed, step(), strict=True):
@@ -256,9 +217,4 @@ def test_cuda_graph_replay():
 @compiles
 def test_no_host_synchronisation():
     step, _ = step_on_cuda()
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronisation(step)

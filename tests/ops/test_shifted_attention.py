@@ -5,7 +5,6 @@ import torch
 from shifted_attention_grid import (
     DTYPES,
     GRID,
-    INTERPRETED,
     NAMES,
     SLOW,
     TYPICAL,
@@ -17,6 +16,7 @@ from shifted_attention_grid import (
     run,
 )
 from torch.nn import functional as F
+from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.ops.attention_shift._composed import stacked_parameters

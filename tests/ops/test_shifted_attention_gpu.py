@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("triton")
 
 from shifted_attention_grid import (  # noqa: E402
-    INTERPRETED,
     NAMES,
     assert_within,
     budget_of,
@@ -26,6 +25,7 @@ from shifted_attention_grid import (  # noqa: E402
 from shifted_attention_launches import COMBINE, DELTA, DKDV, DQ, FORWARD, names, note_launches  # noqa: E402
 from test_compiled_ops import same_when_compiled  # noqa: E402
 from torch.profiler import ProfilerActivity  # noqa: E402
+from triton_process import assert_no_synchronisation, captured, compiles  # noqa: E402
 
 from mmicl_kernels.ops import shifted_attention  # noqa: E402
 from mmicl_kernels.ops.attention_shift import _triton as shift_kernels  # noqa: E402
@@ -37,7 +37,7 @@ from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_atten
 
 # By name: as attributes of mmicl_kernels.ops, packages give way to the ops they hold.
 api = importlib.import_module("mmicl_kernels.ops.shifted_attention.api")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
+pytestmark = compiles
 gpu = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 HALF = (BF16, FP16)
@@ -185,15 +185,6 @@ def test_decode_is_bit_equal_twice(name):
 # ---- graphs, synchronisation, launches, memory ----
 
 
-def captured(step):
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
-
-
 @gpu
 @pytest.mark.parametrize("name", ("idefics2", "left_padded", "packed"))
 def test_graph_replay_of_forward_and_backward(name):
@@ -252,15 +243,6 @@ def test_no_host_synchronisation(impl, name):
 def test_no_host_synchronisation_of_a_decode(name, impl):
     inputs, arguments, _ = arguments_of(DECODES[name])
     assert_no_synchronisation(lambda: shifted_attention(*inputs, **arguments, impl=impl))
-
-
-def assert_no_synchronisation(step):
-    step()  # compiles, and asks for the device's properties
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu

@@ -13,6 +13,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from triton_process import compiles  # noqa: E402
+
 from mmicl_kernels.ops.attention_shift import _triton as attention_shift_triton  # noqa: E402
 from mmicl_kernels.ops.shifted_attention import _triton as kernels  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
@@ -23,9 +25,7 @@ from mmicl_kernels.testing.cross_compile import (  # noqa: E402
     machine_code,
 )
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets its kernels"
-)
+pytestmark = compiles
 
 TABLE = Path(__file__).with_name("registers.json")
 UPDATE = os.environ.get("UPDATE_REGISTERS") == "1"

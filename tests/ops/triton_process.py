@@ -1,0 +1,76 @@
+"""Triton kernels in tests: on what they run, what is launched, and what only a GPU shows.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or compiles. Value
+tests have one device: the CPU in an interpreting process, which another test starts; CUDA in any other.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
+on_device = pytest.mark.parametrize("device", [DEVICE])
+compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
+
+
+def interpreted(*arguments):
+    """A pytest process that interprets its kernels; it stops at the first failure."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def assert_all_pass(*processes, at_least):
+    """Every process ends well, having passed so many tests."""
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-8000:]
+        assert int(re.search(r"(\d+) passed", output).group(1)) >= at_least, output[-2000:]
+
+
+@contextmanager
+def launches(*kernels):
+    """Yields the list of those of ``kernels`` that are launched inside, in order."""
+    launched = []
+
+    def counting(kernel, run):
+        return lambda *a, **k: (launched.append(kernel), run(*a, **k))
+
+    with ExitStack() as stack:
+        for kernel in kernels:
+            stack.enter_context(mock.patch.object(kernel, "run", counting(kernel, kernel.run)))
+        yield launched
+
+
+def captured(step):
+    """A CUDA graph of ``step``, which ran once before, and what it returns at every replay."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+def assert_no_synchronisation(step):
+    """Once it compiled and asked for the device's properties, ``step`` never waits for the GPU."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
