@@ -275,10 +275,3 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number above 0")
-
-
-def check_count(config: Any, name: str) -> None:
-    """Raise ValueError unless the field ``name`` is an integer of at least 1."""
-    value = getattr(config, name)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")

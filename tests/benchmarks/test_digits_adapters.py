@@ -136,7 +136,7 @@ def test_uses_run_and_their_table(lvlm, tmp_path):
     for shares in results["uses"].values():
         assert shares["plain"].keys() == shares["with"].keys()
     table = report.uses_table(results).splitlines()
-    assert len(table) == 2 + 6 + 4 and all(line.count("|") == 5 for line in table)
+    assert len(table) == 2 + 7 + 4 and all(line.count("|") == 5 for line in table)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CASES = {"m2iv": (mk.M2IVAdapter, mk.M2IVConfig), "live": (mk.LIVEAdapter, mk.LIVEConfig)}
 CHANGED = {
     "m2iv": {"mimicry_weight": 0.25, "synergy_weight": 1 / 3, "ce_weight": 0.0, "temperature": 2.0,
-             "gamma": 5e-4, "teacher_shots": 64, "scale_learning_rate": 0.1},
-    "live": {"site": "layer", "kl_weight": 0.5, "ce_weight": 1 / 3, "temperature": 0.5, "teacher_shots": 1,
+             "gamma": 5e-4, "scale_learning_rate": 0.1},
+    "live": {"site": "layer", "kl_weight": 0.5, "ce_weight": 1 / 3, "temperature": 0.5,
              "scale_learning_rate": 0.1},
 }  # fmt: skip
 
@@ -129,7 +129,6 @@ def test_defaults_are_those_of_the_design():
         "ce_weight": 0.5,
         "temperature": 1.0,
         "gamma": 1e-3,
-        "teacher_shots": 16,
         "scale_learning_rate": 1e-2,
     }
     assert dataclasses.asdict(mk.LIVEConfig()) == {
@@ -137,7 +136,6 @@ def test_defaults_are_those_of_the_design():
         "kl_weight": 1.0,
         "ce_weight": 0.5,
         "temperature": 1.0,
-        "teacher_shots": 32,
         "scale_learning_rate": 1e-2,
     }
 
@@ -160,9 +158,6 @@ def test_bad_weights(name, value):
         ("temperature", math.nan, "temperature is nan"),
         ("scale_learning_rate", -1e-2, r"scale_learning_rate is -0\.01"),
         ("scale_learning_rate", math.inf, "scale_learning_rate is inf"),
-        ("teacher_shots", 0, "teacher_shots is 0, expected an integer of at least 1"),
-        ("teacher_shots", 1.5, r"teacher_shots is 1\.5"),
-        ("teacher_shots", True, "teacher_shots is True"),
     ],
 )
 def test_bad_fields(method, name, value, message):

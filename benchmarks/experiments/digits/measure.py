@@ -5,6 +5,7 @@ what the recipes below were chosen on.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from tqdm import tqdm
 import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
 from benchmarks.experiments.digits.evaluate import Accuracy, accuracy
-from benchmarks.experiments.digits.model import load_model
+from benchmarks.experiments.digits.model import WEIGHTS, load_model
 from benchmarks.experiments.digits.train import Recipe, train_adapter
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -59,9 +60,11 @@ SETTINGS = {
 
 def measure(model: nn.Module, split: str, settings: Sequence[str], seeds: Sequence[int], out: Path) -> dict:
     """Add to the results in ``out`` what they lack: accuracies by shots, and by setting, seed and task."""
-    results = json.loads(out.read_text()) if out.exists() else {"plain": {}, "adapted": {}}
-    if results.setdefault("split", split) != split:
-        raise ValueError(f"{out} has the split {results['split']!r}, expected {split!r}")
+    results = json.loads(out.read_text()) if out.exists() else {}
+    _check_same(results, {"split": split, "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()}, out)
+    results.setdefault("torch", torch.__version__)
+    results.setdefault("plain", {})
+    results.setdefault("adapted", {})
     for shots in SHOTS:
         row = results["plain"].setdefault(str(shots), {})
         for task in data.WORDS:
@@ -70,10 +73,10 @@ def measure(model: nn.Module, split: str, settings: Sequence[str], seeds: Sequen
     todo = [(name, seed, task) for seed in seeds for name in settings for task in SETTINGS[name].tasks]
     for name, seed, task in tqdm(todo, desc="adapters", unit="adapter"):
         setting = SETTINGS[name]
-        recipe = {"config": asdict(setting.config), "recipe": asdict(setting.recipe)}
-        row = results["adapted"].setdefault(name, {**recipe, "seconds": {}, "seeds": {}})
-        if {key: row[key] for key in recipe} != recipe:
-            raise ValueError(f"{out} has {name!r} trained with {row['recipe']}, expected {setting.recipe}")
+        row = results["adapted"].setdefault(name, {})
+        _check_same(row, {"config": asdict(setting.config), "recipe": asdict(setting.recipe)}, name)
+        row.setdefault("seconds", {})
+        row.setdefault("seeds", {})
         measured = row["seeds"].setdefault(str(seed), {})
         if task in measured:
             continue
@@ -86,6 +89,13 @@ def measure(model: nn.Module, split: str, settings: Sequence[str], seeds: Sequen
             measured[task] = _rate(accuracy(model, task, 0, split))
         out.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _check_same(results: dict, facts: dict, where: object) -> None:
+    """Note ``facts``, or raise ValueError if what was measured before had others."""
+    for key, value in facts.items():
+        if results.setdefault(key, value) != value:
+            raise ValueError(f"{where}: {key} is {results[key]!r} in the results, expected {value!r}")
 
 
 def _rate(measured: Accuracy) -> float:

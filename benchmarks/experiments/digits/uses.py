@@ -90,10 +90,13 @@ def measure_style(model: nn.Module, split: str, task: str = TASK, shots: int = S
 
 
 def measure_refusal(model: nn.Module, split: str) -> dict[str, float]:
-    (asked, _), (ids, truth) = (answers(model, task, SHOTS, split) for task in (REFUSED, TASK))
+    found = {task: answers(model, task, SHOTS, split) for task in data.TASKS}
+    asked, _ = found.pop(REFUSED)
+    right = [_share(ids[:, 0] == truth) for ids, truth in found.values()]
     return {
         f"{REFUSED}: refused": _share(asked[:, 0] == data.END_ID),
-        f"{TASK}: right": _share(ids[:, 0] == truth),
+        "six other tasks: right": round(sum(right) / len(right), 4),
+        "the worst of them: right": min(right),
     }
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmicl_kernels.methods.base import check_count, check_non_negative, check_positive
+from mmicl_kernels.methods.base import check_non_negative, check_positive
 
 SITES = ("mlp", "layer")
 
@@ -16,7 +16,6 @@ class LIVEConfig:
         kl_weight, ce_weight: weights of the KL to the teacher on the answer's tokens and of the answer's
             cross-entropy.
         temperature: of both softmaxes in the KL, which is multiplied by its square.
-        teacher_shots: demonstrations in a teacher's prompt.
         scale_learning_rate: learning rate of ``scale``.
     """
 
@@ -24,7 +23,6 @@ class LIVEConfig:
     kl_weight: float = 1.0
     ce_weight: float = 0.5
     temperature: float = 1.0
-    teacher_shots: int = 32
     scale_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -32,4 +30,3 @@ class LIVEConfig:
             raise ValueError(f"site is {self.site!r}, expected one of {SITES}")
         check_non_negative(self, "kl_weight", "ce_weight")
         check_positive(self, "temperature", "scale_learning_rate")
-        check_count(self, "teacher_shots")

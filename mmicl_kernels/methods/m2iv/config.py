@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass
 
-from mmicl_kernels.methods.base import check_count, check_non_negative, check_positive
+from mmicl_kernels.methods.base import check_non_negative, check_positive
 
 
 @dataclass(frozen=True)
 class M2IVConfig:
-    """M2IV's objective and teacher; where the paper's text is not public, the values are ours (README).
+    """M2IV's objective; where the paper's text is not public, the values are ours (README).
 
     Attributes:
         mimicry_weight, synergy_weight, ce_weight: weights of the three losses: KL to the teacher on the
             answer's tokens, correlation of the two branches, the answer's cross-entropy.
         temperature: of both softmaxes in the KL.
         gamma: weight of the off-diagonal squares in the synergy loss.
-        teacher_shots: demonstrations in a teacher's prompt.
         scale_learning_rate: learning rate of every ``attn.scale`` and ``mlp.scale``.
     """
 
@@ -23,10 +22,8 @@ class M2IVConfig:
     ce_weight: float = 0.5
     temperature: float = 1.0
     gamma: float = 1e-3
-    teacher_shots: int = 16
     scale_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         check_non_negative(self, "mimicry_weight", "synergy_weight", "ce_weight", "gamma")
         check_positive(self, "temperature", "scale_learning_rate")
-        check_count(self, "teacher_shots")
