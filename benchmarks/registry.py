@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import residual_peers, shapes, splice_peers
+from benchmarks import projection_peers, residual_peers, shapes, splice_peers
 from benchmarks.attention_peers import (
     BACKENDS,
     WITH_LSE,
@@ -423,4 +423,41 @@ PREFIX_SPLICE = OpSpec(
     share=0.04,
 )
 
-OPS = {spec.name: spec for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT, *RESIDUAL_SHIFT, PREFIX_SPLICE)}
+# ---- row_projection: a gather and a product ----
+
+_PROJECTION_PEERS = {"indexed": projection_peers.indexed, "compiled": projection_peers.compiled}
+
+
+def _projection_lineup(cases: tuple[Case, ...], impls: tuple[str, ...]) -> Lineup:
+    return Lineup(
+        cases=cases,
+        providers={
+            "packed": projection_peers.packed,
+            **_PROJECTION_PEERS,
+            **{impl: projection_peers.ours(impl) for impl in impls},
+        },
+        floors=("packed",),
+        others=tuple(_PROJECTION_PEERS),
+        stock=tuple(_PROJECTION_PEERS),
+        ours=impls,
+    )
+
+
+ROW_PROJECTION = OpSpec(
+    name="row_projection",
+    tests=("tests/ops/test_row_projection.py",),
+    make_inputs=projection_peers.make_inputs,
+    bytes=projection_peers.count_bytes,
+    flops=projection_peers.count_flops,
+    parts=projection_peers.parts,
+    lineups={
+        "cpu": _projection_lineup(projection_peers.CPU_CASES, ("composed",)),
+        "cuda": _projection_lineup(projection_peers.CUDA_CASES, OURS),
+    },
+    share=0.04,
+)
+
+OPS = {
+    spec.name: spec
+    for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT, *RESIDUAL_SHIFT, PREFIX_SPLICE, ROW_PROJECTION)
+}

@@ -21,6 +21,7 @@ _LAZY = {
     "AttentionShift": "mmicl_kernels.modules",
     "ResidualShift": "mmicl_kernels.modules",
     "ShiftedAttention": "mmicl_kernels.modules",
+    "TokenFuser": "mmicl_kernels.modules",
     "M2IVConfig": "mmicl_kernels.methods",
     "M2IVAdapter": "mmicl_kernels.methods",
     "LIVEConfig": "mmicl_kernels.methods",

@@ -26,6 +26,9 @@ SIGNATURES = {
     "impl='auto')",
     "ops.prefix_splice_": "(embeddings, bank, offsets, demo_ids, cu_demos, starts, *, bank_scale=None, "
     "impl='auto')",
+    "ops.row_projection": "(hidden, rows, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-05, "
+    "num_rows=None, dtype=None, impl='auto')",
+    "TokenFuser.forward": "(self, hidden, rows, *, num_rows=None, dtype=None, impl='auto')",
     "create": "(model, config)",
     "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0)",
     "load": "(folder, model)",

@@ -4,6 +4,7 @@ from mmicl_kernels.ops.attention_shift import attention_shift
 from mmicl_kernels.ops.prefix_splice import prefix_splice, prefix_splice_
 from mmicl_kernels.ops.residual_shift import residual_shift
 from mmicl_kernels.ops.residual_shift_rms_norm import residual_shift_rms_norm
+from mmicl_kernels.ops.row_projection import row_projection
 from mmicl_kernels.ops.shifted_attention import shifted_attention
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "prefix_splice_",
     "residual_shift",
     "residual_shift_rms_norm",
+    "row_projection",
     "shifted_attention",
 ]

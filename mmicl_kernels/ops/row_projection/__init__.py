@@ -1,0 +1,3 @@
+from mmicl_kernels.ops.row_projection.api import row_projection
+
+__all__ = ["row_projection"]

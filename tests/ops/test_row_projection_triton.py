@@ -1,0 +1,229 @@
+"""The projection's Triton kernels: values in the interpreter and on a GPU, machine code without one.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or compiles:
+``test_values_in_the_interpreter`` starts one on the value tests and on those here.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mmicl_kernels.ops.row_projection import _composed, _triton, row_projection  # noqa: E402
+from mmicl_kernels.testing.budgets import gradients  # noqa: E402
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
+from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
+on_device = pytest.mark.parametrize("device", [DEVICE])
+compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
+
+GATHER, CLEAR, SCATTER = KERNELS = (
+    _triton.gather_rows_kernel,
+    _triton.clear_rows_kernel,
+    _triton.scatter_rows_kernel,
+)
+FOLDER = Path(__file__).parent
+COUNTS = {"row_projection": 150, "row_projection_triton": 15}
+
+
+@compiles
+@pytest.mark.parametrize("name", COUNTS)
+def test_values_in_the_interpreter(name):
+    """Runs every value test of one file on the CPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, "-k", "not bad_input and not independent_code", str(FOLDER / f"test_{name}.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
+    assert passed >= COUNTS[name], run.stdout[-2000:]
+
+
+# ---- values: the interpreter's, or a GPU's ----
+
+INDICES = {
+    "ascending": list(range(0, 90, 4)),
+    "descending": list(range(89, -1, -1)),
+    "duplicates": [7] * 9 + [88, 7, 0] * 5,
+    "outside": [3, -1, 90, 2**40, -(2**40), 89, 3],
+    "nothing": [-1] * 6,
+    "empty": [],
+}
+
+
+@on_device
+@pytest.mark.parametrize("layout", ("dense", "tokens_first", "sliced", "expanded"))
+@pytest.mark.parametrize("name", INDICES)
+def test_copies_are_the_stock_ones(name, layout, device):
+    """Several programs along rows and columns, and a ragged end of both; and indices that are no rows."""
+    B, T, C = 3, 30, 2500
+    hidden = hidden_states(B, T, C, dtype=torch.float32, device=device, layout=layout)
+    index = torch.tensor(INDICES[name], dtype=torch.long, device=device)
+    assert torch.equal(_triton.gather_rows(hidden, index), _composed.gather_rows(hidden, index))
+    dx = normal(len(index), C, dtype=torch.float32, device=device)
+    expected = _composed.scatter_rows(dx, index, B, T)
+    for x in (dx, dx.t().contiguous().t()):
+        assert torch.equal(_triton.scatter_rows(x, index, B, T), expected)
+    expected = _composed.clear_rows_(dx.clone(), index, B * T)
+    assert torch.equal(_triton.clear_rows_(dx, index, B * T), expected)
+
+
+@on_device
+def test_offsets_past_two_to_the_31(device):
+    """Rows 2^29 elements apart: the product of row and stride passes int32, of tokens and of batch rows."""
+    n, C, stride = 6, 16, 2**29
+    storage = torch.from_numpy(np.zeros((n - 1) * stride + C, np.float16)).to(device)
+    index = torch.tensor([5, 0, 4, 5], device=device)
+    for shape, strides in (((1, n, C), (0, stride, 1)), ((n, 1, C), (stride, 0, 1))):
+        far = storage.as_strided(shape, strides)
+        far.copy_(normal(*shape, dtype=torch.float16, device=device))
+        assert torch.equal(_triton.gather_rows(far, index), far.contiguous().view(n, C)[index])
+
+
+@contextmanager
+def launches(*kernels):
+    """Yields the list of those of ``kernels`` that are launched inside, in order."""
+    launched = []
+
+    def counting(kernel, run):
+        return lambda *a, **k: (launched.append(kernel), run(*a, **k))
+
+    with ExitStack() as stack:
+        for kernel in kernels:
+            stack.enter_context(mock.patch.object(kernel, "run", counting(kernel, kernel.run)))
+        yield launched
+
+
+@on_device
+def test_launches(device):
+    """Two around the forward's product; before the backward's one, after it with dhidden a sort and one."""
+    hidden = normal(2, 13, 40, dtype=torch.float32, device=device)
+    weight, bias = (
+        normal(*x, dtype=torch.float32, device=device).requires_grad_() for x in ((24, 40), (24,))
+    )
+    mask = torch.ones(2, 13, dtype=torch.bool, device=device)
+    fn = functools.partial(row_projection, rows=mask, num_rows=26, impl="triton")
+    sort = mock.patch.object(torch, "sort", wraps=torch.sort)
+    with launches(*KERNELS) as launched, sort as sorts:
+        out = fn(hidden, weight=weight, bias=bias)
+        assert launched == [GATHER, CLEAR]
+        torch.autograd.grad(out, (weight, bias), out)
+        assert launched == [GATHER, CLEAR, CLEAR] and sorts.call_count == 0
+        out = fn(hidden.requires_grad_(), weight=weight, bias=bias)
+        torch.autograd.grad(out, hidden, out)
+        assert launched[3:] == [GATHER, CLEAR, CLEAR, SCATTER] and sorts.call_count == 1
+
+
+# ---- machine code, without a GPU ----
+
+
+def compiled(capability, C, dtype, layout="dense"):
+    """What the launchers would launch on a CUDA device, in their order."""
+    hidden = hidden_states(2, 64, C, dtype=dtype, layout=layout)
+    index = torch.arange(40)
+    with compiling_for(capability, KERNELS) as kernels:
+        x = _triton.clear_rows_(_triton.gather_rows(hidden, index), index, 128)
+        _triton.scatter_rows(x, index, 2, 64)
+    return [machine_code(kernel) for kernel in kernels]
+
+
+@compiles
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+def test_registers_and_vector_accesses(dtype, capability):
+    """Registers leave room for 24 warps on an SM of 65536; rows are touched 16 bytes at a time."""
+    codes = compiled(capability, 4096, dtype)
+    assert [code.name for code in codes] == [kernel.__name__ for kernel in KERNELS]
+    for code in codes:
+        assert code.spilled_bytes == 0, code.name
+        assert code.registers <= 80, (code.name, code.registers)
+        assert "st.global.v4.b32" in code.ptx, code.name
+        assert "ld.global.v4.b32" in code.ptx or code.name == CLEAR.__name__, code.name
+        assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("C", "layout"), ((1, "dense"), (40, "sliced"), (3584, "tokens_first"), (8192, "dense"))
+)
+def test_no_spills_at_other_sizes(C, layout):
+    for code in compiled(90, C, torch.bfloat16, layout):
+        assert code.spilled_bytes == 0, (code.name, code.registers)
+
+
+# ---- on a GPU alone ----
+
+
+def step_on_cuda():
+    """Forward and backward of both forms, and the mask they read."""
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    hidden, weight = normal(4, 300, 1024, **options), normal(1024, 1024, **options) / 32
+    vectors = [normal(1024, seed=i, **options) for i in range(3)]
+    mask = normal(4, 300, dtype=torch.float32, device="cuda") > 1
+    dout, index = normal(256, 1024, **options), torch.arange(256, device="cuda") % 100
+
+    def masked(hidden, weight, bias, norm_weight, norm_bias):
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        return row_projection(hidden, mask, weight, bias, **norm, num_rows=256)
+
+    def indexed(hidden, weight, bias):
+        return row_projection(hidden, index, weight, bias)
+
+    def step():
+        inputs = (hidden, weight, *vectors)
+        results = [*gradients(masked, inputs, (dout,)), *gradients(indexed, inputs[:3], (dout,))]
+        return sum(results, ())
+
+    return step, mask
+
+
+@pytest.mark.gpu
+@compiles
+def test_cuda_graph_replay():
+    step, mask = step_on_cuda()
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    mask.copy_(mask.roll(1))  # rows are data: other positions need no new graph
+    graph.replay()
+    for a, b in zip(replayed, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@compiles
+def test_no_host_synchronisation():
+    step, _ = step_on_cuda()
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@compiles
+def test_a_mask_with_more_rows_is_cut_on_cuda():
+    hidden, weight = (normal(*x, dtype=torch.float32, device="cuda") for x in ((2, 13, 40), (24, 40)))
+    mask = torch.ones(2, 13, dtype=torch.bool, device="cuda")
+    expected = row_projection(hidden, torch.arange(5, device="cuda"), weight)
+    assert torch.equal(row_projection(hidden, mask, weight, num_rows=5), expected)
