@@ -250,7 +250,6 @@ def test_empty(shape, preserve_norm, impl):
 
 
 def test_rows_of_a_batch_are_the_rows_alone(impl):
-    """And a row whose gradient is NaN leaves the other adapters' alone."""
     x, vector, scale = residual_shift_inputs(3, adapters=3)
     ids = torch.tensor([[2, 0], [1, -1], [0, 0]])
     fn = functools.partial(residual_shift, preserve_norm=True, impl=impl)
@@ -259,6 +258,82 @@ def test_rows_of_a_batch_are_the_rows_alone(impl):
         assert torch.equal(out[b : b + 1], fn(x[b : b + 1], vector, scale, adapter_ids=ids[b : b + 1]))
     single = fn(x[1:2], vector[1], scale[1])
     assert torch.equal(out[1:2], single)
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("bad", ("x", "dout"))
+def test_a_row_that_is_not_finite_leaves_other_adapters_alone(bad, preserve_norm, impl):
+    """Adapter 0 is reached neither by a row of adapter 1 nor by one of none, whose strength is NaN."""
+    x, vector, scale = residual_shift_inputs(3, adapters=2)
+    ids, strengths = torch.tensor([[0], [1], [-1]]), torch.tensor([[2.0], [1.0], [torch.nan]])
+    dout = normal(*x.shape, dtype=x.dtype, seed=9)
+    broken = {"x": x.clone(), "dout": dout.clone()}
+    broken[bad][1], broken[bad][2] = torch.inf, torch.nan
+
+    def grads(x, dout):
+        fn = functools.partial(residual_shift, adapter_ids=ids, preserve_norm=preserve_norm, impl=impl)
+        leaves = (x, vector, scale, strengths)
+        return gradients(lambda x, v, s, w: fn(x, v, s, strengths=w), leaves, (dout,))[1]
+
+    for name, clean, ours in zip(NAMES[1:], grads(x, dout), grads(**broken), strict=True):
+        torch.testing.assert_close(ours[0], clean[0], msg=lambda text, name=name: f"{name}: {text}")
+    (dvector, dscale, dstrengths) = grads(**broken)[1:]
+    seen = bad == "dout" or preserve_norm  # without the norm no gradient of an entry reads x
+    assert dvector[1].isfinite().any() != seen and dscale[1].isfinite() != seen
+    assert dstrengths[2] == 0
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("shared", (False, True), ids=("scales", "one_scale"))
+def test_a_slot_no_row_uses_has_gradient_zero(shared, preserve_norm, impl):
+    """Whatever it holds: an id of -1 stands for no slot, slot 0 included."""
+    x, vector, scale = residual_shift_inputs(1, adapters=2)
+    scale = torch.tensor(1.5) if shared else torch.tensor([torch.nan, 2.0])
+    fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl=impl)
+    ids = torch.tensor([[1, -1]])
+    vector[0] = torch.nan
+    _, (_, dvector, dscale, dstrengths) = gradients(
+        lambda x, v, s, w: fn(x, v, s, adapter_ids=ids, strengths=w),
+        (x, vector, scale, torch.tensor([[1.0, torch.nan]])), (x,),
+    )  # fmt: skip
+    _, (_, alone, dscale_alone) = gradients(fn, (x, vector[1], scale if shared else scale[1]), (x,))
+    assert not dvector[0].any() and dstrengths[0, 1] == 0
+    torch.testing.assert_close(dvector[1], alone)
+    expected = dscale_alone if shared else torch.stack([torch.zeros(()), dscale_alone])
+    torch.testing.assert_close(dscale, expected)
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("scale", (1.0, torch.tensor(2.0), torch.ones(0)), ids=("none", "one", "stacked"))
+def test_no_adapters(scale, preserve_norm, impl):
+    """Without a slot every id is -1."""
+    x, _, _ = residual_shift_inputs()
+    ids, vector = torch.full((2, 3), -1), torch.ones(0, x.shape[2])
+    fn = functools.partial(residual_shift, scale=scale, preserve_norm=preserve_norm, impl=impl)
+    (out,), (dx, dvector, dstrengths) = gradients(
+        lambda x, v, w: fn(x, v, adapter_ids=ids, strengths=w), (x, vector, torch.ones(2, 3)), (x,)
+    )
+    assert torch.equal(out, x)
+    torch.testing.assert_close(dx, x)
+    assert dvector.shape == vector.shape and not dstrengths.any()
+
+
+@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_strengths_beside_16_bit_vectors(dtype, preserve_norm, impl):
+    """Their gradient is computed in fp32, whatever is wide and whatever is not."""
+    x, vector, scale = residual_shift_inputs(adapters=2, dtype=dtype)
+    fn = functools.partial(
+        residual_shift, adapter_ids=torch.tensor([[0], [1]]), preserve_norm=preserve_norm, impl=impl
+    )
+
+    def dstrengths(vector, strengths):
+        return gradients(lambda w: fn(x, vector, scale, strengths=w), (strengths,), (x,))[1][0]
+
+    narrow, strengths = vector.to(dtype), torch.tensor([[1.0], [-2.0]])
+    expected = dstrengths(narrow.float(), strengths)
+    torch.testing.assert_close(dstrengths(narrow, strengths), expected)
+    assert torch.equal(dstrengths(narrow, strengths.to(dtype)), dstrengths(narrow, strengths).to(dtype))
 
 
 def test_ids_of_64_bits_and_other_strides(impl):

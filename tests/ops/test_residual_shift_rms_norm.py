@@ -174,6 +174,52 @@ def test_either_output_alone(used, impl):
     assert bool(grads[4].any()) == (used == 0)
 
 
+@pytest.mark.parametrize("ids", (None, torch.tensor([1, -1])), ids=("shared", "ids"))
+def test_an_unused_norm_has_no_part_in_a_gradient(ids, impl):
+    """Where it is not finite, for rows of zeros without eps and of inf, the sum's gradient still is."""
+    x, residual, vector, scale, weight = make_inputs(adapters=None if ids is None else 2)
+    x, residual, scale = torch.zeros_like(x), torch.zeros_like(residual), torch.zeros_like(scale)
+    x[0, 3] = torch.inf
+    dout = output_gradients(x)[1]
+    inputs = [y.requires_grad_() for y in (x, residual, vector, scale, weight)]
+    _, h = residual_shift_rms_norm(*inputs, eps=0.0, adapter_ids=ids, impl=impl)
+    dx, dresidual, dvector, dscale, dweight = torch.autograd.grad(h, inputs, dout, allow_unused=True)
+    assert torch.equal(dx, dout) and torch.equal(dresidual, dout)
+    assert dweight is None or not dweight.any()
+    total = dout.sum((0, 1)) if ids is None else torch.stack([torch.zeros(x.shape[2]), dout[0].sum(0)])
+    assert not dvector.any()
+    torch.testing.assert_close(dscale, (total * vector).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_is_not_finite_leaves_other_adapters_alone(impl):
+    x, residual, vector, scale, weight = make_inputs(adapters=3)
+    douts = output_gradients(x)
+    scale[2], vector[2] = torch.nan, torch.nan  # which no row uses
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=torch.tensor([0, 1]), impl=impl)
+    _, clean = gradients(fn, (x, residual, vector, scale, weight), douts)
+    x[1] = torch.nan
+    _, grads = gradients(fn, (x, residual, vector, scale, weight), douts)
+    for i in (0, 1, 2, 3):
+        torch.testing.assert_close(grads[i][0], clean[i][0])
+    for i in (2, 3):
+        assert grads[i][1].isnan().all() and not grads[i][2].any()
+
+
+@pytest.mark.parametrize("scale", (torch.tensor(2.0), torch.ones(0)), ids=("one", "stacked"))
+def test_no_adapters(scale, impl):
+    """Without a slot every id is -1: the sum and its norm alone."""
+    x, residual, vector, _, weight = make_inputs()
+    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=impl)
+    stacked = functools.partial(fn, adapter_ids=torch.tensor([-1, -1]))
+    none = vector.new_zeros(0, x.shape[2])
+    outputs, grads = gradients(stacked, (x, residual, none, scale, weight), output_gradients(x))
+    off = (x, residual, vector, torch.zeros(()), weight)
+    expected, others = gradients(fn, off, output_gradients(x))
+    assert all(map(torch.equal, outputs, expected)) and torch.equal(grads[0], others[0])
+    assert grads[2].shape == none.shape and not grads[3].any()
+    torch.testing.assert_close(grads[4], others[4])
+
+
 @pytest.mark.parametrize("frozen", ("entry", "weight", "both"))
 def test_only_what_is_needed_is_computed(frozen, operator):
     inputs, ids = make_inputs(adapters=2), torch.tensor([1, 0])

@@ -107,15 +107,15 @@ def row_entries(
     """What is added to the rows of each batch row ``[B, 1, C]``, and where nothing is; B is 1 without ids."""
     if adapter_ids is None:
         coefficient = vector.new_ones(1, 1) if scale is None else scale[:, None]
-        rows = torch.zeros_like(coefficient, dtype=torch.long)
+        stacked = vector[None]
     else:
-        rows = adapter_ids.clamp(min=0).long()
-        coefficient = torch.ones_like(rows, dtype=vector.dtype) if strengths is None else strengths
+        stacked = _of_entries(vector, adapter_ids)
+        coefficient = vector.new_ones(adapter_ids.shape) if strengths is None else strengths
         if scale is not None:
-            coefficient = coefficient * scale.expand(vector.shape[0])[rows]
+            coefficient = coefficient * _of_entries(scale.expand(vector.shape[0]), adapter_ids)
         coefficient = coefficient.masked_fill(adapter_ids < 0, 0.0)
     zero = (coefficient == 0)[..., None]
-    d = (coefficient[..., None] * vector[rows]).masked_fill(zero, 0.0).sum(1, keepdim=True)
+    d = (coefficient[..., None] * stacked).masked_fill(zero, 0.0).sum(1, keepdim=True)
     return d, zero.all(1, keepdim=True)
 
 
@@ -128,27 +128,40 @@ def entry_grads(
 ) -> tuple[Tensor, Tensor]:
     """``dvector [A, C]`` and ``dscale [A]`` from the gradients of the rows' entries ``[B, N, C]``."""
     total = _per_adapter(sums, adapter_ids, strengths, vector.shape[0])
-    dscale = (total * vector).sum(-1)
-    return total if scale is None else total * scale[:, None], dscale
+    dvector, dscale = total if scale is None else total * scale[:, None], (total * vector).sum(-1)
+    if adapter_ids is None:
+        return dvector, dscale
+    unused = torch.isin(torch.arange(len(vector), device=sums.device), adapter_ids, invert=True)
+    return dvector.masked_fill(unused[:, None], 0.0), dscale.masked_fill(unused, 0.0)
 
 
 def strength_grads(sums: Tensor, vector: Tensor, scale: Tensor | None, adapter_ids: Tensor) -> Tensor:
     """``dstrengths [B, K]``; 0 where an id is -1."""
-    rows = adapter_ids.clamp(min=0).long()
-    grads = torch.einsum("bc,bkc->bk", sums.sum(1), vector[rows])
+    grads = torch.einsum("bc,bkc->bk", sums.sum(1), _of_entries(vector, adapter_ids).to(sums.dtype))
     if scale is not None:
-        grads = grads * scale.expand(vector.shape[0])[rows]
+        grads = grads * _of_entries(scale.expand(vector.shape[0]), adapter_ids)
     return grads.masked_fill(adapter_ids < 0, 0.0)
+
+
+def _of_entries(parameter: Tensor, adapter_ids: Tensor) -> Tensor:
+    """The ``[A, ...]`` parameter of every entry ``[B, K, ...]``; anything where the id is -1."""
+    if parameter.shape[0] == 0:
+        return parameter.new_zeros(*adapter_ids.shape, *parameter.shape[1:])
+    return parameter[adapter_ids.clamp(min=0).long()]
 
 
 def _per_adapter(sums: Tensor, adapter_ids: Tensor | None, strengths: Tensor | None, A: int) -> Tensor:
     if adapter_ids is None:
         return sums.sum((0, 1))[None]
-    # A matmul with the weight of every row in every adapter sums in a fixed order, index_add_ does not.
-    ids = torch.arange(A, device=sums.device)
-    strengths = sums.new_ones(()) if strengths is None else strengths
-    weights = torch.where(adapter_ids[None] == ids[:, None, None], strengths, 0.0)  # [A, B, K]
-    return weights.sum(-1) @ sums.sum(1)
+    B, K = adapter_ids.shape
+    entries = sums.sum(1)[:, None].expand(B, K, -1)
+    if strengths is not None:
+        entries = entries * strengths[..., None]
+    # Row A takes the entries of -1. Not a product with weights of 0: rows of other adapters may hold NaN.
+    rows = adapter_ids.masked_fill(adapter_ids < 0, A).flatten()
+    total = sums.new_zeros(A + 1, sums.shape[2])
+    # On CPU it adds in order; CUDA tensors are here without Triton alone.
+    return total.index_add_(0, rows, entries.flatten(0, 1))[:A]
 
 
 def _square_norms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def entry(
             i_a = tl.load(adapter_ids + i_b * s_id_b + i_k * s_id_k).to(tl.int64)
         b_c = tl.full([], 1.0, dtype=acc)
         if scale is not None:
-            b_c = tl.load(scale + tl.maximum(i_a, 0) * s_scale).to(acc)
+            b_c = tl.load(scale + tl.maximum(i_a, 0) * s_scale, mask=i_a >= 0, other=0.0).to(acc)
         if strengths is not None:
             b_c *= tl.load(strengths + i_b * s_strength_b + i_k * s_strength_k).to(acc)
         m_on = (i_a >= 0) & (b_c != 0)
@@ -244,13 +244,16 @@ def entry_grads_kernel(
 ):
     """Sums the parts ``[N = B * NT, C]`` of one adapter in a block of columns; last comes ``weight_sums``.
 
-    ``dscale_part [A, cdiv(C, BC)]`` holds the products with the vector in each block.
+    ``dscale_part [A, cdiv(C, BC)]`` holds the products with the vector in each block. Rows that do not use
+    the adapter, and an adapter that no row uses, are not read: 0 times NaN is not 0.
     """
     i_a, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < C
     # [BN, BC]
     b_sum = tl.zeros([BN, BC], dtype=acc)
+    # [BN]
+    m_any = tl.zeros([BN], dtype=tl.int1)
     i_n = 0
     while i_n < N:  # the interpreter cannot take N as the bound of a range under numpy 2.4
         o_n = i_n + tl.arange(0, BN)
@@ -262,9 +265,11 @@ def entry_grads_kernel(
                 b_sum += tl.load(weight_sums + o_nc, mask=m_nc, other=0.0)
         else:
             # [BN]
-            b_weight = tl.where(m_n, 1.0, 0.0).to(acc)
+            m_used = m_n
+            b_weight = tl.full([BN], 1.0, dtype=acc)
             if adapter_ids is not None:
                 o_b = (o_n // NT).to(tl.int64)
+                m_used = tl.zeros([BN], dtype=tl.int1)
                 b_weight = tl.zeros([BN], dtype=acc)
                 i_k = 0
                 while i_k < K:
@@ -274,9 +279,11 @@ def entry_grads_kernel(
                         p_s = strengths + o_b * s_strength_b + i_k * s_strength_k
                         b_s = tl.load(p_s, mask=m_n, other=0.0).to(acc)
                     b_weight += tl.where(b_id == i_a, b_s, 0.0)
+                    m_used = m_used | (b_id == i_a)
                     i_k += 1
+            m_any = m_any | m_used
             # [BN, BC]
-            m_nc = m_nc & (b_weight != 0)[:, None]
+            m_nc = m_nc & m_used[:, None]
             b_sum += b_weight[:, None] * tl.load(sums + o_nc, mask=m_nc, other=0.0)
         i_n += BN
 
@@ -286,10 +293,11 @@ def entry_grads_kernel(
         if weight_sums is not None:
             tl.store(dweight + o_c, b_total.to(dweight.dtype.element_ty), mask=m_c)
     else:
-        b_v = tl.load(vector + i_a * C + o_c, mask=m_c, other=0.0).to(acc)
+        m_a = tl.max(m_any.to(tl.int32), 0) > 0
+        b_v = tl.load(vector + i_a * C + o_c, mask=m_c & m_a, other=0.0).to(acc)
         tl.store(dscale_part + i_a * tl.cdiv(C, BC) + i_c, tl.sum(tl.where(m_c, b_total * b_v, 0.0), 0))
         if scale is not None:
-            b_total *= tl.load(scale + i_a * s_scale).to(acc)
+            b_total *= tl.load(scale + i_a * s_scale, mask=m_a, other=0.0).to(acc)
         tl.store(dvector + i_a * C + o_c, b_total.to(dvector.dtype.element_ty), mask=m_c)
 
 

@@ -8,6 +8,7 @@ Sources: M2IV (arXiv 2504.04633), and with ``preserve_norm`` LIVE (arXiv 2406.13
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def residual_shift_reference(
@@ -41,19 +42,17 @@ def total_entry(
     An entry whose coefficient is 0 has no part in the value, but its coefficient has its gradient.
     """
     if adapter_ids is None:
-        stacked, present = vector[None, None], None
+        stacked = vector[None, None]
         coefficient = vector.new_ones(1, 1) if scale is None else scale.to(vector.dtype).reshape(1, 1)
     else:
-        present = adapter_ids >= 0
-        rows = adapter_ids.clamp(min=0).long()
-        stacked = vector[rows]  # [B, K, C]
-        coefficient = torch.ones_like(rows, dtype=vector.dtype)
+        ids = adapter_ids.long()  # -1 is the last row, which is one of zeros
+        stacked = pad(vector, (0, 0, 0, 1))[ids]  # [B, K, C]
+        coefficient = torch.ones_like(ids, dtype=vector.dtype)
         if scale is not None:
-            coefficient = coefficient * scale.to(vector.dtype).expand(vector.shape[0])[rows]
+            coefficient = pad(scale.to(vector.dtype).expand(vector.shape[0]), (0, 1))[ids]
         if strengths is not None:
             coefficient = coefficient * strengths.to(vector.dtype)
-        coefficient = coefficient.masked_fill(~present, 0.0)
-        stacked = stacked.masked_fill(~present[..., None], 0.0)
+        coefficient = coefficient.masked_fill(ids < 0, 0.0)
     zero = (coefficient == 0)[..., None]
     terms = coefficient[..., None] * stacked
     d = _Valued.apply(terms, torch.zeros_like(terms), zero).sum(1, keepdim=True)

@@ -77,6 +77,20 @@ def _bwd_fake(
     return new_output(new_residual), *fake_entry_grads(vector, scale, need_dentry, rstd), dweight
 
 
+def _of_the_sum_alone(
+    ctx, dnew_residual: Tensor | None, need_dentry: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dx``, ``dvector``, ``dscale`` where the norm is not used: it may be one without finite gradient."""
+    if dnew_residual is None or not need_dentry:
+        return dnew_residual, None, None
+    _, _, vector, scale, _, adapter_ids = ctx.saved_tensors
+    dout, needs = last_dim_contiguous(dnew_residual), (False, True, False)
+    _, dvector, dscale, _ = torch.ops.mmicl.residual_shift_bwd(
+        dout, None, vector, scale, adapter_ids, None, ctx.impl, *needs
+    )
+    return dnew_residual, dvector, dscale
+
+
 class _ResidualShiftRMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
@@ -95,16 +109,18 @@ class _ResidualShiftRMSNormFunction(torch.autograd.Function):
     @staticmethod
     @refuse_double_backward("residual_shift_rms_norm")
     def backward(ctx, dnormed, dnew_residual, _):
-        saved = ctx.saved_tensors
-        if dnormed is None:  # the norm is not used
-            dnormed = torch.zeros_like(saved[0])
-        if dnew_residual is not None:
-            dnew_residual = last_dim_contiguous(dnew_residual)
         need_dx, need_dresidual, need_dvector, need_dscale, need_dweight, *_ = ctx.needs_input_grad
-        dx, dvector, dscale, dweight = torch.ops.mmicl.residual_shift_rms_norm_bwd(
-            last_dim_contiguous(dnormed), dnew_residual, *saved, ctx.weight_offset, ctx.impl,
-            need_dvector or need_dscale, need_dweight,
-        )  # fmt: skip
+        need_dentry = need_dvector or need_dscale
+        if dnormed is None:
+            dx, dvector, dscale = _of_the_sum_alone(ctx, dnew_residual, need_dentry)
+            dweight, need_dweight = None, False
+        else:
+            if dnew_residual is not None:
+                dnew_residual = last_dim_contiguous(dnew_residual)
+            dx, dvector, dscale, dweight = torch.ops.mmicl.residual_shift_rms_norm_bwd(
+                last_dim_contiguous(dnormed), dnew_residual, *ctx.saved_tensors, ctx.weight_offset, ctx.impl,
+                need_dentry, need_dweight,
+            )  # fmt: skip
         return (
             dx if need_dx else None,
             dx if need_dresidual else None,
