@@ -33,7 +33,7 @@ LABELS = {0: "zero-shot", 1: "1-shot", 4: "4-shot", 8: "8-shot", 16: "16-shot"}
 ROUNDS, QUICK_ROUNDS = 20, 2
 QUICK_STEPS, QUICK_SAMPLES = 20, 32
 FURTHER_TOKENS = 16
-BOTH = "M2IV, task + style"
+BOTH = "M2IV + style"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -135,10 +136,15 @@ def _add(library: "VLibrary", options: argparse.Namespace) -> int:
 
 
 def _remove(library: "VLibrary", options: argparse.Namespace) -> int:
-    for name in options.names:
+    names = list(dict.fromkeys(unicodedata.normalize("NFC", name) for name in options.names))
+    known = library.list()
+    for name in names:
+        if name not in library and name not in known:
+            raise KeyError(f"no entry {name!r} in {library.folder}; nothing was removed")
+    for name in names:
         library.remove(name)
     if options.json:
-        print(json.dumps(options.names))
+        print(json.dumps(names))
     return 0
 
 
@@ -219,6 +225,8 @@ def _json(file: str | None) -> Any:
 
     if file is None:
         return None
+    if os.path.exists(file) and not os.path.isfile(file):  # a device or a pipe may never end
+        raise ValueError(f"{file} is not a regular file")
     if os.path.getsize(file) > MAX_RECORD_BYTES:
         raise ValueError(f"{file} is longer than {MAX_RECORD_BYTES} bytes")
     return parse_json(Path(file).read_bytes(), file)

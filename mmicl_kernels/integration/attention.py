@@ -49,6 +49,7 @@ class PatchedLayer(SlotStack):
 
     def parameters(self, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Weight, bias, shift and adapter ids for a batch of B rows."""
+        self._handle.check_recomputation()
         ids = self._handle.adapter_ids
         if ids is None:
             return *self._of(self._handle.require_single()), None

@@ -11,7 +11,7 @@ from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import check_backbone, describe_backbone, find_anchors
 from mmicl_kernels.integration.attention import PatchedLayer
 from mmicl_kernels.integration.residual import ResidualHook, SiteShift
-from mmicl_kernels.integration.slots import Entry, check_strength, parse_rows
+from mmicl_kernels.integration.slots import Entry, check_products, check_strength, parse_rows
 from mmicl_kernels.methods import Adapter, LIVEAdapter, M2IVAdapter, MimICAdapter, ResidualSite
 
 # A disabled handle leaves no trace on its model, so handles are also known by their first attention's id.
@@ -39,6 +39,7 @@ class Handle:
         self._adapters: dict[str, Adapter] = {}
         self._slots: list[Adapter | None] = [None] * slots
         self._rows: list[dict[str, float]] | None = None
+        self._last_forward: tuple[float, list[dict[str, float]] | None] | None = None
         self._attention: list[PatchedLayer] = []
         self._sites: dict[ResidualSite, SiteShift] = {}
         self._hooks: dict[str, list[ResidualHook]] = {}
@@ -113,18 +114,26 @@ class Handle:
         The choice is the handle's: threads that share a model must take turns. The vectors of a row's
         M2IV and LIVE adapters are summed, each times its strength and the global one.
 
+        Parameters that change within the block are read as they are now. Enter it again for a compiled
+        model, or after a change that torch does not count (through ``.data``, by a fused optimizer) where
+        no call with gradients came since the last without. With gradient checkpointing, which runs the
+        model again, call ``backward()`` within the block, before another forward pass.
+
         Args:
-            names: one entry per row: an adapter's name, None for no shift, a tuple of names with at most
-                one of method MimIC, or a dict of names with strengths (1 for MimIC). One name, dict or
-                None alone means all rows. Where ``generate`` repeats rows (beams,
-                ``num_return_sequences``) the entries are repeated with them.
+            names: a list with one entry per row: an adapter's name, None for no shift, a tuple of names,
+                at most one of method MimIC, or a dict of names with strengths (1 for MimIC). One such
+                entry alone means all rows: ``("a", "b")`` is the sum everywhere, ``["a", "b"]`` two rows.
+                Where ``generate`` repeats rows (beams, ``num_return_sequences``) the entries are repeated
+                with them.
 
         Raises:
             KeyError: an unknown name. ValueError: two MimIC adapters in one row, a name twice, a strength
-            that is not finite, or no rows. TypeError: an entry that is none of these.
+            that is not finite in fp32, by itself or times the global one, or no rows. TypeError: an entry
+            that is none of these.
         """
         self._check_attached()
         rows = parse_rows(names, self._adapters)
+        check_products(rows, self._strength)
         self._copy_parameters()
         before = self._rows
         self._choose(rows)
@@ -137,9 +146,11 @@ class Handle:
         """Multiply every M2IV and LIVE vector by ``value`` from now on: 0 is the plain model, bit for bit.
 
         As a context manager the strength is what it was at the end of the block. Without compiling again.
+        With gradient checkpointing call ``backward()`` within the block, as of :meth:`rows`.
 
         Raises:
-            TypeError, ValueError: not a finite number, or not 1 beside a MimIC adapter, which has none.
+            TypeError, ValueError: not a number finite in fp32, by itself and times those of open rows, or
+            not 1 beside a MimIC adapter, which has none.
         """
         self._check_attached()
         before = self._strength
@@ -190,11 +201,29 @@ class Handle:
         return single
 
     def scaled(self, scale: Tensor) -> Tensor:
-        """``scale`` times the global strength."""
+        """``scale`` times the global strength; 0 at strength 0, whatever ``scale`` is."""
         # Compiled graphs multiply always, so that they do not depend on the value.
         if not torch.compiler.is_compiling() and self._strength == 1:
             return scale
-        return scale * self._strength_tensor.to(scale.device)
+        strength = self._strength_tensor.to(scale.device)
+        return torch.where(strength == 0, 0.0, scale * strength)
+
+    def check_recomputation(self) -> None:
+        """Raise RuntimeError where checkpointing repeats a forward pass in another state than it was in.
+
+        The state is compared with that of the last forward pass that built a graph: of several before one
+        backward pass, the earlier ones must have had the same.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        state = (self._strength, self._rows)
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            self._last_forward = state
+        elif self._last_forward not in (state, None):
+            raise RuntimeError(
+                f"strength and rows are {state}, expected {self._last_forward} as at the last forward pass: "
+                "with gradient checkpointing call backward() within their block, before another forward pass"
+            )
 
     def _choose(self, rows: list[dict[str, float]] | None) -> None:
         """Make ``rows`` tensors on the device, or close the open ones."""
@@ -215,15 +244,15 @@ class Handle:
         check_strength("strength", value)
         for name, adapter in self._adapters.items():
             _check_strength_of(name, adapter, value)
+        check_products(self._rows or [], float(value))
         self._strength = float(value)
         with torch.inference_mode(False):
-            self._strength_tensor = torch.tensor(self._strength).to(self._device)
+            self._strength_tensor = torch.tensor(self._strength, dtype=torch.float32).to(self._device)
         self._choose(self._rows)
 
     def _copy_parameters(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for stack in (*self._attention, *(x for shift in self._sites.values() for x in shift.layers)):
-                stack.copy_parameters()
+        for stack in (*self._attention, *(x for shift in self._sites.values() for x in shift.layers)):
+            stack.copy_parameters()
 
     def _take_slot(self, name: str, adapter: Adapter) -> None:
         if name in self._adapters or adapter in self._slots:

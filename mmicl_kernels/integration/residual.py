@@ -43,8 +43,10 @@ class SiteShift:
         width = max(ENTRIES, *map(len, rows))
         chosen = [[(slots.get(name, -1), strength * x) for name, x in row.items()] for row in rows]
         padded = [row + [(-1, 0.0)] * (width - len(row)) for row in chosen]
-        self.ids = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32).to(device)
-        self.strengths = torch.tensor([[x for _, x in row] for row in padded]).to(device)
+        ids = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32)
+        strengths = torch.tensor([[x for _, x in row] for row in padded], dtype=torch.float32)
+        # A slot at strength 0 is not even read: 0 * nan is nan.
+        self.ids, self.strengths = ids.where(strengths != 0, -1).to(device), strengths.to(device)
 
 
 class LayerShift(SlotStack):
@@ -63,6 +65,7 @@ class LayerShift(SlotStack):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [B, T, C]`` shifted as the handle says."""
+        self._handle.check_recomputation()
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._handle.impl}
         if self._rows.ids is None:
             vector, scale = self._handle.require_single().residual_shift(self._site, self._key)

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from mmicl_kernels.methods import Adapter, MimICAdapter
+
+FP32_MAX = torch.finfo(torch.float32).max
 
 # What one entry of rows() may be: names of adapters, with their strengths or without.
 Entry = str | tuple[str, ...] | Mapping[str, float] | None
@@ -25,6 +26,8 @@ class SlotStack:
         """``slots`` is the handle's own list, which changes."""
         self._slots, self._device = slots, device
         self._stacks: list[Tensor] = []
+        self._sources: list[Tensor] = []
+        self._copied: list[tuple[int, int]] | None = None
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         """The tensors of ``adapter`` that belong here, None if it does not act here."""
@@ -34,9 +37,14 @@ class SlotStack:
         found = [(slot, self._of(adapter)) for slot, adapter in enumerate(self._slots) if adapter is not None]
         return [(slot, tensors) for slot, tensors in found if tensors is not None]
 
+    # Stacks that were inference tensors could not be copied into again outside of inference mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def copy_parameters(self) -> None:
         """Copy the current parameters of all adapters into the stacks."""
         used = self._used()
+        self._sources = [x for _, tensors in used for x in tensors]
+        self._copied = [_state(x) for x in self._sources]
         if not used:
             return
         dtypes = (x.dtype for _, tensors in used for x in tensors)
@@ -46,16 +54,26 @@ class SlotStack:
             self._stacks = [torch.zeros(len(self._slots), *x.shape, **options) for x in used[0][1]]
         for slot, tensors in used:
             for stack, x in zip(self._stacks, tensors, strict=True):
-                stack[slot].copy_(x.detach())
+                stack[slot].copy_(x)
 
     def stacked(self) -> list[Tensor]:
-        """The copied parameters; while training, stacked anew so that gradients reach the adapters."""
+        """The parameters: copies, or while training stacked anew so that gradients reach the adapters.
+
+        Copies are renewed where the parameters changed; compiled graphs read them as rows() made them.
+        """
+        eager = not torch.compiler.is_compiling()
         # Asked first: a graph compiled without gradients must not depend on which adapters there are.
-        if not torch.is_grad_enabled():
-            return self._stacks
-        used = self._used()
-        if not any(x.requires_grad for _, tensors in used for x in tensors):
-            return self._stacks
+        if torch.is_grad_enabled():
+            used = self._used()
+            if any(x.requires_grad for _, tensors in used for x in tensors):
+                if eager:
+                    self._copied = None  # a step may follow, and fused optimizers count theirs as no change
+                return self._stack_anew(used)
+        if eager and self._copied != [_state(x) for x in self._sources]:
+            self.copy_parameters()
+        return self._stacks
+
+    def _stack_anew(self, used: list[tuple[int, list[Tensor]]]) -> list[Tensor]:
         columns = [[*stack] for stack in self._stacks]
         for slot, tensors in used:
             for column, x in zip(columns, tensors, strict=True):
@@ -63,9 +81,14 @@ class SlotStack:
         return [torch.stack(column) for column in columns]
 
 
+def _state(x: Tensor) -> tuple[int, int]:
+    """Another one after ``x`` was assigned or changed in place; inference tensors do not count changes."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version
+
+
 def parse_rows(names: Entry | Sequence[Entry], adapters: Mapping[str, Adapter]) -> list[dict[str, float]]:
     """The names and strengths of every batch row. Raises as :meth:`Handle.rows` says."""
-    alone = names is None or isinstance(names, str | Mapping)
+    alone = names is None or isinstance(names, str | tuple | Mapping)
     entries = [names] if alone else list(names)
     if not entries:
         raise ValueError("names is empty, expected one entry per batch row")
@@ -79,6 +102,8 @@ def _parse_entry(entry: Entry, adapters: Mapping[str, Adapter]) -> dict[str, flo
         )
     names = (entry,) if isinstance(entry, str) else tuple(entry or ())
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"a row names {name!r}, expected strings; a list has one entry per batch row")
         if name not in adapters:
             raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(adapters)} or None")
     if len(set(names)) < len(names):
@@ -97,11 +122,18 @@ def _parse_entry(entry: Entry, adapters: Mapping[str, Adapter]) -> dict[str, flo
 
 
 def check_strength(what: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a number, ValueError unless it is finite."""
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is finite in fp32."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} is {value!r}, expected a number")
-    if not isfinite(value):
-        raise ValueError(f"{what} is {value!r}, expected a finite number")
+    if not abs(value) <= FP32_MAX:
+        raise ValueError(f"{what} is {value!r}, expected a finite number in fp32")
+
+
+def check_products(rows: list[dict[str, float]], strength: float) -> None:
+    """Raise ValueError unless every row's strengths times the global one are finite in fp32."""
+    for row in rows:
+        for name, x in row.items():
+            check_strength(f"strength of {name!r} times the global {strength!r}", x * strength)
 
 
 def for_batch(rows: Tensor, B: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def combine_adapters(terms: Mapping[str, tuple[Adapter, float]]) -> Adapter:
     """The adapter whose vectors are the sum of ``weight * scale * vector``, and whose scales are 1.
 
     ``terms`` are ``(adapter, weight)`` by name. The sum is taken in fp64 and rounded once, to the widest
-    dtype among the adapters'. Their configs may differ in how they were trained; the result has the first's.
+    dtype among fp32 and the adapters': products with a small scale are zero in fp16. Their configs may
+    differ in how they were trained; the result has the first's.
 
     Raises:
         ValueError: no terms, a weight that is no finite number, or a method without vectors.
@@ -28,25 +30,32 @@ def combine_adapters(terms: Mapping[str, tuple[Adapter, float]]) -> Adapter:
     """
     if not terms:
         raise ValueError("weights is empty, expected at least one entry")
-    for name, (_, weight) in terms.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"weight of {name!r} is {weight!r}, expected a finite number")
+    weights = {name: _finite(name, weight) for name, (_, weight) in terms.items()}
     (first_name, (first, _)), *others = terms.items()
     for name, (other, _) in others:
         _check_alike(first_name, first, name, other)
-    states = [(adapter.state_dict(), weight) for adapter, weight in terms.values()]
+    states = [(adapter.state_dict(), weights[name]) for name, (adapter, _) in terms.items()]
     tensors = {}
     for vector, scale in _vectors_and_scales(first).items():
-        dtype = states[0][0][vector].dtype
-        for state, _ in states[1:]:
+        dtype = torch.float32
+        for state, _ in states:
             dtype = torch.promote_types(dtype, state[vector].dtype)
         total = sum(weight * _product(state, vector, scale) for state, weight in states)
         tensors[vector] = total.to(dtype)
         if not bool(torch.isfinite(tensors[vector]).all()):
             raise CheckpointError(f"the sum of {list(terms)} overflows {dtype} in {vector}")
         if scale is not None:
-            tensors[scale] = torch.ones_like(states[0][0][scale])
+            tensors[scale] = torch.ones_like(states[0][0][scale], dtype=dtype)
     return type(first).from_tensors(first.config, first.backbone, tensors)
+
+
+def _finite(name: str, weight: Real) -> float:
+    try:
+        if isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight):
+            return float(weight)
+    except OverflowError:  # an integer beyond fp64
+        pass
+    raise ValueError(f"weight of {name!r} is {weight!r:.80}, expected a finite number")
 
 
 def _product(state: Mapping[str, Tensor], vector: str, scale: str | None) -> Tensor:

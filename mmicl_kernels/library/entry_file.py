@@ -94,6 +94,11 @@ def check_label(kind: str, label: str) -> None:
         raise ValueError(f"{kind} is {label!r}, expected Unicode's normal form C")
 
 
+def normal_form(label: str | None) -> str | None:
+    """A string in normal form C; what is none, for others to refuse, as it is."""
+    return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
+
+
 def check_name(name: str) -> None:
     """Raise unless ``name`` is a label without path separators that starts with neither "." nor "-"."""
     check_label("name", name)
@@ -289,9 +294,12 @@ def _check_embedding(embedding: Tensor, path: Path) -> None:
 
 
 def _check_depth(kind: str, value: Any, depth: int = 0) -> None:
-    """Raise ValueError where lists and dicts are nested so deep that a JSON parser could give up."""
+    """Raise where ``value`` is nested so deep that a JSON parser could give up, or has keys JSON changes."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{kind} is nested deeper than {MAX_DEPTH} levels")
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise TypeError(f"{kind} has the key {key!r:.80}, expected strings, because JSON has no others")
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     for child in children:
         _check_depth(kind, child, depth + 1)

@@ -7,6 +7,7 @@ the file. So readers need no lock, and what a crash interrupted either happened 
 
 import functools
 import json
+import math
 import os
 import re
 import uuid
@@ -32,7 +33,7 @@ from mmicl_kernels.library.entry_file import (
 from mmicl_kernels.methods import CheckpointError
 
 LOG = "log.jsonl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_LINE_BYTES = 2**18
 RETRIES = 3  # a writer may replace log and matrix between a reader's looks at the two
 ROWS_AT_ONCE = 2**13  # copied
@@ -80,9 +81,9 @@ class Operation:
 
 
 class Index:
-    """The rows of one library's entries, and unit vectors of their embeddings ``[slots, D]`` fp32.
+    """The rows of one library's entries, and their embeddings ``[slots, D]`` fp32, as ``scaled`` has them.
 
-    The vectors lie in a mapped file; the first search by embedding keeps a copy in fp16 beside them.
+    The vectors lie in a mapped file; the first search by embedding keeps unit vectors in fp16 beside them.
 
     ``refresh`` reads what was written since. The methods below it are for who holds the library's lock.
     ``damage`` says why the log could not be used; the rows are then those of a scan of all entries.
@@ -94,8 +95,10 @@ class Index:
 
     def _clear(self) -> None:
         self.rows: dict[str, Row] = {}
-        self.vectors = torch.empty(0, 0)
-        self._halves = torch.empty(0, 0, dtype=torch.float16)  # of ``vectors``, with room for more
+        # "cpu", here and below: a caller may have set another default device.
+        self.vectors = torch.empty(0, 0, dtype=torch.float32, device="cpu")
+        self._norms = torch.empty(0, dtype=torch.float32, device="cpu")  # of ``vectors``, with room for more
+        self._halves = torch.empty(0, 0, dtype=torch.float16, device="cpu")  # ``vectors`` over ``_norms``
         self._rounded = 0
         self.damage: str | None = None
         self._generation: str | None = None
@@ -138,7 +141,8 @@ class Index:
         limit = min(limit, len(rows))
         chosen = _within(self._scores(query).index_select(0, slots), limit, query.numel())
         if len(chosen) > CROWD:
-            scores = self.vectors.mv(query.float()).index_select(0, slots)
+            lengths = self._norms[: len(self.vectors)]
+            scores = (self.vectors.mv(query.float()) / lengths).index_select(0, slots)
             # No cosine is above 2, nor is NaN one: the row is damaged, and nowhere near.
             chosen = _within(scores.where(scores < 2, -torch.inf), limit, query.numel())
         cosines = self._cosines(slots[chosen], query)
@@ -155,13 +159,17 @@ class Index:
         """
         known, count = self._rounded, len(self.vectors)
         if count > len(self._halves):
-            known, room = 0, (count + count // 4, self.vectors.shape[1])
-            self._halves = self.vectors.new_empty(room, dtype=torch.float16)
-        if count > known:
-            self._halves[known:count] = self.vectors[known:]
-            # What is not finite in fp16 was no unit vector, but damage: that it not hide the others.
-            self._halves[known:count].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            self._rounded = count
+            known, room = 0, count + count // 4
+            self._norms = self.vectors.new_empty(room)
+            self._halves = self.vectors.new_empty(room, self.vectors.shape[1], dtype=torch.float16)
+        for start in range(known, count, ROWS_AT_ONCE):
+            part = slice(start, min(start + ROWS_AT_ONCE, count))
+            vectors = self.vectors[part]
+            self._norms[part] = vectors.double().norm(dim=-1)
+            self._halves[part] = vectors / self._norms[part, None]
+            # What is not finite is damage: that it not hide the others.
+            self._halves[part].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        self._rounded = count
         return self._halves[:count].mv(query.half())
 
     def _embedded(self, rows: list[Row]) -> tuple[list[Row], Tensor]:
@@ -169,7 +177,7 @@ class Index:
         if rows is self._sorted and self._sorted_embedded is not None:
             return self._sorted_embedded
         embedded = [row for row in rows if row.slot is not None]
-        found = embedded, torch.tensor([row.slot for row in embedded], dtype=torch.int64)
+        found = embedded, _slots(embedded)
         if rows is self._sorted:
             self._sorted_embedded = found
         return found
@@ -207,20 +215,32 @@ class Index:
         self._scan("")
         self._write_anew(self.sorted_rows())
 
-    def check_dimension(self, dimension: int) -> None:
-        """Raise ValueError unless embeddings of ``dimension`` belong beside those in the index."""
+    def takes(self, name: str, dimension: int) -> bool:
+        """Whether an embedding of ``dimension`` can be put beside the others; if not, only ``name`` has one.
+
+        Raises:
+            ValueError: other entries have embeddings of another dimension.
+        """
         if self.dimension in (None, dimension):
-            return
-        if any(row.slot is not None for row in self.rows.values()):
+            return True
+        embedded = {row.name for row in self.rows.values() if row.slot is not None}
+        if embedded - {name}:
             raise ValueError(f"embedding has dimension {dimension}, the library has {self.dimension}")
-        self._write_anew(self.sorted_rows())
+        if not embedded:
+            self._write_anew(self.sorted_rows())
+        return not embedded
+
+    def forget(self) -> None:
+        """Remove the log. Until ``rebuild`` makes another, readers and writers ask the entries' files."""
+        (self.folder / LOG).unlink()
+        sync_folder(self.folder)
 
     def announce_put(self, entry: Entry, digest: str, embedding: Tensor | None) -> None:
         """Write down that the entry's file is about to be put into place."""
         slot = None
         if embedding is not None:
             slot = self._slots
-            append(self._matrix(), unit(embedding).float().numpy().tobytes())
+            append(self._matrix(), scaled(embedding).numpy().tobytes())
         append(self.folder / LOG, _line(_put(Row.of(entry, digest, slot), entry.embedding_dim)))
 
     def announce_remove(self, name: str) -> None:
@@ -339,7 +359,7 @@ class Index:
             slot = None
             if embedding is not None and self.dimension in (None, entry.embedding_dim):
                 slot, self.dimension = len(vectors), entry.embedding_dim
-                vectors.append(unit(embedding).float())
+                vectors.append(scaled(embedding))
             self.rows[entry.name] = Row.of(entry, digest, slot)
         if vectors:
             self.vectors, self._slots = torch.stack(vectors), len(vectors)
@@ -347,7 +367,7 @@ class Index:
     def _write_anew(self, rows: list[Row]) -> None:
         """Another generation of log and matrix, holding ``rows`` alone; the log's rename makes it valid."""
         generation, vectors, dimension = uuid.uuid4().hex, self.vectors, self.dimension
-        slots = torch.tensor([row.slot for row in rows if row.slot is not None], dtype=torch.int64)
+        slots = _slots([row for row in rows if row.slot is not None])
         numbers = iter(range(len(slots)))
         lines = [_line({"generation": generation, "format_version": FORMAT_VERSION})]
         for row in rows:
@@ -372,14 +392,27 @@ def unit(embedding: Tensor) -> Tensor:
     return embedding / embedding.norm()
 
 
+def scaled(embedding: Tensor) -> Tensor:
+    """``embedding`` fp32 times the power of two that brings its length to between 1/2 and 1.
+
+    No bit is lost but in elements below 2^-126 of the length, which change no cosine by 2^-126.
+    """
+    exponent = math.frexp(float(embedding.double().norm()))[1]
+    return (embedding.double() * 2.0**-exponent).float()
+
+
 def score_error(dtype: torch.dtype, dimension: int) -> float:
-    """Bound on the error of a dot product of unit vectors rounded to ``dtype``, summed in fp32.
+    """Bound on the error of a cosine of vectors rounded to ``dtype``, summed in fp32.
 
     Each rounding to ``dtype``, of either vector and of the sum, costs half an eps; another half covers what
     these do to each other. A sum of D products in fp32 costs at most D halves of its eps, in any order. As
     many cover numbers below the normal range of fp16, which are rounded by up to 2^-25 each.
     """
     return 2 * torch.finfo(dtype).eps + (dimension + 2) * torch.finfo(torch.float32).eps
+
+
+def _slots(rows: list[Row]) -> Tensor:
+    return torch.tensor([row.slot for row in rows], dtype=torch.int64, device="cpu")
 
 
 def _within(scores: Tensor, limit: int, dimension: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations  # a method is called list, as the built-in t
 import importlib
 import os
 import threading
-import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,13 @@ from mmicl_kernels.library.entry_file import (
     Entry,
     check_name,
     file_name,
+    normal_form,
     pack,
     read_all,
     read_embedding,
     read_entry,
 )  # fmt: skip
-from mmicl_kernels.library.index import RETRIES, Index, Row, append, sync_folder, unit
+from mmicl_kernels.library.index import RETRIES, Index, Row, append, scaled, sync_folder, unit
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors, replacing
 
@@ -74,15 +74,16 @@ class VLibrary:
         """Store ``adapter`` under ``name``; when this returns, the disk has it.
 
         Args:
-            name: 1 to 128 printable Unicode characters, no slashes, not starting with "." or "-"; kept in
-                normal form C. task, tags: labels of the same kind, slashes allowed.
-            metrics: finite numbers by label. record: anything JSON can hold, such as the training's log.
+            name: 1 to 128 printable Unicode characters, no slashes, not starting with "." or "-". task,
+                tags: labels of the same kind, slashes allowed. All are kept in normal form C.
+            metrics: finite numbers by label. record: anything JSON can hold, such as the training's log;
+                keys are strings.
             embedding: ``[D]``, finite and not all zeros, stored in fp32; what ``search`` compares.
             overwrite: whether an entry of this name is replaced.
 
         Raises:
             FileExistsError: the name is taken. TypeError, ValueError: an argument is not as above, has
-            another dimension than the library's embeddings, or the adapter is not finite.
+            another dimension than the library's other embeddings, or the adapter is not finite.
         """
         if not isinstance(adapter, Adapter) or adapter.method not in ADAPTERS:
             raise TypeError(f"adapter is a {type(adapter).__name__}, expected one of {sorted(ADAPTERS)}")
@@ -96,9 +97,9 @@ class VLibrary:
             method=adapter.method,
             config=asdict(adapter.config),
             backbone=adapter.backbone,
-            task=task,
-            tags=tuple(dict.fromkeys(tags)),
-            metrics={label: float(value) for label, value in (metrics or {}).items()},
+            task=normal_form(task),
+            tags=tuple(dict.fromkeys(normal_form(tag) for tag in tags)),
+            metrics={label: _number(label, value) for label, value in dict(metrics or {}).items()},
             record=record,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
@@ -179,19 +180,25 @@ class VLibrary:
         """The entries that meet every condition given, at most ``limit``.
 
         Args:
-            text: each of its words occurs in the name, the task or a tag, whatever the case.
-            tags: all of them are the entry's. task, method: equal to the entry's.
-            embedding: ``[D]``. The entries that have one, by falling cosine with it (exact, in
-                ``Entry.score``), ties by name; else the order is by name.
+            text: each of its words occurs in the name, the task or a tag, whatever the case and the
+                normal form. tags: all of them are the entry's. task, method: equal to the entry's.
+            embedding: ``[D]``, rounded to fp32 as ``put`` does. The entries that have one, by falling
+                cosine of the stored embedding with it (in fp64, in ``Entry.score``), ties by name; else
+                the order is by name.
 
         Raises:
-            TypeError, ValueError: ``embedding`` of another dimension than the library's, or all zeros.
+            TypeError, ValueError: an argument of another type, ``embedding`` of another dimension than
+            the library's, or all zeros.
         """
         if type(limit) is not int or limit < 1:
             raise ValueError(f"limit is {limit!r}, expected a positive integer")
         if isinstance(tags, str):
             raise TypeError(f"tags is {tags!r}, expected a sequence of strings")
-        words, wanted = (text or "").casefold().split(), set(tags or ())
+        for kind, value in (("text", text), ("task", task), ("method", method)):
+            if not isinstance(value, str | None):
+                raise TypeError(f"{kind} is {value!r:.80}, expected a string")
+        words = normal_form(text or "").casefold().split()
+        task, wanted = normal_form(task), {normal_form(tag) for tag in tags or ()}
         query = None if embedding is None else unit(_embedding(embedding))
 
         def meeting(rows: list[Row]) -> list[Row]:
@@ -247,8 +254,16 @@ class VLibrary:
             index.rebuild()
 
     def export(self, name: str, file: str | os.PathLike) -> None:
-        """Write an entry as one file, which ``import_file`` reads. Raises as ``get``."""
+        """Write an entry as one file, which ``import_file`` reads.
+
+        Raises:
+            As ``get``. ValueError: ``file`` is where the library keeps its own.
+        """
         path = self.path(name)
+        target = Path(file).parent.resolve() / Path(file).name
+        own = (self._entries, self._index.folder, self._index.temporary, self.folder / "lock")
+        if {x.resolve() for x in own} & {target, *target.parents}:
+            raise ValueError(f"file is {str(file)!r}, expected one outside of the library's own folders")
         self._read(name, read_all)
         with replacing(Path(file)) as temporary:
             temporary.write_bytes(path.read_bytes())
@@ -302,14 +317,19 @@ class VLibrary:
         with self._writing() as index:
             if path.exists() and not overwrite:
                 raise FileExistsError(f"{self.folder} has an entry {entry.name!r}; overwrite replaces it")
-            if embedding is not None:
-                index.check_dimension(len(embedding))
+            in_place = embedding is None or index.takes(entry.name, len(embedding))
             temporary = index.temporary / uuid.uuid4().hex
             append(temporary, data)
-            index.announce_put(entry, digest, embedding)
+            if in_place:
+                index.announce_put(entry, digest, embedding)
+            else:  # no matrix holds both the old embedding and the new one
+                index.forget()
             temporary.replace(path)
             sync_folder(self._entries)
-            index.settle()
+            if in_place:
+                index.settle()
+            else:
+                index.rebuild()
         return entry
 
     def _read(self, name: str, reader: Any) -> tuple:
@@ -364,7 +384,7 @@ class VLibrary:
         if row != Row.of(entry, digest, row.slot):
             return f"index: {entry.name!r} is described otherwise than in its file"
         if (row.slot is None) != (embedding is None) or (
-            embedding is not None and not torch.equal(unit(embedding).float(), self._index.vectors[row.slot])
+            embedding is not None and not torch.equal(scaled(embedding), self._index.vectors[row.slot])
         ):
             return f"index: {entry.name!r} has another vector than in its file"
         return None
@@ -397,15 +417,26 @@ class VLibrary:
 
 def _normal(name: str) -> str:
     """``name`` in normal form C. Raises TypeError, ValueError for what is no name."""
-    if isinstance(name, str):
-        name = unicodedata.normalize("NFC", name)
+    name = normal_form(name)
     check_name(name)
     return name
 
 
+def _number(label: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"metric {label!r:.80} is no finite number: {error}") from error
+
+
 def _embedding(values: Tensor | Sequence[float]) -> Tensor:
     """``[D]`` fp32 on the CPU."""
-    vector = torch.as_tensor(values).detach().cpu()
+    # Numbers of Python in fp64, whatever the caller's default dtype and device are.
+    dtype = None if hasattr(values, "dtype") else torch.float64
+    try:
+        vector = torch.as_tensor(values, dtype=dtype, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"embedding is {values!r:.80}, expected [D] of real numbers: {error}") from error
     if vector.ndim != 1 or not 1 <= len(vector) <= MAX_DIMENSION or vector.is_complex():
         raise ValueError(f"embedding has shape {list(vector.shape)}, expected [D] of real numbers")
     vector = vector.float().contiguous().clone()

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -251,12 +252,12 @@ def check_tensors(
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that takes its place at the end of the block, or vanishes after an error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f"{path.name}.{secrets.token_hex(8)}"
+    temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # 0666 less the umask
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
         temporary.replace(path)
     except BaseException:
         temporary.unlink()

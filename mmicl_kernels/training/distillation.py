@@ -114,7 +114,7 @@ def teach(handle: Handle, batch: EpisodeBatch, temperature: float) -> Tensor:
     total = None
     with handle.disabled():
         for inputs, query in passes:
-            logits = answer_logits(handle.model, inputs, teacher_rows(batch, query))
+            logits = answer_logits(handle.model, inputs, teacher_rows(batch, inputs, query))
             probabilities = torch.softmax(wide(logits) / temperature, -1)
             total = probabilities if total is None else total.add_(probabilities)
     return total.div_(len(passes))
@@ -155,25 +155,25 @@ def student_rows(batch: EpisodeBatch) -> Tensor:
     """Bool ``[B, T]``: the student's positions that predict a labelled token.
 
     Raises:
-        ValueError: there is none, or a labelled token is not one of the query's.
+        ValueError: there is none, a labelled token is not one of the query's, or padding is before it.
     """
     labelled = _labelled(batch)
     if not labelled.any():
         raise ValueError("labels marks no token to predict, expected at least one")
-    return _before(labelled)
+    return _before("labels", labelled, batch.student)
 
 
-def teacher_rows(batch: EpisodeBatch, query: Tensor) -> Tensor:
+def teacher_rows(batch: EpisodeBatch, inputs: dict[str, Tensor], query: Tensor) -> Tensor:
     """Bool ``[B, T]``: the positions of a teacher's prompt that predict the same tokens, in that order.
 
-    ``query`` is this prompt's ``teacher_query``. Raises ValueError as :func:`student_rows`, or if the prompt
-    begins with a token of the answer.
+    ``inputs`` is this prompt and ``query`` its ``teacher_query``. Raises ValueError as :func:`student_rows`,
+    or if the prompt begins with a token of the answer.
     """
     labelled = torch.zeros_like(query)
     labelled[query] = _labelled(batch)[batch.student_query].to(query.device)
     if labelled[:, 0].any():
         raise ValueError("teacher_query marks the answer at position 0, expected tokens before it")
-    return _before(labelled)
+    return _before("teacher_query", labelled, inputs)
 
 
 def _labelled(batch: EpisodeBatch) -> Tensor:
@@ -188,8 +188,18 @@ def _labelled(batch: EpisodeBatch) -> Tensor:
     return labelled
 
 
-def _before(tokens: Tensor) -> Tensor:
-    return F.pad(tokens[:, 1:], (0, 1), value=False)
+def _before(what: str, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """The positions before ``tokens``, which ``what`` marks; ValueError if one of them is padding."""
+    before = F.pad(tokens[:, 1:], (0, 1), value=False)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == before.shape:
+        padding = (before & (mask == 0).to(before.device)).sum(-1)
+        if padding.any():
+            raise ValueError(
+                f"{what} marks {padding.tolist()} answer tokens per row right after padding, "
+                "expected tokens before them"
+            )
+    return before
 
 
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -72,7 +72,7 @@ def test_quick_demo_writes_table_and_plot(tmp_path):
         "MimIC, ours",
         "LIVE",
         "M2IV",
-        "M2IV, task + style",
+        "M2IV + style",
     ]
     assert rows["MimIC, ours"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"]
     assert rows["8-shot"]["accuracy"] > rows["zero-shot"]["accuracy"]

@@ -1,6 +1,7 @@
 """`mmicl library`: every command, its exit code, its JSON, and errors of one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -115,7 +116,44 @@ def test_remove(library, mmicl):
     assert mmicl("remove", "a", "b") == (0, "", "")
     assert library.list() == []
     code, out, err = mmicl("remove", "a")
-    assert code == 1 and out == "" and err == f"mmicl library: no entry 'a' in {library.folder}\n"
+    message = f"mmicl library: no entry 'a' in {library.folder}; nothing was removed\n"
+    assert code == 1 and out == "" and err == message
+
+
+def test_remove_is_all_or_nothing(library, mmicl):
+    code, out, err = mmicl("remove", "a", "nope")
+    assert code == 1 and out == "" and "no entry 'nope'" in err and "nothing was removed" in err
+    assert library.list() == ["a", "b"]
+    assert mmicl("remove", "a", "../b")[0] == 1 and library.list() == ["a", "b"]
+    assert mmicl("remove", "b", "b") == (0, "", "") and library.list() == ["a"]
+    library.put("e\u0301", live(1.0))
+    assert mmicl("remove", "e\u0301", "\u00e9", "--json")[:2] == (0, '["\\u00e9"]\n')
+
+
+def test_remove_of_what_is_half_there(library, mmicl):
+    """An entry whose file is damaged or gone can still be removed."""
+    library.path("a").write_bytes(b"")
+    library.path("b").unlink()
+    assert mmicl("remove", "a", "b") == (0, "", "") and mmicl("verify")[0] == 0
+
+
+@pytest.mark.parametrize("option", ["--record", "--embedding"])
+@pytest.mark.parametrize("content", ['{"a": 1}', '"text"', "[[1], [2]]", '["a"]', "/dev/zero", "a pipe"])
+def test_add_of_what_is_no_embedding(library, mmicl, tmp_path, option, content):
+    live(1.0).save_pretrained(tmp_path / "trained")
+    file = tmp_path / "x.json"
+    if content == "a pipe":
+        os.mkfifo(file)
+    elif content == "/dev/zero":
+        file.symlink_to(content)
+    else:
+        file.write_text(content)
+    code, out, err = mmicl("add", "z", str(tmp_path / "trained"), option, str(file))
+    if option == "--record" and not content.startswith(("/", "a pipe")):
+        assert code == 0 and library.entry("z").record == json.loads(content)
+    else:
+        assert code == 1 and out == "" and err.startswith("mmicl library: ") and err.count("\n") == 1
+        assert "z" not in library and ("embedding" in err or "is not a regular file" in err)
 
 
 def test_search(library, mmicl):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from published import SELF_ATTENTIONS
+from published import SELF_ATTENTIONS, random_adapter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,6 +29,18 @@ def random_shift(model: PreTrainedModel, config=None, *, seed: int = 0) -> mk.M2
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return adapter
+
+
+def library(model: PreTrainedModel) -> dict[str, mk.MimICAdapter | mk.M2IVAdapter | mk.LIVEAdapter]:
+    """Adapters of every method, by name."""
+    return {
+        "a": random_shift(model, seed=0),
+        "b": random_shift(model, seed=1),
+        "live": random_shift(model, mk.LIVEConfig(), seed=2),
+        "stream": random_shift(model, mk.LIVEConfig(site="layer"), seed=3),
+        "mimic": random_adapter(model),
+        "ffn": random_adapter(model, seed=1, ffn_shift=True),
+    }
 
 
 @contextmanager

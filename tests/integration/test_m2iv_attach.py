@@ -1,4 +1,4 @@
-"""M2IV and LIVE attached: rows, sums, strengths, other methods beside them, and nothing left behind."""
+"""M2IV and LIVE attached: rows, sums, other methods beside them, and nothing left behind."""
 
 import copy
 import re
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from published import logits, published, random_adapter
-from residuals import biased, decoder_layers, random_shift, relative_error
+from residuals import biased, decoder_layers, library, random_shift, relative_error
 from snapshots import assert_same_objects, snapshot, used_model
 from torch import nn
 
@@ -23,18 +23,6 @@ SAME = {"rtol": 64 * EPS, "atol": 64 * EPS}
 @pytest.fixture
 def model():
     return tiny_model("llava-llama")
-
-
-def library(model):
-    """Adapters of every method, by name."""
-    return {
-        "a": random_shift(model, seed=0),
-        "b": random_shift(model, seed=1),
-        "live": random_shift(model, mk.LIVEConfig(), seed=2),
-        "stream": random_shift(model, mk.LIVEConfig(site="layer"), seed=3),
-        "mimic": random_adapter(model),
-        "ffn": random_adapter(model, seed=1, ffn_shift=True),
-    }
 
 
 @torch.no_grad()
@@ -160,45 +148,12 @@ def test_m2iv_beside_mimic(family, normalizer):
     assert relative_error(actual, expected) <= 256 * EPS
 
 
-@pytest.mark.parametrize("name", ["a", "live", "stream"])
-@pytest.mark.parametrize("family", TINY_MODELS)
-def test_strength(family, name):
-    model = used_model(family)
-    inputs, adapter = tiny_inputs(model, padding="left"), library(model)[name]
-    plain = logits(model, inputs)
-    tripled = copy.deepcopy(adapter)
-    with torch.no_grad():
-        for parameter_name, parameter in tripled.named_parameters():
-            if parameter_name.endswith("scale"):
-                parameter.mul_(3.0)
-    with mk.attach(model, tripled):
-        expected = logits(model, inputs)
-    with mk.attach(model, adapter, strength=0) as handle:
-        assert torch.equal(logits(model, inputs), plain)
-        handle.strength(3.0)
-        assert torch.equal(logits(model, inputs), expected)
-        with handle.strength(0.0):
-            assert torch.equal(logits(model, inputs), plain)
-        assert torch.equal(logits(model, inputs), expected)
-    with mk.attach(model, {name: adapter}) as handle, handle.rows(name):
-        one = logits(model, inputs)
-        with handle.strength(3.0):
-            torch.testing.assert_close(logits(model, inputs), expected, **SAME)
-            with handle.rows({name: 1 / 3}):
-                torch.testing.assert_close(logits(model, inputs), one, **SAME)
-            with handle.strength(0):
-                assert torch.equal(logits(model, inputs), plain)
-        assert torch.equal(logits(model, inputs), one)
-
-
-def test_strength_outlives_the_handle(model):
-    inputs, plain = tiny_inputs(model), logits(model, tiny_inputs(model))
-    handle = mk.attach(model, random_shift(model))
-    with handle.strength(0.5):
-        handle.detach()
-    assert torch.equal(logits(model, inputs), plain)
-    with pytest.raises(RuntimeError, match="detached"):
-        handle.strength(1.0)
+def test_one_tuple_is_the_sum_in_all_rows(model):
+    inputs = tiny_inputs(model)
+    with mk.attach(model, library(model)) as handle:
+        expected = row_of_rows(handle, model, inputs, [("a", "live")] * 2)
+        assert torch.equal(row_of_rows(handle, model, inputs, ("a", "live")), expected)
+        assert not torch.equal(row_of_rows(handle, model, inputs, ["a", "live"]), expected)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -424,6 +379,44 @@ def test_gradient_checkpointing_changes_no_gradient(model):
         assert (actual - grad).norm() <= 256 * EPS * grad.norm()
 
 
+def test_checkpointing_computes_again_what_was_computed(model):
+    """It reads the handle once more, in the backward pass."""
+    inputs = tiny_inputs(model)
+    model.requires_grad_(False).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapters = {name: random_adapter(model, seed=seed) for seed, name in enumerate("ab")}
+
+    def loss():
+        return model(**inputs, use_cache=False).logits.square().sum()
+
+    with mk.attach(model, random_shift(model)) as handle:
+        with handle.strength(0.5):
+            within, outside = loss(), loss()
+            with torch.no_grad(), handle.strength(2.0):
+                loss()
+            within.backward()
+        with pytest.raises(RuntimeError, match=r"are \(1\.0, None\), expected \(0\.5, None\).*backward\(\)"):
+            outside.backward()
+        loss().backward()
+    with mk.attach(model, adapters) as handle:
+        with handle.rows("a"):
+            within, outside = loss(), loss()
+            within.backward()
+        with handle.rows("b"), pytest.raises(RuntimeError, match="'b': 1.0.*expected .*'a': 1.0"):
+            outside.backward()
+
+
+def test_without_checkpointing_backward_may_come_later(model):
+    inputs, adapter = tiny_inputs(model), random_shift(model)
+    model.requires_grad_(False)
+    with mk.attach(model, adapter) as handle:
+        with handle.strength(0.5):
+            loss = model(**inputs).logits.square().sum()
+            expected = torch.autograd.grad(loss, list(adapter.parameters()), retain_graph=True)
+        for x, y in zip(torch.autograd.grad(loss, list(adapter.parameters())), expected, strict=True):
+            assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fp32_vectors_in_a_low_precision_model(dtype):
     model = tiny_model("llava-llama").to(dtype)
@@ -457,6 +450,8 @@ def test_fp32_vectors_in_a_low_precision_model(dtype):
         (lambda m: {"a": random_shift(m), "b": random_shift(m)}, {"slots": 1}, ValueError, "slots is 1"),
         (lambda m: dict.fromkeys("ab", random_shift(m)), {}, ValueError, "name 'b' or its adapter"),
         (random_shift, {"strength": float("nan")}, ValueError, "strength is nan, expected a finite"),
+        (random_shift, {"strength": 1e39}, ValueError, r"strength is 1e\+39, expected a finite .* fp32"),
+        (random_shift, {"strength": 10**400}, ValueError, "strength is 1000.*, expected a finite"),
         (random_shift, {"strength": "full"}, TypeError, "strength is 'full', expected a number"),
         (random_shift, {"strength": True}, TypeError, "strength is True, expected a number"),
         (
@@ -509,6 +504,7 @@ def test_an_error_while_patching_leaves_nothing_behind(model, monkeypatch):
         ([("a", "mimic", "ffn"), None], ValueError, r"\('mimic', 'ffn'\), expected at most one MimIC"),
         ([("a", "b", "a")], ValueError, r"\('a', 'b', 'a'\), expected every name once"),
         ({"a": float("inf")}, ValueError, "strength of 'a' is inf, expected a finite number"),
+        ([{"a": -1e39}], ValueError, r"strength of 'a' is -1e\+39, expected a finite number in fp32"),
         ([{"a": None}], TypeError, "strength of 'a' is None, expected a number"),
         ({"mimic": 0.5}, ValueError, r"strength of 'mimic' is 0\.5, expected 1"),
         (
@@ -525,16 +521,3 @@ def test_refused_rows(model, names, error, message):
             pytest.fail("the block was entered")
         with pytest.raises(RuntimeError, match="rows"):
             logits(model, tiny_inputs(model))
-
-
-def test_strength_and_mimic_exclude_each_other(model):
-    inputs = tiny_inputs(model)
-    with mk.attach(model, library(model)) as handle, handle.rows(["a", "mimic"]):
-        expected = logits(model, inputs)
-        with pytest.raises(ValueError, match=r"strength is 0\.5, expected 1: 'mimic'"):
-            handle.strength(0.5)
-        assert torch.equal(logits(model, inputs), expected)
-    with mk.attach(model, random_shift(model), strength=0.5) as handle:
-        with pytest.raises(ValueError, match=r"strength is 0\.5, expected 1: 'm' is a MimIC"):
-            handle.add("m", random_adapter(model))
-        assert list(handle.adapters) == ["default"]

@@ -69,6 +69,12 @@ def test_single_adapter(name):
             assert torch.equal(generate(model, inputs), expected["a"])
         with handle.strength(0.0):
             assert torch.equal(generate(model, inputs), expected[None])
+            scale = adapter.layers["0"].attn.scale
+            kept = scale.item()
+            for value in (float("nan"), kept):
+                with torch.no_grad():
+                    scale.fill_(value)
+                assert torch.equal(generate(model, inputs), expected[None])
         assert torch.equal(generate(model, inputs), turned)
         assert_graphs(1)
 
@@ -87,7 +93,7 @@ def test_entries_strengths_and_adapters_change_without_compiling(name):
 
         def check(*rows, graphs=1):
             """Against the expectations where a row has one adapter, and against eager generation."""
-            with handle.rows(rows):
+            with handle.rows(list(rows)):
                 tokens = generate(model, inputs)
                 assert torch.equal(tokens, generate(model, inputs, compiled=False))
             for row, key in enumerate(rows):

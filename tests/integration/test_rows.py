@@ -62,7 +62,8 @@ def test_rows_equal_single_adapters(family, normalizer):
         (["a"], ["a", "a"]),
         ([("b",), ()], ["b", None]),
         ([None, ("a",)], [None, "a"]),
-        (("a", "b"), ["a", "b"]),
+        (("b",), ["b", "b"]),
+        ((), [None, None]),
     ],
 )
 def test_what_rows_may_be_called_with(model, adapters, given, meant):
@@ -142,6 +143,8 @@ def test_rows_are_restored(model, adapters):
         ([("a", "b"), None], ValueError, r"\('a', 'b'\), expected at most one"),
         ([], ValueError, "names is empty"),
         ([3, "a"], TypeError, "a row is 3"),
+        (("a", "b"), ValueError, r"\('a', 'b'\), expected at most one"),
+        (("a", None), TypeError, "a row names None, expected strings; a list has one entry per batch row"),
     ],
 )
 def test_refused_rows(model, adapters, names, error, message):
@@ -237,22 +240,53 @@ def test_gradients_reach_every_adapter_in_use(model, adapters):
     assert all(not x.grad.any() for x in adapters["c"].parameters() if x.grad is not None)
 
 
-def test_rows_read_the_parameters_at_entry_and_training_reads_them_always(model, adapters):
+def negate(adapter):
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.neg_()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_open_rows_read_the_parameters_as_they_are(model, adapters, mode, trained):
     inputs = tiny_inputs(model)
-    with mk.attach(model, adapters) as handle:
-        with handle.rows("a"):
-            before = row_logits(model, inputs)
-        with torch.no_grad():
-            for parameter in adapters["a"].parameters():
-                parameter.mul_(-1.0)
-        with handle.rows("a"):
-            after = row_logits(model, inputs)
-            assert not torch.equal(before, after)
-            with torch.no_grad():
-                for parameter in adapters["a"].parameters():
-                    parameter.mul_(-1.0)
-            trained = model(**inputs).logits.detach()
-            torch.testing.assert_close(trained, before, **SAME)
+    adapters["a"].requires_grad_(trained)
+    with mk.attach(model, adapters) as handle, handle.rows("a"):
+        before = row_logits(model, inputs)
+        negate(adapters["a"])
+        with mode():
+            after = model(**inputs).logits
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(model(**inputs).logits.detach(), after, **SAME)
+        negate(adapters["a"])
+        torch.testing.assert_close(model(**inputs).logits.detach(), before, **SAME)
+        with mode():
+            assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_an_evaluation_between_steps_sees_training(model, adapters, options):
+    """Fused optimizers change parameters without counting that."""
+    inputs = tiny_inputs(model)
+    optimizer = torch.optim.AdamW(adapters["a"].parameters(), lr=0.1, **options)
+    with mk.attach(model, adapters) as handle, handle.rows("a"):
+        seen = [row_logits(model, inputs)]
+        for _ in range(2):
+            model(**inputs).logits.square().sum().backward()
+            optimizer.step()
+            seen.append(row_logits(model, inputs))
+            torch.testing.assert_close(model(**inputs).logits.detach(), seen[-1], **SAME)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_parameters_made_in_inference_mode(model):
+    inputs = tiny_inputs(model)
+    with torch.inference_mode():
+        adapter = random_adapter(model)
+        with mk.attach(model, {"a": adapter}) as handle, handle.rows("a"):
+            rows = model(**inputs).logits
+        with mk.attach(model, adapter):
+            torch.testing.assert_close(rows, model(**inputs).logits, **SAME)
 
 
 def test_adapters_of_different_dtypes(model):

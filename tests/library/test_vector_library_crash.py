@@ -187,6 +187,35 @@ def test_crash_at_every_step(tmp_path, work):
     assert outcomes[0] == before and outcomes[-1] == after
 
 
+def test_crash_while_the_only_embedding_changes_its_dimension(tmp_path):
+    """Entry and search are of before or after; that the index is missing meanwhile is seen and mended."""
+    outcomes = []
+    for at in range(1, 100):
+        folder = tmp_path / str(at)
+        library = mk.VLibrary(folder)
+        store(library, "a", 1)
+        library.put("other", live())
+        crashed = False
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, at)
+            try:
+                mk.VLibrary(folder).put("a", live(2.0), embedding=[1.0, 2.0, 3.0], overwrite=True)
+            except Crash:
+                crashed = True
+        for reader in (library, mk.VLibrary(folder)):
+            query = reader.embedding("a")
+            assert [entry.name for entry in reader.search(embedding=query)] == ["a"]
+            assert reader.list() == ["a", "other"]
+            assert all("log.jsonl" in problem for problem in reader.verify())
+        assert_same(library.get("a"), live(1.0 if len(query) == 2 else 2.0))
+        outcomes.append(len(query))
+        library.put("other", live(), overwrite=True)
+        assert library.verify() == []
+        if not crashed:
+            break
+    assert not crashed and outcomes == sorted(outcomes) and set(outcomes) == {2, 3}
+
+
 def test_crash_while_the_first_entry_is_put(tmp_path):
     for at in range(1, 100):
         with pytest.MonkeyPatch.context() as patch:

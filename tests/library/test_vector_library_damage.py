@@ -189,8 +189,8 @@ def test_hostile_lines_of_the_log(library, case):
 
 def test_hostile_first_line(library):
     log = library.folder / "index" / "log.jsonl"
-    for first in ({"generation": "../../x"}, {"generation": []}, {"format_version": 2}, {}, []):
-        first = {"format_version": 1, **first} if isinstance(first, dict) else first
+    for first in ({"generation": "../../x"}, {"generation": []}, {"format_version": 1}, {}, []):
+        first = {"format_version": index_module.FORMAT_VERSION, **first} if isinstance(first, dict) else first
         log.write_bytes(index_module._line(first))
         reader = mk.VLibrary(library.folder)
         assert reader.list() == NAMES and reader.verify()

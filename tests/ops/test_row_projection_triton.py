@@ -1,15 +1,10 @@
 """The projection's Triton kernels: values in the interpreter and on a GPU, machine code without one.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so a process either interprets or compiles:
-``test_values_in_the_interpreter`` starts one on the value tests and on those here.
+``test_values_in_the_interpreter`` starts a process on the value tests and on those here.
 """
 
 import functools
-import os
 import re
-import subprocess
-import sys
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -19,15 +14,20 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_process import (  # noqa: E402
+    assert_all_pass,
+    assert_no_synchronisation,
+    captured,
+    compiles,
+    interpreted,
+    launches,
+    on_device,
+)
+
 from mmicl_kernels.ops.row_projection import _composed, _triton, row_projection  # noqa: E402
 from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
-on_device = pytest.mark.parametrize("device", [DEVICE])
-compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
 
 GATHER, CLEAR, SCATTER = KERNELS = (
     _triton.gather_rows_kernel,
@@ -42,17 +42,8 @@ COUNTS = {"row_projection": 150, "row_projection_triton": 15}
 @pytest.mark.parametrize("name", COUNTS)
 def test_values_in_the_interpreter(name):
     """Runs every value test of one file on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, "-k", "not bad_input and not independent_code", str(FOLDER / f"test_{name}.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=FOLDER.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", run.stdout).group(1))
-    assert passed >= COUNTS[name], run.stdout[-2000:]
+    process = interpreted("-k", "not bad_input and not independent_code", FOLDER / f"test_{name}.py")
+    assert_all_pass(process, at_least=COUNTS[name])
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -94,20 +85,6 @@ def test_offsets_past_two_to_the_31(device):
         far = storage.as_strided(shape, strides)
         far.copy_(normal(*shape, dtype=torch.float16, device=device))
         assert torch.equal(_triton.gather_rows(far, index), far.contiguous().view(n, C)[index])
-
-
-@contextmanager
-def launches(*kernels):
-    """Yields the list of those of ``kernels`` that are launched inside, in order."""
-    launched = []
-
-    def counting(kernel, run):
-        return lambda *a, **k: (launched.append(kernel), run(*a, **k))
-
-    with ExitStack() as stack:
-        for kernel in kernels:
-            stack.enter_context(mock.patch.object(kernel, "run", counting(kernel, kernel.run)))
-        yield launched
 
 
 @on_device
@@ -197,11 +174,7 @@ def step_on_cuda():
 @compiles
 def test_cuda_graph_replay():
     step, mask = step_on_cuda()
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = step()
+    graph, replayed = captured(step)
     mask.copy_(mask.roll(1))  # rows are data: other positions need no new graph
     graph.replay()
     for a, b in zip(replayed, step(), strict=True):
@@ -212,12 +185,7 @@ def test_cuda_graph_replay():
 @compiles
 def test_no_host_synchronisation():
     step, _ = step_on_cuda()
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_no_synchronisation(step)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,14 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
-from mmicl_kernels.training.distillation import answer_logits, divergence, synergy, teach
+from mmicl_kernels.training.distillation import (
+    answer_logits,
+    divergence,
+    student_rows,
+    synergy,
+    teach,
+    teacher_rows,
+)
 from mmicl_kernels.training.sampling import nearest_to_centroids
 
 # Some hundreds of fp64 roundings one after another; a wrong token, weight or sign is off by far more.
@@ -410,6 +417,29 @@ def test_labels_must_be_the_querys():
         first[:, :3] = True
         with pytest.raises(ValueError, match="teacher_query marks the answer at position 0"):
             loss(replace(batch, student_query=answer, teacher_query=first))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_an_answer_needs_a_token_before_it(who):
+    """After padding the first token would be predicted by what is masked."""
+    batch = episode(tiny_model("llava-llama"))
+    inputs = dict(getattr(batch, who))
+    mask = inputs["attention_mask"] = inputs["attention_mask"].clone()
+    mask[1, :-3] = 0
+    padded = replace(batch, **{who: inputs})
+    what = "labels" if who == "student" else "teacher_query"
+
+    def rows(batch):
+        if who == "student":
+            return student_rows(batch)
+        return teacher_rows(batch, batch.teacher, batch.teacher_query)
+
+    with pytest.raises(ValueError, match=rf"{what} marks \[0, 1\] answer tokens per row right after padding"):
+        rows(padded)
+    mask[1, -4] = 1
+    assert torch.equal(rows(padded), rows(batch)) and rows(batch).sum() == 6
+    del inputs["attention_mask"]
+    assert torch.equal(rows(padded), rows(batch))
 
 
 def test_further_passes_must_match():
