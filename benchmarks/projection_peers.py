@@ -123,3 +123,7 @@ def parts(case: Case, inputs: Inputs) -> list[Part]:
         Part(f"out[{x.start}:{x.stop}]", 0, (x,), eager(index[x])(*parameters), exact(index[x])(*wide))
         for x in corners
     ]
+
+
+FLOORS = {"packed": packed}
+PEERS = {"indexed": indexed, "compiled": compiled}

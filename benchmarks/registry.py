@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -385,76 +386,36 @@ RESIDUAL_SHIFT = (
     ),
 )
 
-# ---- prefix_splice: copies alone ----
-
-_SPLICE_PEERS = {
-    "loop": splice_peers.python_loop,
-    "pad_sequence": splice_peers.cat_and_pad,
-    "masked_scatter": splice_peers.masked_scatter,
-}
+# ---- prefix_splice: copies alone; row_projection: a gather and a product ----
 
 
-def _splice_lineup(cases: tuple[Case, ...], impls: tuple[str, ...]) -> Lineup:
+def _lineup(module: ModuleType, cases: tuple[Case, ...], impls: tuple[str, ...]) -> Lineup:
+    """The module's floors and peers, all of them stock, and our implementations."""
     return Lineup(
         cases=cases,
-        providers={
-            "memcpy": splice_peers.memcpy,
-            **_SPLICE_PEERS,
-            **{impl: splice_peers.ours(impl) for impl in impls},
-        },
-        floors=("memcpy",),
-        others=tuple(_SPLICE_PEERS),
-        stock=tuple(_SPLICE_PEERS),
+        providers={**module.FLOORS, **module.PEERS, **{impl: module.ours(impl) for impl in impls}},
+        floors=tuple(module.FLOORS),
+        others=tuple(module.PEERS),
+        stock=tuple(module.PEERS),
         ours=impls,
     )
 
 
-PREFIX_SPLICE = OpSpec(
-    name="prefix_splice",
-    tests=("tests/ops/test_prefix_splice.py",),
-    make_inputs=splice_peers.make_inputs,
-    bytes=splice_peers.count_bytes,
-    flops=lambda case: 0,
-    parts=splice_peers.parts,
-    lineups={
-        "cpu": _splice_lineup(splice_peers.CPU_CASES, ("composed",)),
-        "cuda": _splice_lineup(splice_peers.CUDA_CASES, OURS),
-    },
-    share=0.04,
-)
-
-# ---- row_projection: a gather and a product ----
-
-_PROJECTION_PEERS = {"indexed": projection_peers.indexed, "compiled": projection_peers.compiled}
-
-
-def _projection_lineup(cases: tuple[Case, ...], impls: tuple[str, ...]) -> Lineup:
-    return Lineup(
-        cases=cases,
-        providers={
-            "packed": projection_peers.packed,
-            **_PROJECTION_PEERS,
-            **{impl: projection_peers.ours(impl) for impl in impls},
+PREFIX_SPLICE, ROW_PROJECTION = (
+    OpSpec(
+        name=name,
+        tests=(f"tests/ops/test_{name}.py",),
+        make_inputs=module.make_inputs,
+        bytes=module.count_bytes,
+        flops=module.count_flops,
+        parts=module.parts,
+        lineups={
+            "cpu": _lineup(module, module.CPU_CASES, ("composed",)),
+            "cuda": _lineup(module, module.CUDA_CASES, OURS),
         },
-        floors=("packed",),
-        others=tuple(_PROJECTION_PEERS),
-        stock=tuple(_PROJECTION_PEERS),
-        ours=impls,
+        share=0.04,
     )
-
-
-ROW_PROJECTION = OpSpec(
-    name="row_projection",
-    tests=("tests/ops/test_row_projection.py",),
-    make_inputs=projection_peers.make_inputs,
-    bytes=projection_peers.count_bytes,
-    flops=projection_peers.count_flops,
-    parts=projection_peers.parts,
-    lineups={
-        "cpu": _projection_lineup(projection_peers.CPU_CASES, ("composed",)),
-        "cuda": _projection_lineup(projection_peers.CUDA_CASES, OURS),
-    },
-    share=0.04,
+    for name, module in (("prefix_splice", splice_peers), ("row_projection", projection_peers))
 )
 
 OPS = {

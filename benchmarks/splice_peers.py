@@ -91,6 +91,11 @@ def count_bytes(case: Case) -> int:
     return (tokens + case.B * case.T) * case.H * case.D * case.torch_dtype.itemsize
 
 
+def count_flops(case: Case) -> int:
+    """Copies alone."""
+    return 0
+
+
 def ours(impl: str) -> Callable[[Case, Inputs], Callable[[], Tensor]]:
     def bind(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         *spliced, start = inputs
@@ -187,3 +192,7 @@ def _cu_seqlens(totals: list[int], like: Tensor) -> Tensor:
 def _heads(case: Case, embeddings: Tensor) -> Tensor:
     """``[B, H, T, D]``, the shape of every benchmark's output."""
     return embeddings.unflatten(2, (case.H, case.D)).transpose(1, 2)
+
+
+FLOORS = {"memcpy": memcpy}
+PEERS = {"loop": python_loop, "pad_sequence": cat_and_pad, "masked_scatter": masked_scatter}

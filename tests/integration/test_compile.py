@@ -2,38 +2,14 @@
 
 import pytest
 import torch
+from compiled_generation import assert_graphs, fresh_dynamo, generate  # noqa: F401
 from published import published, random_adapter
-from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 
 NAMES = ["llava-llama", "qwen2_5_vl"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def generate(model, inputs, *, compiled=True):
-    options = {"disable_compile": True}
-    if compiled:
-        config = CompileConfig(fullgraph=True, backend="aot_eager")
-        config._compile_all_devices = True  # transformers compiles on accelerators only, otherwise
-        options = {"cache_implementation": "static", "compile_config": config}
-    return model.generate(
-        **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, **options
-    )
-
-
-def assert_graphs(count):
-    assert sum(counters["graph_break"].values()) == 0
-    assert counters["stats"]["unique_graphs"] == count
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("name, normalizer", [("llava-llama", "all_keys"), ("qwen2_5_vl", "visible")])

@@ -2,39 +2,15 @@
 
 import pytest
 import torch
+from compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo, generate  # noqa: F401
 from published import published, random_adapter
 from residuals import biased, random_shift
-from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 
 NAMES = ["llava-llama", "idefics2", "qwen2_5_vl"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def generate(model, inputs, *, compiled=True):
-    options = {"disable_compile": True}
-    if compiled:
-        config = CompileConfig(fullgraph=True, backend="aot_eager")
-        config._compile_all_devices = True  # transformers compiles on accelerators only, otherwise
-        options = {"cache_implementation": "static", "compile_config": config}
-    return model.generate(
-        **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, **options
-    )
-
-
-def assert_graphs(count):
-    assert sum(counters["graph_break"].values()) == 0
-    assert counters["stats"]["unique_graphs"] == count
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def negate(adapter):
@@ -156,7 +132,7 @@ def test_attaching_to_a_model_that_was_compiled_before(make):
         other = generate(model, inputs)
         assert torch.equal(other, generate(model, inputs, compiled=False))
         assert not torch.equal(other, expected)
-    assert sum(counters["graph_break"].values()) == 0
+    assert_no_breaks()
 
 
 def test_another_method_on_a_compiled_module():
