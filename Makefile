@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/mmicl demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
