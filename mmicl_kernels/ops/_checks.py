@@ -65,13 +65,14 @@ def check_last_stride(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has strides {list(tensor.stride())}, expected a contiguous last dimension")
 
 
-def check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Raise ValueError unless ``low <= values <= high``.
+def is_readable(values: Tensor) -> bool:
+    """Whether a check may read them: a CUDA tensor would synchronise, a traced one has no values."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    Only CPU tensors are read, because reading a CUDA tensor would synchronise, and only outside of a
-    compiled graph, because a value cannot be read while it is traced.
-    """
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+
+def check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless ``low <= values <= high``, where they can be read."""
+    if not is_readable(values) or values.numel() == 0:
         return
     smallest, largest = int(values.min()), int(values.max())
     if smallest < low or largest > high:

@@ -19,6 +19,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ("auto", "reference", "composed", "triton", "cuda")
 
 
+def uses_triton(impl: str, device: torch.device) -> bool:
+    """Whether ``impl`` runs Triton kernels on ``device``: where named, and on CUDA if they can be had."""
+    return impl == "triton" or (device.type == "cuda" and HAS_TRITON)
+
+
 def require_triton(device: torch.device) -> None:
     """Raise RuntimeError unless a Triton kernel can run on ``device``."""
     if not HAS_TRITON:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels import _extension
-from mmicl_kernels.ops._impl import HAS_TRITON
+from mmicl_kernels.ops._impl import uses_triton
 
 
 def kernels(impl: str, device: torch.device) -> ModuleType:
     """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if impl == "triton" or (device.type == "cuda" and HAS_TRITON):
+    if uses_triton(impl, device):
         from mmicl_kernels.ops.attention_shift import _triton
 
         return _triton

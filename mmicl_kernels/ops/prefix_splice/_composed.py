@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import HAS_TRITON
+from mmicl_kernels.ops._impl import uses_triton
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.prefix_splice.reference import IGNORED
 
@@ -37,7 +37,7 @@ class Spans(NamedTuple):
 
 def kernels(impl: str, device: torch.device) -> ModuleType:
     """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if impl == "triton" or (device.type == "cuda" and HAS_TRITON):
+    if uses_triton(impl, device):
         from mmicl_kernels.ops.prefix_splice import _triton
 
         return _triton

@@ -13,6 +13,7 @@ from mmicl_kernels.ops._checks import (
     check_last_stride,
     check_range,
     check_same_device,
+    is_readable,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.prefix_splice._composed import prompt_bounds
@@ -238,14 +239,9 @@ def _check_count(name: str, value: int, most: int | None = None) -> None:
         raise ValueError(f"{name} is {value}, expected " + ("0 or more" if most is None else f"0 to {most}"))
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether values may be read: reading CUDA tensors would synchronise, traced ones have none."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_bounds(name: str, bounds: Tensor, most: int, from_zero: bool = False) -> None:
     check_range(name, bounds, 0, most)
-    if _readable(bounds):
+    if is_readable(bounds):
         if bool((bounds[1:] < bounds[:-1]).any()):
             raise ValueError(f"{name} decreases, expected bounds from 0 to {most} in order")
         if from_zero and bounds[0] != 0:
@@ -255,7 +251,7 @@ def _check_bounds(name: str, bounds: Tensor, most: int, from_zero: bool = False)
 def _check_lengths(own: tuple[Tensor | None, ...], R: int, max_length: int) -> None:
     """Raise ValueError where a prompt can be seen to be longer than a request may be, or less than empty."""
     prompt, *bounds = own
-    if R == 0 or not (_readable(prompt) or all(x is None for x in bounds)):
+    if R == 0 or not (is_readable(prompt) or all(x is None for x in bounds)):
         return
     if all(x is None for x in bounds):
         lengths = [prompt.shape[1]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels import _extension
-from mmicl_kernels.ops._impl import HAS_TRITON
+from mmicl_kernels.ops._impl import uses_triton
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 
 
@@ -28,10 +28,6 @@ def kernels(impl: str, device: torch.device) -> ModuleType:
     if device.type == "cpu" and _extension.load():
         return torch.ops.mmicl_cpu
     return sys.modules[__name__]
-
-
-def uses_triton(impl: str, device: torch.device) -> bool:
-    return impl == "triton" or (device.type == "cuda" and HAS_TRITON)
 
 
 def prepared(x: Tensor, impl: str, *parameters: Tensor | None) -> Sequence[Tensor | None]:

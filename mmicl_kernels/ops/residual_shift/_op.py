@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import (
+    needs_grad,
+    no_autocast,
+    refuse_double_backward,
+    refuse_vmap,
+    uses_triton,
+)
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
 from mmicl_kernels.ops.residual_shift._composed import (
     entry_grads,
@@ -13,7 +19,6 @@ from mmicl_kernels.ops.residual_shift._composed import (
     new_output,
     prepared,
     strength_grads,
-    uses_triton,
 )
 
 _ENTRIES = "Tensor vector, Tensor? scale, Tensor? adapter_ids, Tensor? strengths"

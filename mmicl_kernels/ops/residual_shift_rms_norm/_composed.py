@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels import _extension
-from mmicl_kernels.ops.residual_shift._composed import new_output, row_entries, uses_triton
+from mmicl_kernels.ops._impl import uses_triton
+from mmicl_kernels.ops.residual_shift._composed import new_output, row_entries
 
 
 def kernels(impl: str, device: torch.device) -> ModuleType:

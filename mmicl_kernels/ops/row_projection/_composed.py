@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmicl_kernels.ops._impl import uses_triton
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
-from mmicl_kernels.ops.residual_shift._composed import uses_triton
 
 
 def kernels(impl: str, device: torch.device) -> ModuleType:

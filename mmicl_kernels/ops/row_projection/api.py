@@ -12,6 +12,7 @@ from mmicl_kernels.ops._checks import (
     check_last_stride,
     check_range,
     check_same_device,
+    is_readable,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.row_projection._op import row_projection_op
@@ -115,8 +116,7 @@ def _check_rows(sizes: Sizes, rows: Tensor, num_rows: int | None) -> None:
             raise TypeError(f"num_rows must be an int, got {type(num_rows).__name__}")
         if num_rows < 0:
             raise ValueError(f"num_rows is {num_rows}, expected 0 or more")
-        readable = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and (count := int(rows.count_nonzero())) > num_rows:
+        if is_readable(rows) and (count := int(rows.count_nonzero())) > num_rows:
             raise ValueError(f"num_rows is {num_rows}, expected at least the {count} that rows has")
 
 

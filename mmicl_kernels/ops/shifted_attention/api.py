@@ -14,6 +14,7 @@ from mmicl_kernels.ops._checks import (
     check_range,
     check_same_device,
     check_shift,
+    is_readable,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
@@ -249,7 +250,7 @@ def _check_cu_seqlens(packed: Sizes, name: str, cu_seqlens, x: Tensor, longest: 
     check_same_device(q=x, **{name: cu_seqlens})
     if cu_seqlens.numel() == 0:
         raise ValueError(f"{name} is empty, expected [0, ..., total]")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(cu_seqlens):
         return
     lengths = cu_seqlens.diff()
     total = x.shape[2]
