@@ -26,6 +26,10 @@ _LAZY = {
     "M2IVAdapter": "mmicl_kernels.methods",
     "LIVEConfig": "mmicl_kernels.methods",
     "LIVEAdapter": "mmicl_kernels.methods",
+    "AIMConfig": "mmicl_kernels.methods",
+    "AIMAdapter": "mmicl_kernels.methods",
+    "Demonstration": "mmicl_kernels.library",
+    "DemonstrationBank": "mmicl_kernels.library",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -4,5 +4,15 @@ from mmicl_kernels.integration.anchors import UnsupportedModelError
 from mmicl_kernels.integration.attach import attach
 from mmicl_kernels.integration.create import create, load, load_official
 from mmicl_kernels.integration.handle import Handle
+from mmicl_kernels.integration.prompts import PromptBuilder, decode_image
 
-__all__ = ["Handle", "UnsupportedModelError", "attach", "create", "load", "load_official"]
+__all__ = [
+    "Handle",
+    "PromptBuilder",
+    "UnsupportedModelError",
+    "attach",
+    "create",
+    "decode_image",
+    "load",
+    "load_official",
+]

@@ -27,6 +27,7 @@ class Family:
 
 
 FAMILIES = {
+    "gemma3": Family("model.language_model.layers", text=("gemma3_text",)),
     # Its gated cross-attention layers stand in a list of their own and are never touched.
     "idefics": Family("model.layers", text=("idefics",)),
     "idefics2": Family("model.text_model.layers", text=("mistral",)),
@@ -41,7 +42,7 @@ FINGERPRINT_SAMPLES = 64
 class Anchor:
     """One decoder layer: its index, the modules methods attach to, and its attention's geometry.
 
-    What ``after_attention`` returns is added to the residual stream; ``layer`` returns the stream.
+    What ``after_attention`` and ``after_mlp`` return is added to the residual stream; ``layer`` returns it.
     """
 
     index: int
@@ -49,6 +50,7 @@ class Anchor:
     self_attn: nn.Module
     after_attention: nn.Module
     mlp: nn.Module
+    after_mlp: nn.Module
     num_heads: int
     head_dim: int
 
@@ -117,8 +119,10 @@ def _anchor(index: int, layer: nn.Module, family: Family, family_name: str) -> A
             f"{where}.{family.attention}.head_dim is {head_dim!r}, expected a divisor of "
             f"o_proj.in_features = {projection.in_features}"
         )
-    after = after_attention(layer, attention)
-    return Anchor(index, layer, attention, after, mlp, projection.in_features // head_dim, head_dim)
+    return Anchor(
+        index, layer, attention, after_attention(layer, attention), mlp, after_mlp(layer, mlp),
+        projection.in_features // head_dim, head_dim,
+    )  # fmt: skip
 
 
 def after_attention(layer: nn.Module, attention: nn.Module) -> nn.Module:
@@ -131,6 +135,12 @@ def after_attention(layer: nn.Module, attention: nn.Module) -> nn.Module:
     if "post_self_attn_layernorm" in children:
         return children["post_self_attn_layernorm"]
     return children["post_attention_layernorm"] if "pre_feedforward_layernorm" in children else attention
+
+
+def after_mlp(layer: nn.Module, mlp: nn.Module) -> nn.Module:
+    """The last module before the MLP's branch joins the residual stream: a norm in GLM-4V and Gemma."""
+    children = dict(layer.named_children())
+    return children.get("post_mlp_layernorm") or children.get("post_feedforward_layernorm") or mlp
 
 
 def _child(module: nn.Module, path: str, where: str) -> nn.Module:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from mmicl_kernels.integration.handle import Handle
+from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.ops._impl import resolve
 from mmicl_kernels.ops.shifted_attention.api import IMPLEMENTATIONS
@@ -19,6 +20,9 @@ def attach(
     impl: str = "auto",
     slots: int = 8,
     strength: float = 1.0,
+    bank: DemonstrationBank | None = None,
+    bank_bytes: int = 2**30,
+    placeholder_id: int | None = None,
 ) -> Handle:
     """Patch ``model``, an instance of a supported HuggingFace LVLM, so that ``adapter`` acts in it.
 
@@ -27,14 +31,19 @@ def attach(
     parameters, state dict and ``save_pretrained`` stay as they are, and no other instance is touched.
 
     Args:
-        impl: implementation of :func:`mmicl_kernels.ops.shifted_attention` and ``residual_shift``.
+        impl: implementation of :func:`mmicl_kernels.ops.shifted_attention`, ``residual_shift`` and
+            ``prefix_splice_``.
         slots: how many adapters the handle can hold at once.
         strength: what every M2IV and LIVE vector is multiplied by, see :meth:`Handle.strength`.
+        bank: demonstrations that an AIM adapter fused, for :meth:`Handle.splice`.
+        bank_bytes: how much of the bank stays on an accelerator; the CPU maps its file.
+        placeholder_id: an id of the vocabulary that no prompt has, in whose places fused tokens stand; by
+            default the largest that the model's configuration does not name.
 
     Raises:
         UnsupportedModelError: unknown family, or a part of it is missing. CheckpointError: an adapter
-        of another backbone. TypeError, ValueError, NotImplementedError: other bad arguments. The model
-        is untouched after any of them.
+        of another backbone, or a bank of another projection. TypeError, ValueError, NotImplementedError:
+        other bad arguments. The model is untouched after any of them.
     """
     resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention")
     single = isinstance(adapter, Adapter)
@@ -43,4 +52,4 @@ def attach(
         raise TypeError(f"adapter is {adapter!r}, expected an Adapter or a dict of them by name")
     if not isinstance(slots, int) or slots < len(adapters):
         raise ValueError(f"slots is {slots!r}, expected at least the {len(adapters)} adapters given")
-    return Handle(model, adapters, single, impl, slots, strength)
+    return Handle(model, adapters, single, impl, slots, strength, bank, bank_bytes, placeholder_id)

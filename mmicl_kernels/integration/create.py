@@ -6,10 +6,19 @@ from torch import nn
 
 from mmicl_kernels.integration.anchors import Anchor, check_backbone, describe_backbone, find_anchors
 from mmicl_kernels.library import read_adapter, read_official
-from mmicl_kernels.methods import ADAPTERS, Adapter, LIVEConfig, M2IVConfig, MimICAdapter, MimICConfig
+from mmicl_kernels.methods import (
+    ADAPTERS,
+    Adapter,
+    AIMAdapter,
+    AIMConfig,
+    LIVEConfig,
+    M2IVConfig,
+    MimICAdapter,
+    MimICConfig,
+)
 
 
-def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig) -> Adapter:
+def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIMConfig) -> Adapter:
     """A freshly initialised adapter for ``model``, in fp32 on its devices, not attached.
 
     Raises:
@@ -18,7 +27,7 @@ def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig) -> A
     anchors = find_anchors(model)
     for adapter_class in ADAPTERS.values():
         if isinstance(config, adapter_class.config_class):
-            return _place(adapter_class(config, describe_backbone(model, anchors)), anchors)
+            return _place(adapter_class(config, describe_backbone(model, anchors)), model, anchors)
     names = ", ".join(adapter.config_class.__name__ for adapter in ADAPTERS.values())
     raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
 
@@ -33,7 +42,7 @@ def load(folder: str | os.PathLike, model: nn.Module) -> Adapter:
     anchors = find_anchors(model)
     adapter = read_adapter(folder)
     check_backbone(adapter, describe_backbone(model, anchors))
-    return _place(adapter, anchors)
+    return _place(adapter, model, anchors)
 
 
 def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
@@ -42,10 +51,12 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
     Raises: as :func:`load`. The file does not say which model it belongs to: only shapes are checked.
     """
     anchors = find_anchors(model)
-    return _place(read_official(path, describe_backbone(model, anchors)), anchors)
+    return _place(read_official(path, describe_backbone(model, anchors)), model, anchors)
 
 
-def _place(adapter: Adapter, anchors: list[Anchor]) -> Adapter:
+def _place(adapter: Adapter, model: nn.Module, anchors: list[Anchor]) -> Adapter:
+    if isinstance(adapter, AIMAdapter):
+        return adapter.to(model.get_input_embeddings().weight.device)
     for anchor in anchors:
         adapter.layers[str(anchor.index)].to(anchor.device)
     if isinstance(adapter, MimICAdapter) and adapter.config.ffn_shift:

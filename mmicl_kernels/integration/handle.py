@@ -6,13 +6,24 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mmicl_kernels.integration import hf_attention
+from mmicl_kernels.integration.aggregation import Collate, aggregate
 from mmicl_kernels.integration.anchors import check_backbone, describe_backbone, find_anchors
 from mmicl_kernels.integration.attention import PatchedLayer
 from mmicl_kernels.integration.residual import ResidualHook, SiteShift
 from mmicl_kernels.integration.slots import Entry, check_products, check_strength, parse_rows
-from mmicl_kernels.methods import Adapter, LIVEAdapter, M2IVAdapter, MimICAdapter, ResidualSite
+from mmicl_kernels.integration.splicing import EmbeddingHook, Splicer
+from mmicl_kernels.library import Demonstration, DemonstrationBank, FusedTokens
+from mmicl_kernels.methods import (
+    ADAPTERS,
+    Adapter,
+    AIMAdapter,
+    CheckpointError,
+    MimICAdapter,
+    ResidualSite,
+)
 
 # A disabled handle leaves no trace on its model, so handles are also known by their first attention's id.
 _attached: "WeakValueDictionary[int, Handle]" = WeakValueDictionary()
@@ -29,6 +40,9 @@ class Handle:
         impl: str,
         slots: int,
         strength: float,
+        bank: DemonstrationBank | None,
+        bank_bytes: int,
+        placeholder_id: int | None,
     ) -> None:
         self.model, self.impl, self.normalizer = model, impl, "visible"
         self.anchors = find_anchors(model)
@@ -43,10 +57,13 @@ class Handle:
         self._attention: list[PatchedLayer] = []
         self._sites: dict[ResidualSite, SiteShift] = {}
         self._hooks: dict[str, list[ResidualHook]] = {}
+        self._splicer = Splicer(model, bank, bank_bytes, placeholder_id, impl)
         self._check_plain()
         self._set_strength(strength)
         for name, adapter in adapters.items():
             self._take_slot(name, adapter)
+        if bank is not None:
+            self._aim()
         try:
             self._sync()
         except BaseException:
@@ -189,6 +206,87 @@ class Handle:
         self._slots[self._slots.index(self._adapters.pop(name))] = None
         self._sync()
 
+    @property
+    def bank(self) -> DemonstrationBank | None:
+        """The bank given to :func:`attach`."""
+        return self._splicer.bank
+
+    def splice(
+        self,
+        inputs: Mapping[str, object],
+        demonstrations: Sequence[Sequence[int]],
+        *,
+        max_length: int | None = None,
+        tokens: FusedTokens | None = None,
+    ) -> dict[str, object]:
+        """``inputs`` with fused tokens before every prompt: AIM (arXiv 2406.07588).
+
+        They stand after a prompt's first token if that begins a text, else before it, and see no image.
+        What has one entry per token grows with them. The result is for forward passes and ``generate``
+        (beams too) until the next ``splice``; feeding an earlier one again is an error where it is seen,
+        and with the same prompts and as many fused tokens it gets the newer ones. The lengths of the
+        prompts are read, which synchronises once.
+
+        Args:
+            inputs: of ``model(**inputs)``, with ``input_ids [R, T]``; padded on either side.
+            demonstrations: for each prompt the ids of its demonstrations in the bank, in order; any number.
+            max_length: tokens of a prompt with its fused ones. Of the demonstrations the longest run of last
+                ones that fits is kept, each whole; the prompt is never cut.
+            tokens: instead of the bank's, with gradients if they have any.
+
+        Raises:
+            RuntimeError: the handle is disabled or detached. TypeError, ValueError: no bank and no tokens,
+            an unknown id, a prompt longer than ``max_length``, or an input that the model has to make for
+            the longer prompt (``position_ids``).
+        """
+        self._check_attached()
+        self._aim()
+        if not self._enabled:
+            raise RuntimeError("the handle is disabled, expected an enabled one: it would not see the tokens")
+        return self._splicer.splice(inputs, demonstrations, max_length, tokens)
+
+    def aggregate(self, inputs: Mapping[str, Tensor], positions: Tensor | None = None) -> list[Tensor]:
+        """The fused tokens ``[n, C]`` of every demonstration of a batch, each read alone by the plain model.
+
+        Gradients reach the projection alone. ``inputs`` are demonstrations as prompts ``[B, T]``;
+        ``positions``, bool ``[B, T]``, says which tokens are fused: by default the text after the last image.
+
+        Raises:
+            ValueError: no AIM adapter is attached, ``positions`` has another shape, or is missing where the
+            adapter's config has "answer".
+        """
+        self._check_attached()
+        adapter = self._aim()
+        with self.disabled():
+            return aggregate(self.model, adapter, inputs, positions, self.impl)
+
+    def add_demonstrations(
+        self,
+        demonstrations: Sequence[Demonstration],
+        collate: Collate,
+        *,
+        batch_size: int = 8,
+        progress: bool = True,
+    ) -> list[int]:
+        """Aggregate demonstrations into the bank, where they are not there yet, and return their ids.
+
+        ``collate`` makes a batch of them into the ``inputs`` and ``positions`` of :meth:`aggregate`. Every
+        batch is stored before the next, so what an interruption leaves is kept.
+
+        Raises:
+            ValueError: no bank is attached, and as :meth:`aggregate`.
+        """
+        if self.bank is None:
+            raise ValueError("no bank is attached, expected attach(model, adapter, bank=...)")
+        new = [x for x in dict.fromkeys(demonstrations) if self.bank.find(x) is None]
+        with tqdm(total=len(new), desc="aggregating", unit="demonstration", disable=not progress) as bar:
+            for start in range(0, len(new), batch_size):
+                batch = new[start : start + batch_size]
+                with torch.no_grad():
+                    self.bank.add(batch, self.aggregate(*collate(batch)))
+                bar.update(len(batch))
+        return [self.bank.find(x) for x in demonstrations]
+
     def require_single(self) -> Adapter:
         """The adapter of all rows. Raises RuntimeError where :meth:`rows` must say which."""
         single = self.single
@@ -267,10 +365,10 @@ class Handle:
             self.normalizer = adapter.config.normalizer  # the same for all
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
-        if not isinstance(adapter, MimICAdapter | M2IVAdapter | LIVEAdapter):
+        if not isinstance(adapter, tuple(ADAPTERS.values())):
             raise TypeError(
                 f"adapter {name!r} is a {type(adapter).__name__}, "
-                "expected a MimICAdapter, M2IVAdapter or LIVEAdapter"
+                f"expected one of {', '.join(x.__name__ for x in ADAPTERS.values())}"
             )
         check_backbone(adapter, self._backbone)
         _check_strength_of(name, adapter, self._strength)
@@ -280,13 +378,33 @@ class Handle:
                 f"adapter {name!r} has normalizer {adapter.config.normalizer!r}, "
                 f"expected {self.normalizer!r} like the others"
             )
-        for anchor in self.anchors:
+        if isinstance(adapter, AIMAdapter):
+            self._check_aim(name, adapter)
+        for anchor in self.anchors if adapter.layers else ():
             for parameter in adapter.layers[str(anchor.index)].parameters():
                 if parameter.device != anchor.device:
                     raise ValueError(
                         f"adapter {name!r} has layer {anchor.index} on {parameter.device}, "
                         f"expected {anchor.device}"
                     )
+
+    def _check_aim(self, name: str, adapter: AIMAdapter) -> None:
+        if any(isinstance(x, AIMAdapter) for x in self._adapters.values()):
+            raise ValueError(f"adapter {name!r} is a second AIMAdapter, expected at most one")
+        device = adapter.fuser.weight.device
+        if device != self._splicer.device:
+            raise ValueError(f"adapter {name!r} is on {device}, expected {self._splicer.device}")
+        if self.bank is not None and self.bank.digest != adapter.digest():
+            raise CheckpointError(
+                f"the bank's tokens were made with another projection than that of {name!r}: add its "
+                "demonstrations to a new bank, DemonstrationBank.create(folder, adapter)"
+            )
+
+    def _aim(self) -> AIMAdapter:
+        found = [x for x in self._adapters.values() if isinstance(x, AIMAdapter)]
+        if not found:
+            raise ValueError(f"no AIMAdapter is among the adapters {sorted(self._adapters)}, expected one")
+        return found[0]
 
     def _make_patches(self, adapter: Adapter) -> None:
         """What ``adapter`` needs in the model and no other needed so far; not in its place yet."""
@@ -313,6 +431,8 @@ class Handle:
             for index, hook in enumerate(hooks):
                 hook.shifts = [self._sites[site].layers[index] for site in order if site.module == module]
                 hook.install() if hook.shifts else hook.remove()
+        fuses = any(isinstance(x, AIMAdapter) for x in self._adapters.values())
+        self._splicer.hook.install() if fuses else self._splicer.hook.remove()
 
     def _remove_patches(self) -> None:
         for layer in self._attention:
@@ -320,6 +440,7 @@ class Handle:
         for hooks in self._hooks.values():
             for hook in hooks:
                 hook.remove()
+        self._splicer.hook.remove()
 
     def _check_plain(self) -> None:
         """Raise ValueError if the model is patched."""
@@ -328,6 +449,8 @@ class Handle:
             patched |= hasattr(anchor.self_attn.config, "mmicl_layer")
             for module in (anchor.after_attention, anchor.mlp, anchor.layer):
                 patched |= any(isinstance(hook, ResidualHook) for hook in module._forward_hooks.values())
+        hooks = self.model.get_input_embeddings()._forward_hooks.values()
+        patched |= any(isinstance(hook, EmbeddingHook) for hook in hooks)
         if patched:
             raise ValueError(
                 "the model is patched already: detach() its handle or add() to it "
@@ -340,5 +463,7 @@ class Handle:
 
 
 def _check_strength_of(name: str, adapter: Adapter, strength: float) -> None:
-    if strength != 1 and isinstance(adapter, MimICAdapter):
-        raise ValueError(f"strength is {strength!r}, expected 1: {name!r} is a MimIC adapter, which has none")
+    if strength != 1 and isinstance(adapter, MimICAdapter | AIMAdapter):
+        raise ValueError(
+            f"strength is {strength!r}, expected 1: {name!r} is a {type(adapter).__name__}, which has none"
+        )

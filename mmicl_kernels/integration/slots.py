@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mmicl_kernels.methods import Adapter, MimICAdapter
+from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
 
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -106,6 +106,8 @@ def _parse_entry(entry: Entry, adapters: Mapping[str, Adapter]) -> dict[str, flo
             raise TypeError(f"a row names {name!r}, expected strings; a list has one entry per batch row")
         if name not in adapters:
             raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(adapters)} or None")
+        if isinstance(adapters[name], AIMAdapter):
+            raise ValueError(f"a row names {name!r}, an AIM adapter, which acts through splice() alone")
     if len(set(names)) < len(names):
         raise ValueError(f"a row names {names}, expected every name once")
     gates = [name for name in names if isinstance(adapters[name], MimICAdapter)]

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     IdeficsConfig,
@@ -54,6 +56,9 @@ def tiny_model(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -
             # Idefics v1 gates its cross-attention with zeros, which would hide it from every test.
             if "alpha_" in parameter_name:
                 parameter.fill_(0.5)
+            # Gemma3 begins with a projection of zeros, which would hide the image.
+            if parameter_name.endswith("mm_input_projection_weight"):
+                parameter.normal_()
     return model
 
 
@@ -197,7 +202,37 @@ def _qwen2_5_vl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     }
 
 
+def _gemma3(implementation: str) -> PreTrainedModel:
+    config = Gemma3Config(
+        text_config={
+            **TEXT,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        vision_config=VISION,
+        mm_tokens_per_image=1,
+        image_token_index=IMAGE_ID,
+        boi_token_index=IMAGE_ID + 1,
+        eoi_token_index=IMAGE_ID + 2,
+        attn_implementation=implementation,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _gemma3_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    _place_images(ids, attention_mask, 1, IMAGE_ID + 1, IMAGE_ID + 2)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": (ids == IMAGE_ID).long(),
+        "pixel_values": pixels,
+    }
+
+
 _BUILDERS = {
+    "gemma3": _gemma3,
     "idefics": _idefics,
     "idefics2": _idefics2,
     "llava-llama": _llava(LlamaConfig),
@@ -205,9 +240,12 @@ _BUILDERS = {
     "qwen2_5_vl": _qwen2_5_vl,
 }
 _INPUTS = {
+    "gemma3": _gemma3_inputs,
     "idefics": _idefics_inputs,
     "idefics2": _idefics2_inputs,
     "llava": _llava_inputs,
     "qwen2_5_vl": _qwen2_5_vl_inputs,
 }
 TINY_MODELS = tuple(_BUILDERS)
+# What a branch's last linear layer returns joins the stream as it is; Gemma norms it first.
+PRE_NORM_MODELS = tuple(name for name in TINY_MODELS if name != "gemma3")

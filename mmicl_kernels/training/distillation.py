@@ -79,7 +79,7 @@ class M2IVObjective:
         targets = teach(self.handle, batch, config.temperature)
         with (
             record_outputs([anchor.after_attention for anchor in self._anchors], query) as attention,
-            record_outputs([anchor.mlp for anchor in self._anchors], query) as mlp,
+            record_outputs([anchor.after_mlp for anchor in self._anchors], query) as mlp,
         ):
             logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
         mimicry = divergence(logits, targets, config.temperature)

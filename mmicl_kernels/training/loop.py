@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from mmicl_kernels.training.episodes import EpisodeBatch
 from mmicl_kernels.training.objectives import Losses
+
+Batch = TypeVar("Batch")  # what the objective takes
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class TrainingConfig:
 
 
 def train(
-    objective: Callable[[EpisodeBatch], Losses],
+    objective: Callable[[Batch], Losses],
     parameters: dict[str, nn.Parameter],
-    batches: Iterable[EpisodeBatch],
+    batches: Iterable[Batch],
     steps: int,
     *,
     model: nn.Module,

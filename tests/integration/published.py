@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 import mmicl_kernels as mk
@@ -101,12 +101,14 @@ def in_double(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model).double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            eps = module.variance_epsilon
-            module.forward = partial(_rms_norm, weight=module.weight, eps=eps)
+            gemma = type(module).__name__.startswith("Gemma")
+            eps = module.eps if gemma else module.variance_epsilon
+            weight = module.weight + 1 if gemma else module.weight
+            module.forward = partial(_rms_norm, weight=weight, eps=eps)
     return model
 
 
-def _rms_norm(hidden: Tensor, *, weight: nn.Parameter, eps: float) -> Tensor:
+def _rms_norm(hidden: Tensor, *, weight: Tensor, eps: float) -> Tensor:
     return weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps))
 
 

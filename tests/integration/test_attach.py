@@ -364,7 +364,7 @@ def on_meta():
         (lambda: nn.Linear(2, 2), TypeError, "expected an Adapter or a dict"),
         (lambda: "adapter", TypeError, "'adapter', expected an Adapter"),
         (dict, TypeError, "expected an Adapter or a dict"),
-        (lambda: {"a": nn.Linear(2, 2)}, TypeError, "'a' is a Linear, expected a MimICAdapter"),
+        (lambda: {"a": nn.Linear(2, 2)}, TypeError, "'a' is a Linear, expected one of MimICAdapter"),
         (
             lambda: {
                 "a": random_adapter(tiny_model("llava-llama")),

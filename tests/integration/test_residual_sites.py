@@ -10,8 +10,8 @@ from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
 from transformers.models.glm4v.modeling_glm4v import Glm4vTextModel
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.anchors import after_attention, find_anchors
-from mmicl_kernels.testing.tiny_models import TEXT, TINY_MODELS, tiny_inputs, tiny_model
+from mmicl_kernels.integration.anchors import after_attention, after_mlp, find_anchors
+from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TEXT, TINY_MODELS, tiny_inputs, tiny_model
 
 # Two ways to the same sums, a few roundings per layer apart, three or four layers deep.
 ROUNDINGS = 64
@@ -66,7 +66,7 @@ def logits(model, inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize("family", PRE_NORM_MODELS)
 def test_m2iv_moves_the_stream_by_exactly_its_vectors(family, dtype):
     model, adapter, inputs = setup(family, dtype)
     layers = decoder_layers(model)
@@ -88,7 +88,7 @@ def test_m2iv_moves_the_stream_by_exactly_its_vectors(family, dtype):
             assert torch.equal(stream, seen.outputs[layer] + of.mlp.scale * of.mlp.vector)
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize("family", PRE_NORM_MODELS)
 def test_m2iv_is_a_bias_of_both_branches(family):
     """Its logits are those of the model whose branches end in linear layers with these biases."""
     model, adapter, inputs = setup(family, torch.float64)
@@ -158,7 +158,7 @@ def test_where_two_methods_meet_the_norm_is_kept_first(names):
     assert relative_error(after[0], expected) <= ROUNDINGS * torch.finfo(torch.float64).eps
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize("family", PRE_NORM_MODELS)
 def test_hidden_states_are_those_of_the_shifted_stream(family):
     """HuggingFace records them with hooks of its own, which must come after ours."""
     model = tiny_model(family)
@@ -218,14 +218,16 @@ def glm4v():
 
 @pytest.mark.parametrize("build", [gemma3, glm4v])
 @torch.no_grad()
-def test_after_attention_is_the_norm_of_the_branch_where_there_is_one(build):
+def test_branches_end_in_their_norm_where_there_is_one(build):
     text, name, before_mlp = build()
     vector = torch.randn(TEXT["hidden_size"])
     for layer in text.eval().layers:
         site = after_attention(layer, layer.self_attn)
         assert site is getattr(layer, name)
         middle = []
-        with Recorder(layer, site) as seen:
+        end = after_mlp(layer, layer.mlp)
+        assert isinstance(end, type(site))
+        with Recorder(layer, site, end) as seen:
             hooks = [
                 site.register_forward_hook(lambda module, args, output: output + vector),
                 getattr(layer, before_mlp).register_forward_pre_hook(keep_first(middle)),
@@ -234,10 +236,12 @@ def test_after_attention_is_the_norm_of_the_branch_where_there_is_one(build):
         for hook in hooks:
             hook.remove()
         assert torch.equal(middle[0], seen.inputs[layer] + (seen.outputs[site] + vector))
+        assert torch.equal(seen.outputs[layer], middle[0] + seen.outputs[end])
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize("family", PRE_NORM_MODELS)
 def test_after_attention_is_the_attention_elsewhere(family):
     for anchor in find_anchors(tiny_model(family)):
         assert anchor.after_attention is anchor.self_attn
+        assert anchor.after_mlp is anchor.mlp
         assert isinstance(anchor.layer.post_attention_layernorm, nn.Module)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import mmicl_kernels as mk
-from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
+from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny_model
 from mmicl_kernels.training import (
     LIVEObjective,
     M2IVObjective,
@@ -142,7 +142,7 @@ def written_out(model, adapter, batch):
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", PRE_NORM_MODELS)
 def test_loss_and_gradient(name, config, padding):
     model = in_double(sharp_model(name))
     adapter = random_shift(model, CONFIGS[config]).double()
@@ -325,7 +325,7 @@ def trained(model, config, steps=40):
     ],
     ids=lambda config: f"{type(config).__name__}-{getattr(config, 'site', '')}",
 )
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", PRE_NORM_MODELS)
 def test_the_answers_distribution_is_learned(name, config):
     """With the divergence alone, as labels drawn at random have nothing to do with the teacher."""
     *_, log = trained(sharp_model(name), config)

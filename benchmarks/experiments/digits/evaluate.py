@@ -7,7 +7,7 @@ attach it and ask for ``shots=0``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,15 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
 
 
+def plain_prompts(demonstrations: data.Samples, queries: data.Samples, task: str) -> data.Episode:
+    """The demonstrations as they are, before the query."""
+    return data.episode_inputs(demonstrations, queries, task, with_answer=False)
+
+
+# Makes prompts of demonstrations [B, K] and queries [B].
+Ask = Callable[[data.Samples, data.Samples, str], data.Episode]
+
+
 def evaluation_episodes(
     task: str,
     shots: int,
@@ -55,12 +64,14 @@ def evaluation_episodes(
     samples: int | None = None,
     seed: int = 0,
     scrambled: bool = False,
+    demonstrations_from: str = "train",
+    ask: Ask = plain_prompts,
     batch: int = BATCH,
 ) -> Iterator[data.Episode]:
-    """Prompts without the query's answer, in batches.
+    """Prompts without the query's answer, in batches, as ``ask`` makes them.
 
-    Queries come from ``split`` (``samples=None``: each original once), demonstrations from "train".
-    The same ``seed`` gives the same queries for every task, shots and control.
+    Queries come from ``split`` (``samples=None``: each original once). The same ``seed`` gives the same
+    queries for every task, shots and control.
     """
     count = len(data.split_originals(split)) if samples is None else samples
     if count < 1:
@@ -70,10 +81,12 @@ def evaluation_episodes(
     generator = torch.Generator().manual_seed(seed + 1)
     for start in range(0, count, batch):
         query = queries[start : start + batch]
-        demonstrations = data.draw_demonstrations(query, shots, generator=generator)
+        demonstrations = data.draw_demonstrations(
+            query, shots, generator=generator, split=demonstrations_from
+        )
         if scrambled:
             demonstrations = data.scramble(demonstrations, task, generator)
-        yield data.episode_inputs(demonstrations, query, task, with_answer=False)
+        yield ask(demonstrations, query, task)
 
 
 @torch.no_grad()
@@ -86,6 +99,8 @@ def accuracy(
     samples: int | None = None,
     seed: int = 0,
     scrambled: bool = False,
+    demonstrations_from: str = "train",
+    ask: Ask = plain_prompts,
 ) -> Accuracy:
     """How often the most likely next word, over the whole vocabulary, is the true answer.
 
@@ -94,7 +109,10 @@ def accuracy(
     the mode (train or eval) it is in.
     """
     correct = total = 0
-    for episode in evaluation_episodes(task, shots, split, samples=samples, seed=seed, scrambled=scrambled):
+    for episode in evaluation_episodes(
+        task, shots, split, samples=samples, seed=seed, scrambled=scrambled,
+        demonstrations_from=demonstrations_from, ask=ask,
+    ):  # fmt: skip
         inputs = {name: value.to(model.device) for name, value in episode.inputs.items()}
         answer = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1).cpu()
         correct += int((answer == episode.targets).sum())

@@ -1,0 +1,165 @@
+"""AIM on the digits: ``python -m benchmarks.experiments.digits.aim`` writes ``aim.json``.
+
+One projection for all seven tasks, and fused tokens of demonstrations it never saw, beside the same
+demonstrations in the prompt. Demonstrations come from the split of the queries.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import mmicl_kernels as mk
+from benchmarks.experiments.digits import data
+from benchmarks.experiments.digits.evaluate import accuracy, plain_prompts
+from benchmarks.experiments.digits.model import WEIGHTS, load_model
+from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods import AIMAdapter
+from mmicl_kernels.training import AggregationBatch, AIMObjective, TrainingConfig, train, trainable
+
+RESULTS = Path(__file__).with_name("aim.json")
+SEEDS, SHOTS = (0, 1, 2), (1, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the projection is trained.
+
+    Attributes:
+        steps, batch: updates, and queries in each.
+        most_shots: of a batch, drawn from one to this.
+        fused: which positions of a demonstration become tokens: "label", its answer and its end, or "end".
+    """
+
+    steps: int = 200
+    batch: int = 32
+    most_shots: int = 8
+    learning_rate: float = 5e-3
+    fused: str = "label"
+
+
+def train_aim(
+    model: nn.Module, *, recipe: Recipe | None = None, seed: int = 0, tasks: tuple[str, ...] = data.TASKS,
+    progress: bool = True,
+) -> AIMAdapter:  # fmt: skip
+    """A projection trained on episodes of ``tasks`` from the train split; the model is left as it was."""
+    recipe = recipe or Recipe()
+    adapter = mk.create(model, mk.AIMConfig(positions="answer"))
+    drawn = batches(tasks, recipe, torch.Generator().manual_seed(seed))
+    settings = TrainingConfig(learning_rate=recipe.learning_rate, weight_decay=0)
+    with mk.attach(model, adapter) as handle:
+        train(
+            AIMObjective(handle), trainable(adapter), drawn, recipe.steps, model=model, config=settings,
+            progress=progress,
+        )  # fmt: skip
+    return adapter.requires_grad_(False)
+
+
+def batches(
+    tasks: tuple[str, ...], recipe: Recipe, generator: torch.Generator
+) -> Iterator[AggregationBatch]:
+    """Endless batches of a task for each query and as many shots for all."""
+    indices = torch.tensor([list(data.WORDS).index(task) for task in tasks])
+    while True:
+        shots = int(torch.randint(1, recipe.most_shots + 1, (), generator=generator))
+        task = indices[torch.randint(len(tasks), (recipe.batch,), generator=generator)]
+        demonstrations, queries = data.draw_episodes(
+            recipe.batch, shots, split="train", generator=generator, augment=True
+        )
+        alone, positions = demonstration_prompts(demonstrations, task, recipe.fused)
+        query = data.episode_inputs(None, queries, task)
+        labels = query.labels.clone()
+        labels[:, -1] = data.IGNORE  # the answer alone, not the end
+        yield AggregationBatch(alone, positions, query.inputs, labels, chosen(recipe.batch, shots))
+
+
+def demonstration_prompts(
+    demonstrations: data.Samples, task: str | Tensor, fused: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Each of ``[B, K]`` demonstrations as a prompt of its own, and the positions that are fused."""
+    B, K = demonstrations.shape
+    flat = data.Samples(*(x.flatten(0, 1) for x in vars(demonstrations).values()))
+    task = task if isinstance(task, str) else task.repeat_interleave(K)
+    alone = data.episode_inputs(None, flat, task)
+    positions = alone.labels != data.IGNORE
+    if fused == "end":
+        positions &= alone.inputs["input_ids"] == data.END_ID
+    return alone.inputs, positions
+
+
+def chosen(B: int, K: int) -> list[list[int]]:
+    return [list(range(row * K, (row + 1) * K)) for row in range(B)]
+
+
+def fused_prompts(
+    handle: mk.Handle, fused: str, demonstrations: data.Samples, queries: data.Samples, task: str
+) -> data.Episode:
+    """The demonstrations as fused tokens, before the query."""
+    tokens = handle.aggregate(*demonstration_prompts(demonstrations, task, fused))
+    rows = torch.cat(tokens).detach()
+    offsets = torch.tensor([0, *accumulate(map(len, tokens))])
+    episode = data.episode_inputs(None, queries, task, with_answer=False)
+    spliced = handle.splice(
+        episode.inputs, chosen(*demonstrations.shape), tokens=FusedTokens(rows, offsets, None)
+    )
+    return replace(episode, inputs=spliced)
+
+
+def prompt_tokens(ask: Callable, task: str, shots: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    demonstrations, queries = data.draw_episodes(1, shots, split="validation", generator=generator)
+    return ask(demonstrations, queries, task).inputs["input_ids"].shape[1]
+
+
+def measure(model: nn.Module, split: str, seeds: tuple[int, ...], out: Path) -> dict:
+    """Accuracies of plain prompts and of fused ones, by shots and task; written after every row."""
+    results = {
+        "split": split,
+        "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "recipe": vars(Recipe()),
+        "plain": {str(shots): _row(model, split, shots, plain_prompts) for shots in SHOTS},
+        "fused": {},
+    }
+    for fused in ("label", "end"):
+        found = results["fused"][fused] = {"seconds": [], "seeds": {}}
+        for seed in tqdm(seeds, desc=f"fused: {fused}", unit="seed"):
+            start = time.perf_counter()
+            adapter = train_aim(model, recipe=Recipe(fused=fused), seed=seed, progress=False)
+            found["seconds"].append(round(time.perf_counter() - start, 1))
+            with mk.attach(model, adapter) as handle:
+                ask = partial(fused_prompts, handle, fused)
+                found["seeds"][str(seed)] = {str(k): _row(model, split, k, ask) for k in SHOTS}
+            out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _row(model: nn.Module, split: str, shots: int, ask: Callable) -> dict[str, float]:
+    row = {
+        task: round(accuracy(model, task, shots, split, demonstrations_from=split, ask=ask).value, 4)
+        for task in data.TASKS
+    }
+    return row | {"prompt_tokens": prompt_tokens(ask, data.TASKS[0], shots)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the model is too small to share out
+    measure(load_model(), arguments.split, tuple(arguments.seeds), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Demonstrations through the frozen model: whose hidden states become fused tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmicl_kernels.library import Demonstration
+from mmicl_kernels.methods import AIMAdapter
+
+# Makes demonstrations into a batch of prompts, and says which of its tokens are fused, bool [B, T]; None is
+# the text after the last image.
+Collate = Callable[[Sequence[Demonstration]], tuple[Mapping[str, Tensor], Tensor | None]]
+
+# Ids of these names in a configuration stand for images or frames, not for text.
+VISUAL = ("image", "video", "vision", "boi", "eoi")
+
+
+def text_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Bool ``[B, T]``: the text tokens after each prompt's last image, or all where there is none.
+
+    Neither padding nor what begins a text is among them; what ends it is: there all of it has been read.
+    """
+    ids = inputs["input_ids"]
+    visual = _among(ids, _visual_ids(model))
+    additional = getattr(model.config, "additional_vocab_size", 0)  # Idefics v1 keeps its image markers there
+    if additional:
+        visual |= ids >= model.config.vocab_size
+    after = visual.flip(-1).cumsum(-1).flip(-1) == 0
+    chosen = after & ~_among(ids, special_ids(model.config.get_text_config(), "bos_token_id"))
+    mask = inputs.get("attention_mask")
+    return chosen if mask is None else chosen & mask.bool()
+
+
+def special_ids(config: object, name: str) -> list[int]:
+    """The ids of a configuration's entry, which may be one, a list of them or None."""
+    value = getattr(config, name, None)
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _visual_ids(model: nn.Module) -> list[int]:
+    names = [name for name in vars(model.config) if name.endswith(("_token_id", "_token_index"))]
+    return [x for name in names if name.startswith(VISUAL) for x in special_ids(model.config, name)]
+
+
+def _among(ids: Tensor, values: list[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(values, dtype=ids.dtype, device=ids.device))
+
+
+@torch.no_grad()
+def last_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states ``[B, T, C]``, after the final norm, without the language head.
+
+    Raises:
+        ValueError: they are not one per token of ``input_ids``.
+    """
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    if hidden.shape[:2] != inputs["input_ids"].shape:
+        raise ValueError(
+            f"{type(model).__name__} has hidden states {list(hidden.shape)}, expected one per token of "
+            f"input_ids {list(inputs['input_ids'].shape)}"
+        )
+    return hidden
+
+
+def aggregate(
+    model: nn.Module, adapter: AIMAdapter, inputs: Mapping[str, Tensor], positions: Tensor | None, impl: str
+) -> list[Tensor]:
+    """See ``Handle.aggregate``; ``model`` is plain."""
+    shape = inputs["input_ids"].shape
+    if positions is None and adapter.config.positions == "answer":
+        raise ValueError("positions is None, expected the answers' tokens: the adapter fuses those alone")
+    if positions is None:
+        positions = text_positions(model, inputs)
+    if positions.shape != shape or positions.dtype != torch.bool:
+        raise ValueError(
+            f"positions is {positions.dtype} {list(positions.shape)}, expected torch.bool {list(shape)}"
+        )
+    counts = positions.sum(-1).tolist()
+    hidden = last_hidden(model, inputs)
+    device = adapter.fuser.weight.device
+    rows = adapter.fuser(hidden.to(device), positions.to(device), num_rows=sum(counts), impl=impl)
+    return list(rows.split(counts))

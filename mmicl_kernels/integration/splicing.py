@@ -1,0 +1,180 @@
+"""Fused tokens before a prompt: a hook that overwrites the embeddings of their placeholders."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmicl_kernels.integration.aggregation import special_ids
+from mmicl_kernels.integration.layout import Plan, grow, lay_out
+from mmicl_kernels.library import DemonstrationBank, FusedTokens
+from mmicl_kernels.ops import prefix_splice_
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The fused tokens of the batch that was spliced last, on the embedding's device."""
+
+    input_ids: Tensor
+    tokens: FusedTokens
+    demo_ids: Tensor
+    cu_demos: Tensor
+    starts: Tensor
+
+
+class EmbeddingHook:
+    """The forward hook of the input embedding: fused tokens in the place of placeholders."""
+
+    def __init__(self, embedding: nn.Module, placeholder_id: int, impl: str) -> None:
+        self._embedding, self._placeholder_id, self._impl = embedding, placeholder_id, impl
+        self.prefix: Prefix | None = None
+        self._hook: RemovableHandle | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        prefix, ids = self.prefix, args[0]
+        # Single tokens are steps of decoding, where the model may say the placeholder's id.
+        if prefix is None or ids.dim() != 2 or ids.shape[1] == 1:
+            return output
+        R, L = prefix.input_ids.shape
+        placeholders = (ids == self._placeholder_id).any(-1)
+        if ids.shape[0] % R != 0 or ids.shape[1] < L:
+            torch._assert_async(~placeholders.any(), self._complaint)
+            return output
+        # Beams of a request lie together; a prompt that is read again without a cache has grown at its end.
+        spliced = (ids[:, :L].unflatten(0, (R, -1)) == prefix.input_ids[:, None]).flatten(2).all(-1)
+        torch._assert_async((spliced | ~placeholders.view_as(spliced)).all(), self._complaint)
+        starts = prefix.starts.where(spliced.all(-1), ids.shape[1])  # a plain prompt stays as it is
+        return prefix_splice_(
+            output, prefix.tokens.rows, prefix.tokens.offsets, prefix.demo_ids, prefix.cu_demos, starts,
+            bank_scale=prefix.tokens.scale, impl=self._impl,
+        )  # fmt: skip
+
+    @property
+    def _complaint(self) -> str:
+        return (
+            f"input_ids have the placeholder {self._placeholder_id} of fused tokens but are not those that "
+            "the last splice() returned, whole (chunked prefill is not supported)"
+        )
+
+    def install(self) -> None:
+        """Hook the embedding, before hooks that are there."""
+        if self._hook is None:
+            self._hook = self._embedding.register_forward_hook(self, prepend=True)
+
+    def remove(self) -> None:
+        """Take the hook away; nothing of it remains."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+class Splicer:
+    """What ``Handle.splice`` works with: a bank, or tokens given to it, and the hook of the embedding."""
+
+    def __init__(
+        self, model: nn.Module, bank: DemonstrationBank | None, bank_bytes: int, placeholder_id: int | None,
+        impl: str,
+    ) -> None:  # fmt: skip
+        """``bank_bytes`` bounds what of the bank is kept on the device; unused on the CPU, which maps it."""
+        self.bank, self._model = bank, model
+        embedding = model.get_input_embeddings()
+        self.device = embedding.weight.device
+        self._placeholder_id = choose_placeholder(model) if placeholder_id is None else placeholder_id
+        check_placeholder(self._placeholder_id, embedding)
+        on_cpu = bank is None or self.device.type == "cpu"
+        self._working_set = None if on_cpu else bank.working_set(self.device, bank_bytes)
+        self.hook = EmbeddingHook(embedding, self._placeholder_id, impl)
+
+    def splice(
+        self, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]], max_length: int | None,
+        tokens: FusedTokens | None,
+    ) -> dict[str, object]:  # fmt: skip
+        ids, own = _own_tokens(inputs)
+        if tokens is None and self.bank is None:
+            raise ValueError("no bank is attached, expected attach(model, adapter, bank=...) or tokens=")
+        lengths = self.bank.lengths if tokens is None else tokens.offsets.diff().cpu()
+        check_demonstrations(demonstrations, len(ids), len(lengths))
+        lengths = {x: int(lengths[x]) for x in set().union(*demonstrations)}
+        bos = torch.tensor(special_ids(self._model.config.get_text_config(), "bos_token_id"))
+        first = ids.gather(1, own.int().argmax(1, keepdim=True)).flatten()
+        lead = torch.isin(first, bos.to(first)).int().tolist()
+        plan = lay_out(own, lead, demonstrations, lengths, max_length)
+        grown = grow(inputs, plan, self._placeholder_id, self._pad_id())
+        self.hook.prefix = self._prefix(grown["input_ids"], plan, tokens)
+        return grown
+
+    def _prefix(self, ids: Tensor, plan: Plan, tokens: FusedTokens | None) -> Prefix:
+        chosen = plan.demonstrations
+        if tokens is None and self._working_set is not None:
+            tokens, chosen = self._working_set.load(chosen)
+        elif tokens is None:
+            tokens = self.bank.fused
+        cu_demos = [0, *accumulate(plan.counts)]
+        numbers = (torch.tensor(x, dtype=torch.int64) for x in (chosen, cu_demos, plan.starts))
+        return Prefix(ids.to(self.device), tokens, *(x.to(self.device) for x in numbers))
+
+    def _pad_id(self) -> int:
+        text = self._model.config.get_text_config()
+        found = [*special_ids(text, "pad_token_id"), *special_ids(text, "eos_token_id"), 0]
+        return next(token for token in found if token >= 0)  # hidden by the mask, whichever it is
+
+
+def _own_tokens(inputs: Mapping[str, object]) -> tuple[Tensor, Tensor]:
+    """The ids, and where the mask keeps them, both on the CPU."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"input_ids is {_described(ids)}, expected ids [R, T] of at least one token")
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return ids.cpu(), torch.ones(ids.shape, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise ValueError(f"attention_mask is {_described(mask)}, expected {list(ids.shape)} like input_ids")
+    own = mask.bool().cpu()
+    if not own.any(-1).all():
+        raise ValueError("attention_mask hides every token of a prompt, expected at least one")
+    return ids.cpu(), own
+
+
+def _described(value: object) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def check_demonstrations(demonstrations: object, R: int, count: int) -> None:
+    """Raise TypeError or ValueError unless they are R sequences of ids below ``count``."""
+    if not isinstance(demonstrations, Sequence) or any(not isinstance(x, Sequence) for x in demonstrations):
+        raise TypeError(f"demonstrations is {demonstrations!r}, expected a list of ids for each prompt")
+    if len(demonstrations) != R:
+        raise ValueError(f"demonstrations has {len(demonstrations)} lists, expected {R} like input_ids")
+    for chosen in demonstrations:
+        for demonstration in chosen:
+            if isinstance(demonstration, bool) or not isinstance(demonstration, int):
+                raise TypeError(f"demonstrations has {demonstration!r}, expected an id, an int")
+            if not 0 <= demonstration < count:
+                raise ValueError(f"demonstrations has id {demonstration}, expected 0 to {count - 1}")
+
+
+def check_placeholder(placeholder_id: object, embedding: nn.Module) -> None:
+    """Raise unless the embedding has a row of that id, which is looked up before it is overwritten."""
+    if isinstance(placeholder_id, bool) or not isinstance(placeholder_id, int):
+        raise TypeError(f"placeholder_id is {placeholder_id!r}, expected an int")
+    size = embedding.weight.shape[0]
+    if not 0 <= placeholder_id < size:
+        raise ValueError(f"placeholder_id is {placeholder_id}, expected 0 to {size - 1}")
+
+
+def choose_placeholder(model: nn.Module) -> int:
+    """The largest id of the input embedding that the configuration gives no meaning to."""
+    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    special = {
+        token
+        for config in configs
+        if config is not None
+        for name in vars(config)
+        if name.endswith(("_token_id", "_token_index"))
+        for token in special_ids(config, name)
+    }
+    size = model.get_input_embeddings().weight.shape[0]
+    return next(token for token in reversed(range(size)) if token not in special)

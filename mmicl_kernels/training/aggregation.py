@@ -1,0 +1,57 @@
+"""What AIM minimises: the loss of a query's answer after fused tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.integration import Handle
+from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods import AIMAdapter
+from mmicl_kernels.training.objectives import Losses, cross_entropy, single_adapter
+
+
+@dataclass(frozen=True)
+class AggregationBatch:
+    """Demonstrations, each a prompt of its own, and the queries that they come before.
+
+    Attributes:
+        demonstrations: inputs of ``model(**inputs)``, N prompts.
+        positions: bool ``[N, T]``, the tokens that are fused; None is the text after the last image.
+        queries: inputs of R prompts, answers included.
+        labels: int64 ``[R, T]`` of the queries' prompts, -100 where no token is to be predicted.
+        chosen: for each query its demonstrations, of 0 to N - 1.
+    """
+
+    demonstrations: dict[str, Tensor]
+    positions: Tensor | None
+    queries: dict[str, Tensor]
+    labels: Tensor
+    chosen: Sequence[Sequence[int]]
+
+
+class AIMObjective:
+    """``-mean log p(y_t | C_1 .. C_k, query, y_<t)`` over the labelled tokens: AIM (arXiv 2406.07588).
+
+    The demonstrations run through the frozen model without a graph; gradients reach the projection alone,
+    through the frozen model's second pass, which may use gradient checkpointing.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        """``handle`` must hold a single AIM adapter; raises ValueError otherwise."""
+        self.handle = handle
+        single_adapter(handle, AIMAdapter)
+
+    def __call__(self, batch: AggregationBatch) -> Losses:
+        """Raises ValueError as ``Handle.aggregate`` and ``Handle.splice``."""
+        fused = self.handle.aggregate(batch.demonstrations, batch.positions)
+        rows = torch.cat(fused)
+        offsets = torch.tensor([0, *accumulate(map(len, fused))], device=rows.device)
+        inputs = self.handle.splice(
+            {**batch.queries, "labels": batch.labels}, batch.chosen, tokens=FusedTokens(rows, offsets, None)
+        )
+        labels = inputs.pop("labels")
+        ce = cross_entropy(self.handle.model(**inputs).logits, labels)
+        return Losses(ce, {"ce": ce.detach()})

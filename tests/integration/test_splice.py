@@ -1,0 +1,289 @@
+"""Fused tokens in a prompt: exactly what the same rows do as embeddings of ordinary tokens."""
+
+import pytest
+import torch
+from published import logits, random_adapter
+from snapshots import assert_same_objects, snapshot, used_model
+from transformers import GenerationConfig
+
+import mmicl_kernels as mk
+from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.testing.tiny_models import TINY_MODELS, VOCABULARY, tiny_inputs, tiny_model
+
+# What the bank's demonstrations are made of: ordinary tokens, so that prompts can have them too.
+DEMONSTRATIONS = [[5, 9, 11], [], [7], [20, 21, 22, 23, 24, 25, 26], [7, 7]]
+CHOSEN = [[0, 3], [4, 1, 0, 0]]
+PLACEHOLDER = 59
+
+
+@pytest.fixture(params=TINY_MODELS)
+def model(request):
+    return used_model(request.param)
+
+
+def attached(model, **options):
+    return mk.attach(model, mk.create(model, mk.AIMConfig()), placeholder_id=PLACEHOLDER, **options)
+
+
+@torch.no_grad()
+def ordinary_tokens(model):
+    """The bank as the embeddings of ``DEMONSTRATIONS``."""
+    lengths = [len(x) for x in DEMONSTRATIONS]
+    ids = torch.tensor([token for x in DEMONSTRATIONS for token in x])
+    rows = model.get_input_embeddings()(ids)
+    return FusedTokens(rows, torch.tensor([0, *lengths]).cumsum(0), None)
+
+
+def longer(inputs, chosen, begins=()):
+    """``inputs`` written anew with the demonstrations' ids, row by row; padded where they are."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    right = not mask[:, -1].all()
+    fused = torch.tensor([sum(len(DEMONSTRATIONS[d]) for d in of) for of in chosen])
+    L = int((mask.sum(-1) + fused).max())
+    out = {name: x for name, x in inputs.items() if not per_token(name)}
+    for name in filter(per_token, inputs):
+        x = inputs[name]
+        rows = []
+        for r, of in enumerate(chosen):
+            own = x[r][mask[r]]
+            lead = int(int(ids[r][mask[r]][0]) in begins)
+            tokens = [token for d in of for token in DEMONSTRATIONS[d]]
+            prefix = torch.full((len(tokens), *x.shape[2:]), int(name == "attention_mask"), dtype=x.dtype)
+            if name == "input_ids":
+                prefix = torch.tensor(tokens, dtype=x.dtype)
+            row = torch.cat([own[:lead], prefix, own[lead:]])
+            padding = torch.zeros(L - len(row), *x.shape[2:], dtype=x.dtype)
+            rows.append(torch.cat([row, padding] if right else [padding, row]))
+        out[name] = torch.stack(rows)
+    return out
+
+
+def per_token(name):
+    return name in ("input_ids", "attention_mask", "image_attention_mask") or name.endswith("token_type_ids")
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_forward_equals_ordinary_tokens(model, padding):
+    inputs = tiny_inputs(model, padding=padding)
+    expected = logits(model, longer(inputs, CHOSEN))
+    with attached(model) as handle:
+        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        assert torch.equal(logits(model, spliced), expected)
+        assert torch.equal(logits(model, spliced), expected)  # and again
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_equals_ordinary_tokens(model, beams):
+    inputs = tiny_inputs(model, padding="left")
+    options = GenerationConfig(
+        max_new_tokens=6, min_new_tokens=6, num_beams=beams, num_return_sequences=beams,
+        pad_token_id=0, bos_token_id=1,
+    )
+    expected = model.generate(**longer(inputs, CHOSEN), generation_config=options)
+    with attached(model) as handle:
+        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        generated = model.generate(**spliced, generation_config=options)
+    new = spliced["input_ids"].shape[1]
+    assert torch.equal(generated[:, new:], expected[:, new:])
+
+
+def test_generate_without_a_cache_and_with_a_static_one(model):
+    inputs = tiny_inputs(model, padding="left")
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**longer(inputs, CHOSEN), **options)
+    with attached(model) as handle:
+        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        for cache in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+            if cache.get("cache_implementation") and model.config.model_type == "idefics":
+                continue  # it has no static cache, spliced or not
+            generated = model.generate(**spliced, **options, **cache)
+            assert torch.equal(generated[:, -5:], expected[:, -5:]), cache
+
+
+def test_first_token_of_a_text_stays_the_first(model):
+    inputs = tiny_inputs(model, padding="left")
+    first = inputs["attention_mask"].argmax(1)
+    inputs["input_ids"][0, first[0]] = model.config.get_text_config().bos_token_id
+    expected = logits(model, longer(inputs, CHOSEN, begins=(1,)))
+    with attached(model) as handle:
+        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        assert torch.equal(logits(model, spliced), expected)
+
+
+@pytest.mark.parametrize("config", [mk.MimICConfig(), mk.M2IVConfig()], ids=["mimic", "m2iv"])
+def test_beside_another_adapter(model, config):
+    torch.manual_seed(0)
+    other = mk.create(model, config)
+    inputs = tiny_inputs(model, padding="left")
+    with mk.attach(model, other):
+        expected = logits(model, longer(inputs, CHOSEN))
+    both = {"aim": mk.create(model, mk.AIMConfig()), "other": other}
+    with mk.attach(model, both, placeholder_id=PLACEHOLDER) as handle, handle.rows("other"):
+        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        torch.testing.assert_close(logits(model, spliced), expected)
+        with pytest.raises(ValueError, match="acts through splice"), handle.rows("aim"):
+            pass
+
+
+def test_truncation_keeps_the_last_whole_ones(model):
+    inputs = tiny_inputs(model)
+    expected = logits(model, longer(inputs, [[3], [0, 0]]))
+    with attached(model) as handle:
+        tokens = ordinary_tokens(model)
+        spliced = handle.splice(inputs, [[0, 3], [3, 0, 0]], tokens=tokens, max_length=12 + 9)
+        assert torch.equal(logits(model, spliced), expected)
+        with pytest.raises(ValueError, match=r"prompt 0 has 12 tokens, expected at most max_length=11"):
+            handle.splice(inputs, CHOSEN, tokens=tokens, max_length=11)
+
+
+def test_what_is_not_spliced_stays_plain():
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    plain, alone = logits(model, inputs), logits(model, tiny_inputs(model, length=21))
+    with attached(model) as handle:
+        tokens = ordinary_tokens(model)
+        spliced = handle.splice(inputs, [[0], [0]], tokens=tokens)
+        assert torch.equal(logits(model, inputs), plain)
+        assert torch.equal(logits(model, handle.splice(inputs, [[], []], tokens=tokens)), plain)
+        with pytest.raises(RuntimeError, match="placeholder 59"):  # the splice before the last
+            logits(model, spliced)
+        spliced = handle.splice(inputs, [[0, 0, 0], [0, 3, 1]], tokens=tokens)
+        assert spliced["input_ids"].shape == (2, 22)
+        assert torch.equal(logits(model, tiny_inputs(model, length=21)), alone)
+        for damaged in (spliced["input_ids"][:, :-1], spliced["input_ids"].roll(1, 0)):
+            with pytest.raises(RuntimeError, match="placeholder 59"):
+                model(input_ids=damaged)
+        # A model may say the placeholder's id; in a step of decoding it is a token like any other.
+        said = torch.full((2, 1), PLACEHOLDER)
+        with handle.disabled():
+            expected = model(input_ids=said).logits
+        assert torch.equal(model(input_ids=said).logits, expected)
+
+
+def test_int8_tokens():
+    model = tiny_model("llava-llama")
+    inputs, tokens = tiny_inputs(model), ordinary_tokens(model)
+    scale = tokens.rows.abs().amax(1) / 127
+    rounded = (tokens.rows / scale[:, None]).round()
+    with attached(model) as handle:
+        wide = FusedTokens(rounded * scale[:, None], tokens.offsets, None)
+        expected = logits(model, handle.splice(inputs, CHOSEN, tokens=wide))
+        narrow = FusedTokens(rounded.to(torch.int8), tokens.offsets, scale)
+        assert torch.equal(logits(model, handle.splice(inputs, CHOSEN, tokens=narrow)), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_tokens(model, checkpointing):
+    """Those of embeddings that the prompt's own tokens have."""
+    inputs = tiny_inputs(model, padding="left")
+    model.requires_grad_(False)
+    embedding = model.get_input_embeddings()
+    seen = []
+
+    def keep(module, args, output):
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    hook = embedding.register_forward_hook(keep)
+    prompts = longer(inputs, CHOSEN)
+    visible = prompts["attention_mask"].bool()
+    model(**prompts).logits[visible].square().sum().backward()
+    hook.remove()
+    tokens = ordinary_tokens(model)
+    tokens.rows.requires_grad_()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    with attached(model) as handle:
+        spliced = handle.splice(inputs, CHOSEN, tokens=tokens)
+        model(**spliced).logits[visible].square().sum().backward()
+        places = spliced["input_ids"] == PLACEHOLDER
+    expected = torch.zeros_like(tokens.rows)
+    rows = [n for of in CHOSEN for d in of for n in range(*tokens.offsets[d : d + 2].tolist())]
+    expected.index_add_(0, torch.tensor(rows), seen[0].grad[places])
+    torch.testing.assert_close(tokens.rows.grad, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_detach_restores_everything(model):
+    inputs = tiny_inputs(model)
+    before, plain = snapshot(model), logits(model, inputs)
+    handle = attached(model)
+    handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    with pytest.raises(ValueError, match="patched already"):
+        attached(model)
+    handle.detach()
+    assert torch.equal(logits(model, inputs), plain)
+    assert_same_objects(snapshot(model), before)
+    with pytest.raises(RuntimeError, match="detached"):
+        handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+
+
+def test_disabled_is_the_plain_model():
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    with attached(model) as handle:
+        handle.disable()
+        with pytest.raises(RuntimeError, match="disabled"):
+            handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        assert len(model.get_input_embeddings()._forward_hooks) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "demonstrations", "error", "message"),
+    [
+        ({}, [[0]], ValueError, "has 1 lists, expected 2"),
+        ({}, [[0], [5]], ValueError, "id 5, expected 0 to 4"),
+        ({}, [[0], [-1]], ValueError, "id -1, expected 0 to 4"),
+        ({}, [[0], [True]], TypeError, "True, expected an id"),
+        ({}, [0, 1], TypeError, "expected a list of ids for each prompt"),
+        ({"position_ids": torch.zeros(2, 12)}, CHOSEN, ValueError, "position_ids was given"),
+        ({"inputs_embeds": torch.zeros(2, 12, 32)}, CHOSEN, ValueError, "inputs_embeds was given"),
+        ({"segments": torch.zeros(2, 12, dtype=torch.long)}, CHOSEN, ValueError, "segments has shape"),
+        ({"attention_mask": torch.ones(2, 1, 12, 12)}, CHOSEN, ValueError, r"attention_mask is a tensor"),
+        ({"attention_mask": torch.zeros(2, 12)}, CHOSEN, ValueError, "hides every token"),
+        ({"input_ids": None}, CHOSEN, ValueError, "input_ids is a NoneType"),
+    ],
+)
+def test_bad_input_is_named(change, demonstrations, error, message):
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    with attached(model) as handle:
+        with pytest.raises(error, match=message):
+            handle.splice({**inputs, **change}, demonstrations, tokens=ordinary_tokens(model))
+        with pytest.raises(ValueError, match="no bank is attached"):
+            handle.splice(inputs, [[], []])
+
+
+def test_bad_attachments_are_named():
+    model = tiny_model("llava-llama")
+    adapter = mk.create(model, mk.AIMConfig())
+    for placeholder, error in ((VOCABULARY, ValueError), (-1, ValueError), (1.0, TypeError)):
+        with pytest.raises(error, match="placeholder_id is"):
+            mk.attach(model, adapter, placeholder_id=placeholder)
+    with pytest.raises(ValueError, match="second AIMAdapter"):
+        mk.attach(model, {"a": adapter, "b": mk.create(model, mk.AIMConfig())})
+    with mk.attach(model, random_adapter(model)) as handle, pytest.raises(ValueError, match="no AIMAdapter"):
+        handle.splice(tiny_inputs(model), CHOSEN, tokens=ordinary_tokens(model))
+    with pytest.raises(ValueError, match="strength is 0.5"):
+        mk.attach(model, adapter, strength=0.5)
+
+
+def test_default_placeholder_has_no_other_meaning():
+    model = tiny_model("llava-llama")
+    model.config.image_token_index = VOCABULARY - 1
+    with mk.attach(model, mk.create(model, mk.AIMConfig())) as handle:
+        spliced = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
+    assert spliced["input_ids"][0, 0] == VOCABULARY - 2
+    assert spliced["attention_mask"].tolist() == [[1] * 13, [0] + [1] * 12]
+
+
+def test_labels_grow():
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    with attached(model) as handle:
+        inputs["labels"] = inputs["input_ids"]
+        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    fused = spliced["input_ids"] == PLACEHOLDER
+    own = (spliced["attention_mask"] == 1) & ~fused
+    assert torch.equal(spliced["labels"][own], spliced["input_ids"][own])
+    assert (spliced["labels"][~own] == -100).all()
