@@ -31,8 +31,8 @@ def extensions(torch, cpp_extension, pybind11):
     flags = [*FLAGS, f"-ffile-prefix-map={ROOT}=."]  # the same binary wherever the tree lies
     kernels = cpp_extension.CppExtension(
         "mmicl_kernels._C",
-        ["csrc/bindings.cpp", *files("csrc/cpu/*.cpp")],
-        depends=files("csrc/cpu/*.h"),
+        [*files("csrc/bindings*.cpp"), *files("csrc/cpu/*.cpp")],
+        depends=[*files("csrc/*.h"), *files("csrc/cpu/*.h")],
         define_macros=[("TORCH_TARGET_VERSION", TORCH_2_11)],
         extra_compile_args=flags,
         py_limited_api=True,  # there is no Python in it at all: torch.ops.load_library loads it

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 import mmicl_kernels as mk
-from benchmarks.experiments.digits import data, uses
-from benchmarks.experiments.digits.evaluate import accuracy
+from benchmarks.experiments.digits import aim, data, uses
+from benchmarks.experiments.digits.evaluate import Accuracy, accuracy, plain_prompts
 from benchmarks.experiments.digits.measure import SETTINGS
 from benchmarks.experiments.digits.model import load_model
 from benchmarks.experiments.digits.train import train_adapter
@@ -51,11 +51,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Way:
-    """A prompt length and what is attached to the model while it is answered."""
+    """A number of demonstrations, and what is attached to the model while it is answered.
+
+    Where they are ``banked``, their fused tokens stand in the prompt, from the bank of the attached handle.
+    """
 
     name: str
     shots: int
     attached: Callable[[], AbstractContextManager]
+    banked: bool = False
+
+    def question(self, demonstrations: data.Samples, queries: data.Samples, task: str) -> "Question":
+        prompt = plain_prompts(demonstrations[:, :0] if self.banked else demonstrations, queries, task)
+        return Question(prompt, aim.banked(demonstrations) if self.banked else None)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Prompts, and for each the ids of its banked demonstrations, if that is what it has."""
+
+    prompt: data.Episode
+    demonstrations: list[list[int]] | None
+
+    def inputs(self, handle: mk.Handle | None) -> dict:
+        """What the model is given."""
+        if self.demonstrations is None:
+            return self.prompt.inputs
+        return handle.splice(self.prompt.inputs, self.demonstrations)
 
 
 def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
@@ -66,10 +88,11 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
     # The model is too small to share out, and threads that wait for a busy core cost a hundredfold.
     torch.set_num_threads(1)
     model = load_model()
-    ways = _ways(model, task, seed, quick)
-    rows = _measure(model, task, ways, seed, quick)
-    with ways[-1].attached():
-        asks = uses.measure_style(model, "test", task, shots=0)[f"{task}: right, then asks back"]
+    with tempfile.TemporaryDirectory() as folder:
+        ways = _ways(model, task, seed, quick, Path(folder))
+        rows = _measure(model, task, ways, seed, quick)
+        with next(way for way in ways if way.name == BOTH).attached():
+            asks = uses.measure_style(model, "test", task, shots=0)[f"{task}: right, then asks back"]
     out.mkdir(parents=True, exist_ok=True)
     described = {"task": task, "seed": seed, "quick": quick, "asks_back": asks}
     described["rows"] = [asdict(row) for row in rows]
@@ -80,8 +103,8 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
     print(f"saved {out / 'demo.json'} and {out / 'demo.png'}")
 
 
-def _ways(model: nn.Module, task: str, seed: int, quick: bool) -> list[Way]:
-    """Prompts with demonstrations, and what is trained here in their place."""
+def _ways(model: nn.Module, task: str, seed: int, quick: bool, folder: Path) -> list[Way]:
+    """Prompts with demonstrations, and what is trained here in their place and stored in ``folder``."""
 
     def trained(method: str, **config: object) -> Adapter:
         setting = SETTINGS[method]
@@ -93,11 +116,13 @@ def _ways(model: nn.Module, task: str, seed: int, quick: bool) -> list[Way]:
     gates = {name: trained("mimic", normalizer=name) for name in ("all_keys", "visible")}
     live, m2iv = trained("live"), trained("m2iv")
     style = uses.learn(model, uses.STYLE, QUICK_STEPS if quick else None)
-    with tempfile.TemporaryDirectory() as folder:
-        library = mk.VLibrary(folder)
-        library.put("task", m2iv, task=task)
-        library.put("style", style, tags=["style"])
-        both = library.combine({"task": 1.0, "style": 1.0})
+    library = mk.VLibrary(folder / "library")
+    library.put("task", m2iv, task=task)
+    library.put("style", style, tags=["style"])
+    both = library.combine({"task": 1.0, "style": 1.0})
+    print("training AIM's projection for all tasks, and filling a bank with demonstrations")
+    fuser = aim.train_aim(model, seed=seed, recipe=aim.Recipe(steps=QUICK_STEPS) if quick else None)
+    bank = aim.fill_bank(folder / "bank", model, fuser, task, seed)
     return [
         *(Way(name, shots, nullcontext) for shots, name in LABELS.items()),
         Way("MimIC, published", 0, lambda: published(model, gates["all_keys"])),
@@ -105,46 +130,56 @@ def _ways(model: nn.Module, task: str, seed: int, quick: bool) -> list[Way]:
         Way("LIVE", 0, lambda: mk.attach(model, live)),
         Way("M2IV", 0, lambda: mk.attach(model, m2iv)),
         Way(BOTH, 0, lambda: mk.attach(model, both)),
+        *(
+            Way(f"AIM, {LABELS[shots]}", shots, lambda: mk.attach(model, fuser, bank=bank), banked=True)
+            for shots in aim.SHOTS
+        ),
     ]
 
 
 def _measure(model: nn.Module, task: str, ways: list[Way], seed: int, quick: bool) -> list[Row]:
     accuracies = {}
     for way in tqdm(ways, desc="held-out images", unit="row"):
-        with way.attached():
-            accuracies[way.name] = accuracy(
-                model, task, way.shots, "test", samples=QUICK_SAMPLES if quick else None, seed=seed
-            )
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    prompts = {}
+        with way.attached() as handle:
+            accuracies[way.name] = _accuracy(model, task, way, handle, seed, QUICK_SAMPLES if quick else None)
+    questions = {}
     for way in ways:
         generator = torch.Generator().manual_seed(seed)
-        demonstrations, queries = data.draw_episodes(1, way.shots, split="test", generator=generator)
-        prompts[way.name] = data.episode_inputs(demonstrations, queries, task, with_answer=False)
-    times = _times(model, ways, {name: prompt.inputs for name, prompt in prompts.items()}, rounds)
-    return [
-        Row(
-            way.name,
-            accuracies[way.name].value,
-            accuracies[way.name].interval,
-            prompts[way.name].prompt_tokens,
-            *times[way.name],
-            _attention_peak_bytes(model, way, prompts[way.name].inputs),
+        questions[way.name] = way.question(
+            *data.draw_episodes(1, way.shots, split="test", generator=generator), task
         )
-        for way in ways
-    ]
+    times = _times(model, ways, questions, QUICK_ROUNDS if quick else ROUNDS)
+    rows = []
+    for way in ways:
+        with way.attached() as handle:
+            inputs = questions[way.name].inputs(handle)
+            peak = _attention_peak_bytes(model, inputs)
+        found = accuracies[way.name]
+        tokens = inputs["input_ids"].shape[1]
+        rows.append(Row(way.name, found.value, found.interval, tokens, *times[way.name], peak))
+    return rows
+
+
+def _accuracy(
+    model: nn.Module, task: str, way: Way, handle: mk.Handle | None, seed: int, samples: int | None
+) -> Accuracy:
+    def ask(demonstrations: data.Samples, queries: data.Samples, task: str) -> data.Episode:
+        question = way.question(demonstrations, queries, task)
+        return replace(question.prompt, inputs=question.inputs(handle))
+
+    return accuracy(model, task, way.shots, "test", samples=samples, seed=seed, ask=ask)
 
 
 def _times(
-    model: nn.Module, ways: list[Way], inputs: dict[str, dict], rounds: int
+    model: nn.Module, ways: list[Way], questions: dict[str, Question], rounds: int
 ) -> dict[str, tuple[float, float]]:
     """Medians of time to first token and per further token; the ways take turns, as machines drift."""
     first, further = ({way.name: [] for way in ways} for _ in range(2))
     for number in tqdm(range(rounds + 1), desc="timing", unit="round"):
         for way in ways:
-            with way.attached():
-                one = _generate_seconds(model, inputs[way.name], 1)
-                many = _generate_seconds(model, inputs[way.name], 1 + FURTHER_TOKENS)
+            with way.attached() as handle:
+                one = _generate_seconds(model, questions[way.name], handle, 1)
+                many = _generate_seconds(model, questions[way.name], handle, 1 + FURTHER_TOKENS)
             if number > 0:  # the first round warms up
                 first[way.name].append(1e3 * one)
                 further[way.name].append(1e3 * (many - one) / FURTHER_TOKENS)
@@ -153,20 +188,20 @@ def _times(
     }
 
 
-def _generate_seconds(model: nn.Module, inputs: dict, tokens: int) -> float:
+def _generate_seconds(model: nn.Module, question: Question, handle: mk.Handle | None, tokens: int) -> float:
     start = time.perf_counter()
-    model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens)
+    model.generate(**question.inputs(handle), min_new_tokens=tokens, max_new_tokens=tokens)
     return time.perf_counter() - start
 
 
-def _attention_peak_bytes(model: nn.Module, way: Way, inputs: dict) -> int:
+def _attention_peak_bytes(model: nn.Module, inputs: dict) -> int:
     """Peak allocated bytes of one attention module on the whole prompt."""
     attention = find_anchors(model)[0].self_attn
     calls: list[dict] = []
     hook = attention.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
     )
-    with torch.no_grad(), way.attached():
+    with torch.no_grad():
         model(**inputs, use_cache=False)
         hook.remove()
         return peak_allocated_bytes(lambda: attention(**calls[0]))

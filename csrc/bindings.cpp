@@ -1,5 +1,5 @@
-// The only file that knows torch: schemas, checks, tensors to params. Through libtorch's stable ABI, so
-// that one binary serves every torch from TORCH_TARGET_VERSION on.
+// Schemas, checks, tensors to params. Only bindings* know torch, through libtorch's stable ABI, so that one
+// binary serves every torch from TORCH_TARGET_VERSION on. Here: the shifts; prefix_splice has its own file.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,56 +11,15 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/attention_shift.h"
 #include "cpu/residual_shift.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
 using namespace mmicl;
 
-// ---- checks: a kernel reads memory only as these allow ----
-
-std::string to_string(const Shape& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-Shape shape_of(const Tensor& x) {
-  const auto sizes = x.sizes();
-  return Shape(sizes.begin(), sizes.end());
-}
-
-void check_tensor(const Tensor& x, const char* name, const Shape& shape, ScalarType type) {
-  STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
-  STD_TORCH_CHECK(shape_of(x) == shape, name, " has shape ", to_string(shape_of(x)), ", expected ",
-                  to_string(shape));
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " has dtype ", torch::headeronly::toString(x.scalar_type()),
-                  ", expected ", torch::headeronly::toString(type));
-}
-
-void check_contiguous(const Tensor& x, const char* name, const Shape& shape, ScalarType type) {
-  check_tensor(x, name, shape, type);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-}
-
-void check_rows(const Tensor& x, const char* name, const Shape& shape, ScalarType type) {
-  check_tensor(x, name, shape, type);
-  const int64_t last = x.dim() - 1;
-  STD_TORCH_CHECK(x.size(last) <= 1 || x.stride(last) == 1, name, " has last stride ", x.stride(last),
-                  ", expected 1");
-}
-
-// Threads would race on an expanded tensor.
-void check_writable(const Tensor& x, const char* name) {
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    STD_TORCH_CHECK(x.size(i) <= 1 || x.stride(i) != 0, name, " is written to, but its elements along dim ",
-                    i, " share memory");
-  }
-}
+// ---- checks of values ----
 
 void check_ids(const std::optional<Tensor>& ids, int64_t B, int64_t A) {
   if (!ids) {
@@ -76,18 +35,6 @@ void check_ids(const std::optional<Tensor>& ids, int64_t B, int64_t A) {
 }
 
 // ---- tensors to params ----
-
-ElementType element_type(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return ElementType::f32;
-    case ScalarType::Double: return ElementType::f64;
-    case ScalarType::BFloat16: return ElementType::bf16;
-    case ScalarType::Half: return ElementType::f16;
-    default:
-      STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(x.scalar_type()),
-                      ", expected float32, float64, bfloat16 or float16");
-  }
-}
 
 ScalarType acc_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

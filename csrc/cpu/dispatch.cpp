@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "attention_shift.h"
+#include "prefix_splice.h"
 #include "residual_shift.h"
 
 namespace mmicl {
@@ -51,6 +52,15 @@ const AttentionShiftKernels& attention_shift_kernels(ElementType type) {
   if (chosen() == kAvx2) return kAttentionShiftAvx2[i];
 #endif
   return kAttentionShiftBaseline[i];
+}
+
+const PrefixSpliceKernels& prefix_splice_kernels(ElementType out) {
+  const int i = static_cast<int>(out);
+#if defined(__x86_64__)
+  if (chosen() == kAvx512) return kPrefixSpliceAvx512[i];
+  if (chosen() == kAvx2) return kPrefixSpliceAvx2[i];
+#endif
+  return kPrefixSpliceBaseline[i];
 }
 
 const ResidualShiftKernels& residual_shift_kernels(ElementType type) {

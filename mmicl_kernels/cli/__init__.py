@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from mmicl_kernels.cli import library
+from mmicl_kernels.cli import bank, library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="few steps and samples, to see that it runs")
 
     library.add_parser(commands)
+    bank.add_parser(commands)
 
     parsed = parser.parse_args(arguments)
     if parsed.command == "env":
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if parsed.command == "library":
         return library.run(parsed)
+    if parsed.command == "bank":
+        return bank.run(parsed)
     from mmicl_kernels.cli.demo import run
 
     return run(task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)

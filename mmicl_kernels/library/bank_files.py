@@ -150,14 +150,17 @@ class Records:
 class Mapped:
     """The first numbers of a file as a tensor of ``shape`` on the CPU; none is read before it is used.
 
-    Writing into the tensor changes this process's copy of it, never the file.
+    Writing into the tensor changes this process's copy of it, never the file. ``scattered`` says that what
+    is used lies far apart, so that the disk is not asked for the neighbourhood of every page.
 
     Raises:
         CheckpointError: the file is shorter, missing, or not a regular one.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, scattered: bool = False
+    ) -> None:
         self._path, self._memory, count = path, None, math.prod(shape)
         with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -167,6 +170,8 @@ class Mapped:
                 self._tensor = torch.empty(shape, dtype=dtype, device="cpu")
                 return
             self._memory = mmap.mmap(file.fileno(), count * dtype.itemsize, **_COPY_ON_WRITE)
+        if scattered and hasattr(mmap, "MADV_RANDOM"):
+            self._memory.madvise(mmap.MADV_RANDOM)
         self._tensor = torch.frombuffer(self._memory, dtype=dtype, count=count).view(shape)
 
     @property
@@ -178,6 +183,13 @@ class Mapped:
                 "it was shortened while it was open"
             )
         return self._tensor
+
+    def prefetch(self, begin: int, end: int) -> None:
+        """Have the disk read ``tensor[begin:end]`` in one piece, without waiting for it."""
+        if begin < end and hasattr(mmap, "MADV_WILLNEED"):
+            size = len(self._memory) // len(self._tensor)
+            start = begin * size // mmap.PAGESIZE * mmap.PAGESIZE
+            self._memory.madvise(mmap.MADV_WILLNEED, start, end * size - start)
 
 
 _COPY_ON_WRITE: dict[str, Any] = {"access": mmap.ACCESS_COPY}

@@ -70,6 +70,7 @@ class WorkingSet:
                              f"max_bytes = {self.max_bytes}")  # fmt: skip
         missing = {id: pair for id, pair in bounds.items() if id not in self._sizes}
         if missing:
+            self._bank.prefetch(missing)
             rows, scale = self._staged(fused, list(missing.values()))
             self._make_room(len(rows), bounds)
             used = sum(self._sizes.values())

@@ -14,7 +14,12 @@ from mmicl_kernels.testing.tiny_processors import tiny_processor
 
 PROCESSORS = ("llava", "idefics3")
 MARK = {"llava": ["<image>"] * 4}
-MARK["idefics3"] = ["<fake_token_around_image>", "<global-img>", *["<image>"] * 2, "<fake_token_around_image>"]
+MARK["idefics3"] = [
+    "<fake_token_around_image>",
+    "<global-img>",
+    *["<image>"] * 2,
+    "<fake_token_around_image>",
+]
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
 
@@ -87,7 +92,11 @@ def test_answers_tokens(name, slow, monkeypatch):
 def test_a_token_that_the_answer_shares_is_the_answers():
     processor = tiny_processor("llava", words=("▁red", "bed", "d."))
     builder = PromptBuilder(processor, "{image}{text}{answer}.", answer_only=True)
-    given = [Demonstration((RED,), "a b", "ed"), Demonstration((RED,), "a", "red"), Demonstration((RED,), "a", "2d")]
+    given = [
+        Demonstration((RED,), "a b", "ed"),
+        Demonstration((RED,), "a", "red"),
+        Demonstration((RED,), "a", "2d"),
+    ]
     found = chosen(builder, *builder.demonstrations(given))
     assert found == [["bed"], ["r", "e", "d."], ["2", "d."]]
 
@@ -103,7 +112,9 @@ def test_tokens_without_width_inside_an_answer():
             made = original(self, *args, **options)
             if "offset_mapping" in made:
                 text = args[0]
-                made["offset_mapping"] = [(b, b) if text[a:b] == " " else (a, b) for a, b in made["offset_mapping"]]
+                made["offset_mapping"] = [
+                    (b, b) if text[a:b] == " " else (a, b) for a, b in made["offset_mapping"]
+                ]
             return made
 
     processor.tokenizer.__class__ = Trimmed
@@ -168,9 +179,9 @@ def test_dtype_of_the_pixels():
 
 @pytest.mark.parametrize(
     "template",
-    ["", "{text} {answer}", "{image} {text}", "{answer}{image}", "{image}{answer}{text}", "{image}{image}{answer}",
-     "{image}{answer!r}", "{image:>9}{answer}", "{image}{answer}{", "{image}{answer}{other}", "{image}{text.x}{answer}",
-     "{}{image}{answer}"],
+    ["", "{text} {answer}", "{image} {text}", "{answer}{image}", "{image}{answer}{text}",
+     "{image}{image}{answer}", "{image}{answer!r}", "{image:>9}{answer}", "{image}{answer}{",
+     "{image}{answer}{other}", "{image}{text.x}{answer}", "{}{image}{answer}"],
 )  # fmt: skip
 def test_templates_that_are_refused(template):
     with pytest.raises(ValueError, match="template is .*expected {image}, {text} and, last, {answer}"):
@@ -243,7 +254,11 @@ def test_into_a_bank_and_out_again(positions, tmp_path):
     with mk.attach(model, adapter, bank=bank) as handle:
         ids = handle.add_demonstrations(DEMONSTRATIONS, builder.demonstrations, batch_size=2, progress=False)
         assert ids == [0, 1, 2]
-        assert handle.add_demonstrations(DEMONSTRATIONS[::-1], builder.demonstrations, progress=False) == [2, 1, 0]
+        assert handle.add_demonstrations(DEMONSTRATIONS[::-1], builder.demonstrations, progress=False) == [
+            2,
+            1,
+            0,
+        ]
         inputs = builder.prompt(DEMONSTRATIONS[:2])
         plain = model(**inputs).logits
         spliced = model(**handle.splice(inputs, [[2, 0], [1]])).logits

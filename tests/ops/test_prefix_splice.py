@@ -57,13 +57,6 @@ GRID = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def only_kernels_there_are(request):
-    parameters = getattr(request.node, "callspec", None)
-    if parameters and "composed_without_extension" in parameters.params.values():
-        pytest.skip("this op has no C++ kernels")
-
-
 def ints(values, device="cpu", dtype=torch.int32, strided=False):
     x = torch.tensor(values, dtype=dtype, device=device)
     return torch.stack([x, x], -1).flatten()[::2] if strided else x

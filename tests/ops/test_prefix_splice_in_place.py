@@ -32,13 +32,6 @@ GRID = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def only_kernels_there_are(request):
-    parameters = getattr(request.node, "callspec", None)
-    if parameters and "composed_without_extension" in parameters.params.values():
-        pytest.skip("this op has no C++ kernels")
-
-
 def make_inputs(name, dtype=torch.float32, device="cpu"):
     """``embeddings, bank`` and the other arguments, by name."""
     case = GRID[name]

@@ -1,4 +1,4 @@
-"""AIM on the digits: ``python -m benchmarks.experiments.digits.aim`` writes ``aim.json``.
+"""AIM on the digits: ``python -m benchmarks.experiments.digits.aim`` writes ``aim.json`` and a plot.
 
 One projection for all seven tasks, and fused tokens of demonstrations it never saw, beside the same
 demonstrations in the prompt. Demonstrations come from the split of the queries.
@@ -7,14 +7,17 @@ demonstrations in the prompt. Demonstrations come from the split of the queries.
 import argparse
 import hashlib
 import json
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,12 +25,15 @@ import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
 from benchmarks.experiments.digits.evaluate import accuracy, plain_prompts
 from benchmarks.experiments.digits.model import WEIGHTS, load_model
+from benchmarks.timing import peak_allocated_bytes
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.methods import AIMAdapter
 from mmicl_kernels.training import AggregationBatch, AIMObjective, TrainingConfig, train, trainable
 
 RESULTS = Path(__file__).with_name("aim.json")
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 8, 16)
+MEMORY_SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
+BANKED = 256  # demonstrations
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,93 @@ def fused_prompts(
     return replace(episode, inputs=spliced)
 
 
+def as_demonstrations(samples: data.Samples, task: str) -> list[mk.Demonstration]:
+    """``[N]`` samples as a bank stores them."""
+    answers = samples.answers[:, list(data.WORDS).index(task)]
+    images = [(image.numpy().tobytes(),) for image in samples.images]
+    return list(map(mk.Demonstration, images, ["question"] * len(samples), data.decode(answers)))
+
+
+def collate(demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
+    """Prompts of banked demonstrations; their answers and ends are fused."""
+    pixels = [np.frombuffer(*x.images, np.float32).reshape(3, data.IMAGE_SIZE, -1) for x in demonstrations]
+    words = [[data.QUESTION_ID, data.word_id(x.answer), data.END_ID] for x in demonstrations]
+    before = torch.tensor([data.BOS_ID] + [data.IMAGE_ID] * data.IMAGE_TOKENS).expand(len(words), -1)
+    ids = torch.cat([before, torch.tensor(words)], 1)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.from_numpy(np.stack(pixels)),
+    }
+    positions = torch.zeros_like(ids, dtype=torch.bool)
+    positions[:, -2:] = True
+    return inputs, positions
+
+
+def fill_bank(
+    folder: Path, model: nn.Module, adapter: AIMAdapter, task: str, seed: int
+) -> mk.DemonstrationBank:
+    """A bank in a new ``folder`` of demonstrations of ``task`` from the train split."""
+    bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    samples = data.draw_queries(BANKED, split="train", generator=generator)
+    with mk.attach(model, adapter, bank=bank) as handle:
+        handle.add_demonstrations(as_demonstrations(samples, task), collate, batch_size=64, progress=False)
+    return bank
+
+
+def banked(demonstrations: data.Samples) -> list[list[int]]:
+    """For ``[B, K]`` drawn demonstrations, whichever the bank has in their stead."""
+    return (demonstrations.originals % BANKED).tolist()
+
+
 def prompt_tokens(ask: Callable, task: str, shots: int) -> int:
     generator = torch.Generator().manual_seed(0)
     demonstrations, queries = data.draw_episodes(1, shots, split="validation", generator=generator)
     return ask(demonstrations, queries, task).inputs["input_ids"].shape[1]
+
+
+def measure_memory(model: nn.Module, adapter: AIMAdapter, fused: str) -> dict[str, dict[str, list[int]]]:
+    """Peak bytes that one forward pass allocates, and its tokens, by shots: plain prompts and fused ones."""
+    found = {}
+    with mk.attach(model, adapter) as handle:
+        for name, ask in (("plain", plain_prompts), ("fused", partial(fused_prompts, handle, fused))):
+            rows = found[name] = {"shots": list(MEMORY_SHOTS), "tokens": [], "bytes": []}
+            for shots in MEMORY_SHOTS:
+                generator = torch.Generator().manual_seed(0)
+                episode = ask(*data.draw_episodes(1, shots, split="validation", generator=generator), "digit")
+                rows["tokens"].append(episode.inputs["input_ids"].shape[1])
+                with torch.no_grad():
+                    rows["bytes"].append(peak_allocated_bytes(partial(model, **episode.inputs)))
+    return found
+
+
+def plot(results: dict, path: Path) -> None:
+    """Memory and accuracy against the number of demonstrations."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    memory, correct = figure.subplots(1, 2)
+    for name, rows in results["memory"].items():
+        memory.plot(rows["shots"], [x / 2**20 for x in rows["bytes"]], marker="o", label=name)
+    memory.set(xlabel="demonstrations", ylabel="peak MiB of a forward pass", ylim=(0, None))
+    shots = list(results["plain"])
+    lines = {"plain": [results["plain"][k] for k in shots]}
+    for fused, found in results["fused"].items():
+        lines[f"fused: {fused}"] = [mean_row(found["seeds"], k) for k in shots]
+    for name, rows in lines.items():
+        correct.plot([int(k) for k in shots], [mean_of(row) for row in rows], marker="o", label=name)
+    correct.set(xlabel="demonstrations", ylabel="accuracy, mean of seven tasks", ylim=(0, 1.02))
+    for axes in (memory, correct):
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def mean_row(seeds: dict[str, dict], shots: str) -> dict[str, float]:
+    """By task the mean over seeds."""
+    return {task: statistics.mean(rows[shots][task] for rows in seeds.values()) for task in data.TASKS}
+
+
+def mean_of(row: dict[str, float]) -> float:
+    return statistics.mean(row[task] for task in data.TASKS)
 
 
 def measure(model: nn.Module, split: str, seeds: tuple[int, ...], out: Path) -> dict:
@@ -140,6 +229,9 @@ def measure(model: nn.Module, split: str, seeds: tuple[int, ...], out: Path) -> 
                 ask = partial(fused_prompts, handle, fused)
                 found["seeds"][str(seed)] = {str(k): _row(model, split, k, ask) for k in SHOTS}
             out.write_text(json.dumps(results, indent=1) + "\n")
+        if "memory" not in results:
+            results["memory"] = measure_memory(model, adapter, fused)
+    out.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -158,7 +250,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the model is too small to share out
-    measure(load_model(), arguments.split, tuple(arguments.seeds), arguments.out)
+    results = measure(load_model(), arguments.split, tuple(arguments.seeds), arguments.out)
+    plot(results, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Where every fused token and every prompt goes, and the copies, in plain PyTorch.
 
 A set of kernels is any namespace with ``prefix_splice_fwd``, ``prefix_splice_place_`` and
-``prefix_splice_bwd`` below: this module, and ``_triton``, which CUDA tensors take.
+``prefix_splice_bwd`` below: this module, ``torch.ops.mmicl_cpu`` (csrc/cpu) and ``_triton``, which CUDA
+tensors take.
 
 A place is a batch row's first row in the flat batch and a position in that batch row; a token of it is
 there if its position lies in ``[0, L)``. A packed batch is one batch row. What is dropped is at DROPPED.
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmicl_kernels import _extension
 from mmicl_kernels.ops._impl import uses_triton
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.prefix_splice.reference import IGNORED
@@ -41,7 +43,14 @@ def kernels(impl: str, device: torch.device) -> ModuleType:
         from mmicl_kernels.ops.prefix_splice import _triton
 
         return _triton
+    if device.type == "cpu" and _extension.load():
+        return torch.ops.mmicl_cpu
     return sys.modules[__name__]
+
+
+def checks_values(impl: str, device: torch.device) -> bool:
+    """Whether the kernels check ids and bounds themselves, as those in C++ do with the same messages."""
+    return kernels(impl, device) is torch.ops.mmicl_cpu
 
 
 def prompt_bounds(

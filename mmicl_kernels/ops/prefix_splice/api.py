@@ -16,7 +16,7 @@ from mmicl_kernels.ops._checks import (
     is_readable,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.prefix_splice._composed import prompt_bounds
+from mmicl_kernels.ops.prefix_splice._composed import checks_values, prompt_bounds
 from mmicl_kernels.ops.prefix_splice._op import prefix_splice_op, prefix_splice_op_
 from mmicl_kernels.ops.prefix_splice.reference import prefix_splice_reference, prefix_splice_reference_
 
@@ -105,10 +105,15 @@ def prefix_splice(
     )  # fmt: skip
     spliced = (bank, bank_scale, offsets, demo_ids, cu_demos)
     own = (prompt, prompt_start, prompt_end, cu_prompt)
-    _check_lengths(own, sizes["R"], max_length)
-    if _named_impl(impl, prompt) == "reference":
+    impl = _named_impl(impl, prompt)
+    if prompt_start is prompt_end is cu_prompt is None:
+        _check_tokens([sizes["T"]] * min(sizes["R"], 1), max_length)
+    if _must_check_values(impl, prompt):
+        _check_demonstrations(sizes, offsets, demo_ids, cu_demos)
+        _check_prompt_bounds(sizes, own, max_length)
+    if impl == "reference":
         return Splice(*prefix_splice_reference(*spliced, *own, labels, layout, length, max_length))
-    outputs = prefix_splice_op(*spliced, *own, labels, layout, length, max_length, _named_impl(impl, prompt))
+    outputs = prefix_splice_op(*spliced, *own, labels, layout, length, max_length, impl)
     return Splice(*outputs[:4], None if labels is None else outputs[4])
 
 
@@ -159,6 +164,8 @@ def prefix_splice_(
     )  # fmt: skip
     arguments = (embeddings, bank, bank_scale, offsets, demo_ids, cu_demos, starts)
     impl = _named_impl(impl, embeddings)
+    if _must_check_values(impl, embeddings):
+        _check_demonstrations(sizes, offsets, demo_ids, cu_demos)
     if impl == "reference":
         return prefix_splice_reference_(*arguments)
     return prefix_splice_op_(*arguments, impl)
@@ -196,9 +203,6 @@ def _check_bank(
         if size == 0:
             raise ValueError(f"{name} is empty, expected at least [0]")
     sizes["R"] = sizes["R+1"] - 1
-    check_range("demo_ids", demo_ids, 0, sizes["M+1"] - 2)
-    _check_bounds("offsets", offsets, sizes["N"])
-    _check_bounds("cu_demos", cu_demos, sizes["K"], from_zero=True)
 
 
 def _check_prompt(
@@ -219,14 +223,12 @@ def _check_prompt(
             raise ValueError(f"prompt has shape {list(prompt.shape)}, expected [1, T, C] beside cu_prompt")
         sizes.bind("cu_prompt", cu_prompt, "R+1")
         check_integer("cu_prompt", cu_prompt)
-        _check_bounds("cu_prompt", cu_prompt, sizes["T"])
     check_float("prompt", prompt)
     check_last_stride("prompt", prompt)
     for name, bound in (("prompt_start", start), ("prompt_end", end)):
         if bound is not None:
             sizes.bind(name, bound, "R")
             check_integer(name, bound)
-            check_range(name, bound, 0, sizes["T"])
     if labels is not None:
         sizes.bind("labels", labels, "R T" if cu_prompt is None else "1 T")
         check_integer("labels", labels)
@@ -239,24 +241,37 @@ def _check_count(name: str, value: int, most: int | None = None) -> None:
         raise ValueError(f"{name} is {value}, expected " + ("0 or more" if most is None else f"0 to {most}"))
 
 
-def _check_bounds(name: str, bounds: Tensor, most: int, from_zero: bool = False) -> None:
+def _must_check_values(impl: str, x: Tensor) -> bool:
+    """Whether ids and bounds are to be checked here: where they can be read, and nobody else does it."""
+    return is_readable(x) and (impl == "reference" or not checks_values(impl, x.device))
+
+
+def _check_demonstrations(sizes: Sizes, offsets: Tensor, demo_ids: Tensor, cu_demos: Tensor) -> None:
+    check_range("demo_ids", demo_ids, 0, sizes["M+1"] - 2)
+    _check_bounds("offsets", offsets, sizes["N"])
+    _check_bounds("cu_demos", cu_demos, sizes["K"])
+    if cu_demos[0] != 0:
+        raise ValueError(f"cu_demos begins with {int(cu_demos[0])}, expected 0")
+
+
+def _check_bounds(name: str, bounds: Tensor, most: int) -> None:
     check_range(name, bounds, 0, most)
-    if is_readable(bounds):
-        if bool((bounds[1:] < bounds[:-1]).any()):
-            raise ValueError(f"{name} decreases, expected bounds from 0 to {most} in order")
-        if from_zero and bounds[0] != 0:
-            raise ValueError(f"{name} begins with {int(bounds[0])}, expected 0")
+    if bool((bounds[1:] < bounds[:-1]).any()):
+        raise ValueError(f"{name} decreases, expected bounds from 0 to {most} in order")
 
 
-def _check_lengths(own: tuple[Tensor | None, ...], R: int, max_length: int) -> None:
-    """Raise ValueError where a prompt can be seen to be longer than a request may be, or less than empty."""
-    prompt, *bounds = own
-    if R == 0 or not (is_readable(prompt) or all(x is None for x in bounds)):
-        return
-    if all(x is None for x in bounds):
-        lengths = [prompt.shape[1]]
-    else:
-        lengths = prompt_bounds(prompt, R, prompt.shape[1], *bounds)[1].tolist()
-    for r, n in enumerate(lengths):
+def _check_prompt_bounds(sizes: Sizes, own: tuple[Tensor | None, ...], max_length: int) -> None:
+    prompt, start, end, cu_prompt = own
+    if cu_prompt is not None:
+        _check_bounds("cu_prompt", cu_prompt, sizes["T"])
+    for name, bound in (("prompt_start", start), ("prompt_end", end)):
+        if bound is not None:
+            check_range(name, bound, 0, sizes["T"])
+    _check_tokens(prompt_bounds(prompt, sizes["R"], sizes["T"], *own[1:])[1].tolist(), max_length)
+
+
+def _check_tokens(tokens: list[int], max_length: int) -> None:
+    """Raise ValueError where a prompt has more tokens than a request may have, or less than none."""
+    for r, n in enumerate(tokens):
         if not 0 <= n <= max_length:
             raise ValueError(f"prompt has {n} tokens in request {r}, expected 0 to max_length = {max_length}")

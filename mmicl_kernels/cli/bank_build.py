@@ -1,0 +1,169 @@
+"""`mmicl bank build`: fuse the demonstrations of a file into a bank."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from mmicl_kernels.cli.library import FAILED, _printable
+
+if TYPE_CHECKING:  # torch is imported when the command runs
+    from tqdm import tqdm
+
+    from mmicl_kernels.integration import Handle, PromptBuilder
+    from mmicl_kernels.library import Demonstration, DemonstrationBank
+    from mmicl_kernels.methods import AIMAdapter
+
+DTYPES = ("bfloat16", "float16", "float32", "int8")
+
+
+def add_parser(actions: Any) -> None:
+    """Add `build` to the subparsers of `mmicl bank`."""
+    build = actions.add_parser(
+        "build",
+        help="fuse the demonstrations of a file into it; exit code 1 if a line was bad",
+        description="Each line of the data is JSON: image, a file or a list of them, text and answer. "
+        "Demonstrations that the bank has are not read again, so an interrupted run may be repeated.",
+    )
+    build.add_argument("folder", help="the bank, made if it does not exist")
+    build.add_argument("--model", required=True, metavar="PATH", help="folder of the model and its processor")
+    build.add_argument("--adapter", required=True, metavar="PATH", help="folder that save_pretrained wrote")
+    build.add_argument("--data", required=True, metavar="FILE", help="the demonstrations, JSON lines")
+    build.add_argument("--images", metavar="FOLDER", help="where the images are (default: beside the data)")
+    build.add_argument("--dtype", choices=DTYPES, help="of the stored rows (default: bfloat16)")
+    build.add_argument("--batch-size", type=int, default=8, metavar="N", help="at once (default: 8)")
+    build.add_argument("--template", help='of a prompt (default: "{image}{text} {answer}")')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build the bank and return the exit code; an error is one line on stderr, so is each bad line."""
+    try:
+        return _build(options)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        _complain(str(error))
+        return FAILED
+
+
+def _build(options: argparse.Namespace) -> int:
+    from mmicl_kernels.integration import PromptBuilder, attach
+
+    data = Path(options.data)
+    images = data.parent if options.images is None else Path(options.images)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}, expected at least 1")
+    for name, path, there in (("--data", data, data.is_file()), ("--images", images, images.is_dir())):
+        if not there:
+            raise FileNotFoundError(f"{name}: {path} does not exist")
+    model, processor, adapter = _load(options)
+    device, dtype = model.get_input_embeddings().weight.device, model.dtype
+    template = {} if options.template is None else {"template": options.template}
+    answer_only = adapter.config.positions == "answer"
+    builder = PromptBuilder(processor, answer_only=answer_only, device=device, dtype=dtype, **template)
+    bank = _bank(options, adapter)
+    with attach(model, adapter, bank=bank) as handle:
+        return _add(handle, builder, data, images, options.batch_size)
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
+    """Model, processor and adapter, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mmicl_kernels.integration import load
+    from mmicl_kernels.methods import AIMAdapter
+
+    if not Path(options.model).is_dir():
+        raise FileNotFoundError(f"--model: {options.model} does not exist, expected a folder")
+    processor = AutoProcessor.from_pretrained(options.model, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", local_files_only=True)
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = load(options.adapter, model)
+    if not isinstance(adapter, AIMAdapter):
+        raise TypeError(
+            f"--adapter: {options.adapter} has a {type(adapter).__name__}, expected an AIMAdapter"
+        )
+    return model, processor, adapter
+
+
+def _bank(options: argparse.Namespace, adapter: "AIMAdapter") -> "DemonstrationBank":
+    import torch
+
+    from mmicl_kernels.library import DemonstrationBank
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    try:
+        bank = DemonstrationBank(options.folder)
+    except FileNotFoundError:
+        return DemonstrationBank.create(options.folder, adapter, dtype or torch.bfloat16)
+    if dtype not in (None, bank.dtype):
+        raise ValueError(f"--dtype is {options.dtype}, expected {bank.dtype} as {options.folder} has")
+    return bank
+
+
+def _add(handle: "Handle", builder: "PromptBuilder", data: Path, images: Path, batch_size: int) -> int:
+    from tqdm import tqdm
+
+    bank, counts = handle.bank, Counter()
+    before = len(bank)
+    bar = tqdm(total=data.stat().st_size, desc="building", unit="B", unit_scale=True)
+    with data.open("rb") as file, bar:
+        new = _new_demonstrations(file, images, bank, builder, bar, counts)
+        while batch := list(islice(new, batch_size)):
+            handle.add_demonstrations(batch, builder.demonstrations, batch_size=batch_size, progress=False)
+    added = len(bank) - before
+    found = f"{added} added, {counts['good'] - added} known, {counts['bad']} bad lines"
+    print(f"{len(bank)} demonstrations: {found}")
+    return FAILED if counts["bad"] else 0
+
+
+def _new_demonstrations(
+    file: BinaryIO,
+    images: Path,
+    bank: "DemonstrationBank",
+    builder: "PromptBuilder",
+    bar: "tqdm",
+    counts: Counter[str],
+) -> Iterator["Demonstration"]:
+    """Those of the file that the bank does not have. Bad lines are named on stderr and counted."""
+    from mmicl_kernels.integration import decode_image
+    from mmicl_kernels.training import read_lines
+
+    for number, line in read_lines(file):
+        bar.update(file.tell() - bar.n)
+        try:
+            demonstration = _demonstration(line, images)
+            known = bank.find(demonstration) is not None
+            if not known:
+                builder.check(demonstration)
+                for i, image in enumerate(demonstration.images):
+                    decode_image(image, f"image {i}")
+        except ValueError as error:
+            counts["bad"] += 1
+            with bar.external_write_mode(file=sys.stderr):
+                _complain(f"{file.name}:{number}: {error}")
+            continue
+        counts["good"] += 1
+        if not known:
+            yield demonstration
+
+
+def _demonstration(line: bytes, images: Path) -> "Demonstration":
+    """What a line describes. Raises ValueError: it describes none."""
+    from mmicl_kernels.library import Demonstration
+    from mmicl_kernels.training import parse_line, read_image
+
+    record = parse_line(line)
+    names, text, answer = (record.get(name) for name in ("image", "text", "answer"))
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(x, str) for x in [*names, text, answer]):
+        raise ValueError(
+            "missing field: expected image, a file or a list of them, and strings text and answer"
+        )
+    return Demonstration(tuple(read_image(images, name) for name in names), text, answer)
+
+
+def _complain(message: str) -> None:
+    print("mmicl bank build:", _printable(" ".join(message.split())), file=sys.stderr)

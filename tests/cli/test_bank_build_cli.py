@@ -1,0 +1,223 @@
+"""`mmicl bank build`: from a file of demonstrations, with a model's folder, to answers after fused tokens."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import mmicl_kernels as mk
+from mmicl_kernels.cli import main
+from mmicl_kernels.integration import PromptBuilder
+from mmicl_kernels.library import Demonstration
+from mmicl_kernels.testing.tiny_models import tiny_model
+from mmicl_kernels.testing.tiny_processors import tiny_processor
+
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+
+
+def png(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), COLOURS[colour]).save(file, "PNG")
+    return file.getvalue()
+
+
+RED, BLUE = png("red"), png("blue")
+LINES = [
+    {"image": "red.png", "text": "what?", "answer": "red"},
+    {"image": ["red.png", "blue.png"], "text": "which are these?", "answer": "red and blue"},
+    {"image": [], "text": "a cat or a dog?", "answer": "cat"},
+]
+DEMONSTRATIONS = [
+    Demonstration((RED,), "what?", "red"),
+    Demonstration((RED, BLUE), "which are these?", "red and blue"),
+    Demonstration((), "a cat or a dog?", "cat"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folders of a model with its processor, and of adapters for it."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = tiny_model("llava-llama")
+    model.save_pretrained(folder / "model")
+    tiny_processor("llava").save_pretrained(folder / "model")
+    configs = {"aim": mk.AIMConfig(), "answer": mk.AIMConfig(positions="answer"), "live": mk.LIVEConfig()}
+    for name, config in {**configs, "other": mk.AIMConfig()}.items():
+        adapter = mk.create(model, config)
+        if isinstance(config, mk.AIMConfig):  # each begins as the identity
+            torch.nn.init.normal_(adapter.fuser.weight)
+        adapter.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def build(saved, tmp_path, capsys, monkeypatch):
+    """Runs the command on the lines written to a file; its exit code, output and own errors."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    images = tmp_path / "data"
+    images.mkdir()
+    for colour in COLOURS:
+        (images / f"{colour}.png").write_bytes(png(colour))
+
+    def build(*options, lines=LINES, adapter="aim", model="model", folder="bank"):
+        data = images / "data.jsonl"
+        data.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
+        arguments = ["--model", saved / model, "--adapter", saved / adapter, "--data", data]
+        capsys.readouterr()
+        code = main(["bank", "build", *map(str, [tmp_path / folder, *arguments, *options])])
+        captured = capsys.readouterr()
+        return code, captured.out, [x for x in captured.err.splitlines() if "mmicl bank build:" in x]
+
+    return build
+
+
+def reloaded(saved, adapter="aim"):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(saved / "model").eval()
+    return model, AutoProcessor.from_pretrained(saved / "model"), mk.load(saved / adapter, model)
+
+
+@torch.no_grad()
+def fused(saved, adapter="aim", **options):
+    model, processor, adapter = reloaded(saved, adapter)
+    with mk.attach(model, adapter) as handle:
+        return handle.aggregate(*PromptBuilder(processor, **options).demonstrations(DEMONSTRATIONS))
+
+
+def test_build_then_splice_then_generate(build, saved, tmp_path):
+    assert build("--dtype", "float32") == (0, "3 demonstrations: 3 added, 0 known, 0 bad lines\n", [])
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    for i, (demonstration, expected) in enumerate(zip(DEMONSTRATIONS, fused(saved), strict=True)):
+        assert bank.find(demonstration) == i
+        assert tuple(bank.text(i)) == (demonstration.text, demonstration.answer)
+        torch.testing.assert_close(bank.tokens(i), expected)
+    model, processor, adapter = reloaded(saved)
+    inputs = PromptBuilder(processor).prompt(
+        [Demonstration((RED,), "what?", ""), Demonstration((BLUE,), "hi", "")]
+    )
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with mk.attach(model, adapter, bank=bank) as handle:
+        spliced = handle.splice(inputs, [[0, 1], [2]])
+        length = inputs["input_ids"].shape[1] + len(bank.tokens(0)) + len(bank.tokens(1))
+        assert spliced["input_ids"].shape[1] == length
+        generated = model.generate(**spliced, **options)
+        assert generated.shape == (2, length + 3)
+        logits = model(**spliced).logits[:, -1]
+        assert torch.equal(generated[:, length], logits.argmax(-1))
+    assert not torch.allclose(logits, model(**inputs).logits[:, -1])
+
+
+def test_again_adds_nothing_and_reads_nothing(build, monkeypatch):
+    build()
+    monkeypatch.setattr(mk.Handle, "aggregate", None)
+    assert build() == (0, "3 demonstrations: 0 added, 3 known, 0 bad lines\n", [])
+    twice = [*LINES, *LINES]
+    assert build(lines=twice) == (0, "3 demonstrations: 0 added, 6 known, 0 bad lines\n", [])
+
+
+def test_an_interrupted_run_is_taken_up(build, saved, tmp_path, monkeypatch):
+    aggregate, read = mk.Handle.aggregate, []
+
+    def interrupted(self, inputs, positions):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(len(inputs["input_ids"]))
+        return aggregate(self, inputs, positions)
+
+    monkeypatch.setattr(mk.Handle, "aggregate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build("--batch-size", "1", "--dtype", "float32")
+    assert len(mk.DemonstrationBank(tmp_path / "bank")) == 2
+    read.clear()
+    assert build("--dtype", "float32")[:2] == (0, "3 demonstrations: 1 added, 2 known, 0 bad lines\n")
+    assert read == [1]
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    for i, expected in enumerate(fused(saved)):
+        torch.testing.assert_close(bank.tokens(i), expected)
+
+
+def test_same_demonstrations_in_one_file(build):
+    lines = [*LINES, *LINES]
+    assert build("--batch-size", "4", lines=lines)[1] == "3 demonstrations: 3 added, 3 known, 0 bad lines\n"
+
+
+def test_bad_lines(build, tmp_path):
+    (tmp_path / "data" / "broken.png").write_bytes(RED[:30])
+    (tmp_path / "secret.png").write_bytes(RED)
+    good = LINES[0]
+    lines = [
+        good,
+        b"{",
+        b"",
+        {**good, "image": "none.png"},
+        {**good, "image": "../secret.png"},
+        {**good, "image": ["red.png", "broken.png"]},
+        {**good, "image": None},
+        {"image": "red.png", "text": "a"},
+        {**good, "answer": 3},
+        {**good, "text": "an <image>"},
+        LINES[2],
+    ]
+    code, out, errors = build(lines=lines)
+    assert (code, out) == (1, "2 demonstrations: 2 added, 0 known, 8 bad lines\n")
+    file = tmp_path / "data" / "data.jsonl"
+    expected = {
+        2: "bad JSON: ",
+        4: "missing image: 'none.png'",
+        5: "path outside: '../secret.png'",
+        6: "image 1 cannot be decoded",
+        7: "missing field",
+        8: "missing field",
+        9: "missing field",
+        10: "text 'an <image>' has '<image>', expected no special token",
+    }
+    assert len(errors) == len(expected)
+    for error, (number, message) in zip(errors, expected.items(), strict=True):
+        assert error.startswith(f"mmicl bank build: {file}:{number}: {message}")
+
+
+def test_answers_alone(build, saved, tmp_path):
+    assert build("--dtype", "float32", adapter="answer")[0] == 0
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    for i, expected in enumerate(fused(saved, "answer", answer_only=True)):
+        torch.testing.assert_close(bank.tokens(i), expected)
+    assert bank.lengths.tolist() == [1, 6, 1]  # " red", a token; " red", " ", "a", "n", "d", " blue"; " cat"
+    code, out, errors = build(lines=[{**LINES[0], "answer": ""}], adapter="answer")
+    assert (code, len(errors)) == (1, 1) and "answer is '', expected one with tokens" in errors[0]
+
+
+def test_template_dtype_and_images(build, saved, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "data").rename(elsewhere)
+    (tmp_path / "data").mkdir()
+    template = "{image}q: {text} a: {answer}!"
+    assert build("--images", elsewhere, "--template", template, "--dtype", "int8")[0] == 0
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    assert bank.dtype == torch.int8
+    assert bank.lengths.tolist() == [len(x) for x in fused(saved, template=template)]
+    build("--images", elsewhere, folder="plain")
+    assert mk.DemonstrationBank(tmp_path / "plain").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options, given, message",
+    [
+        (["--batch-size", "0"], {}, "--batch-size is 0, expected at least 1"),
+        (["--data", "none.jsonl"], {}, "--data: none.jsonl does not exist"),
+        (["--images", "none"], {}, "--images: none does not exist"),
+        ([], {"model": "none"}, "expected a folder"),
+        ([], {"adapter": "none"}, "none"),
+        ([], {"adapter": "live"}, "has a LIVEAdapter, expected an AIMAdapter"),
+        ([], {"adapter": "other"}, "projection"),
+        (["--dtype", "float16"], {}, "--dtype is float16, expected torch.bfloat16"),
+        (["--template", "{text}"], {}, "template is '{text}'"),
+    ],
+)
+def test_errors_are_one_line(build, tmp_path, options, given, message):
+    build()
+    code, out, errors = build(*options, **given)
+    assert (code, out, len(errors)) == (1, "", 1) and message in errors[0]
+    assert len(mk.DemonstrationBank(tmp_path / "bank")) == 3
