@@ -50,7 +50,10 @@ gpu-ops:
 	$(LIMIT) 525 $(PYTHON) -m benchmarks.run --op all --device cuda --budget 430 --out $(OUT)
 
 gpu-e2e:
-	$(LIMIT) 525 $(PYTHON) -m benchmarks.e2e.run --size real --device cuda --budget 480 --out $(OUT)
+	status=0; \
+	  $(LIMIT) 100 $(PYTHON) -m benchmarks.e2e.shots --size real --device cuda --out $(OUT) || status=1; \
+	  $(LIMIT) 425 $(PYTHON) -m benchmarks.e2e.run --size real --device cuda --budget 380 --out $(OUT) || status=1; \
+	  exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from benchmarks.e2e import check as e2e_check
 from benchmarks.e2e import report as e2e_report
 from benchmarks.e2e import run as e2e
+from benchmarks.e2e import shots
 from benchmarks.e2e.decoding import NEW_TOKENS, Beams, Compiled, Eager, Graph, Stopwatch
 from benchmarks.e2e.models import SIZES, Prompt, Subject, build_model, prompt_inputs, random_adapter
 from mmicl_kernels.testing.budgets import assert_within_budget
@@ -426,3 +427,17 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", Scope)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+
+
+def test_demonstrations_as_prompts_and_as_fused_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(shots, "SHOTS", (0, 2))
+    monkeypatch.setattr(shots, "ROUNDS", 2)
+    assert shots.main(["--size", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("shots.json")
+    assert path.with_suffix(".png").stat().st_size > 0
+    result = json.loads(path.read_text())
+    tokens = {(row["name"], row["shots"]): row["tokens"] for row in result["rows"]}
+    # An image has two latents and comes with two tokens of text; every prompt has one token before it.
+    assert tokens == {("plain", 0): 5, ("AIM", 0): 5, ("plain", 2): 13, ("AIM", 2): 9}
+    peaks = {(row["name"], row["shots"]): row["peak_bytes"] for row in result["rows"]}
+    assert peaks["AIM", 0] < peaks["AIM", 2] < peaks["plain", 2]
