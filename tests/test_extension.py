@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmicl_kernels import _extension
+from mmicl_kernels.ops.prefix_splice import _composed as prefix_splice_composed
 
 B, H, T, A = 3, 5, 63, 2  # T is odd and no multiple of the kernel's eight lanes
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -367,6 +368,140 @@ def test_schemas(ops):
     check(ops.attention_shift_bwd.default, backward_args, test_utils="test_schema")
     gate_args = (dout, torch.randn(B, H, T), inputs["weight"], IDS)
     check(ops.add_gate_grad_.default, gate_args, test_utils="test_schema")
+
+
+# ---- prefix_splice; its own tests run with these operators and without ----
+
+
+def make_splice(bank_dtype, prompt_dtype, C, R=3, T=4):
+    """The arguments of the forward operator but for the layout: R requests that share demonstrations."""
+    ids = torch.arange(4 * R, dtype=torch.int32) * 3 % 5
+    bank = torch.randn(30, C, dtype=torch.float64).to(bank_dtype)
+    prompt = torch.randn(R, T, C, dtype=torch.float64).to(prompt_dtype)
+    offsets = torch.tensor([2, 5, 5, 12, 13, 29])
+    return [bank, None, offsets, ids, torch.arange(R + 1) * 4, prompt, None, None, None, None]
+
+
+def splice_gradients(kernels, dout, outputs, bank, offsets, ids, prompt):
+    bounds = (None, None, None)
+    return kernels.prefix_splice_bwd(
+        dout, offsets, ids, *outputs[5:], list(prompt.shape), *bounds, len(bank), bank.dtype, True, True
+    )
+
+
+@pytest.mark.parametrize("C", [1, 13, 64])
+@pytest.mark.parametrize("prompt_dtype", DTYPES)
+@pytest.mark.parametrize("bank_dtype", DTYPES)
+def test_formula_splice_converts_as_pytorch_does(ops, bank_dtype, prompt_dtype, C):
+    arguments = make_splice(bank_dtype, prompt_dtype, C)
+    bank, _, offsets, ids, _, prompt, *_ = arguments
+    results = []
+    for kernels in (ops, prefix_splice_composed):
+        outputs = kernels.prefix_splice_fwd(*arguments, "left", 60, 60)
+        grads = splice_gradients(kernels, outputs[0], outputs, bank, offsets, ids, prompt)
+        results.append([*outputs, *grads])
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("prompt_dtype", DTYPES)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_formula_splice_dequantises_as_pytorch_does(ops, scale_dtype, prompt_dtype):
+    arguments = make_splice(torch.float32, prompt_dtype, 13)
+    arguments[0] = torch.randint(-128, 128, (30, 13), dtype=torch.int8)
+    arguments[1] = torch.randn(60, dtype=torch.float64).to(scale_dtype)[::2]
+    a, b = (k.prefix_splice_fwd(*arguments, "packed", 200, 60)[0] for k in (ops, prefix_splice_composed))
+    assert torch.equal(a, b)
+
+
+def test_splice_does_not_depend_on_the_number_of_threads(ops):
+    arguments = make_splice(torch.bfloat16, torch.float32, 3000, R=8, T=40)
+    bank, _, offsets, ids, _, prompt, *_ = arguments
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            outputs = ops.prefix_splice_fwd(*arguments, "right", 100, 100)
+            grads = splice_gradients(ops, outputs[0], outputs, bank, offsets, ids, prompt)
+            batch = torch.zeros(16, 50, 3000)
+            places = ops.prefix_splice_place_(batch, *arguments[:5], torch.arange(8) - 4)
+            results.append([*outputs, *grads, batch, *places])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_splice_into_large_pages(ops):
+    """From 8 MiB on the output asks for them; its ends lie within some."""
+    bank, _, offsets, ids, cu_demos, prompt, *_ = arguments = make_splice(torch.float32, torch.float32, 4099)
+    out = ops.prefix_splice_fwd(*arguments, "left", 700, 700)[0]
+    assert out.nbytes > 2**23 and not out[:, :640].any()
+    for r in range(3):
+        named = [bank[offsets[d] : offsets[d + 1]] for d in ids[cu_demos[r] : cu_demos[r + 1]]]
+        sequence = torch.cat([*named, prompt[r]])
+        assert torch.equal(out[r, 700 - len(sequence) :], sequence)
+
+
+def changed_splice(**changes):
+    names = ("bank", "scale", "offsets", "ids", "cu_demos", "prompt", "start", "end", "cu_prompt", "labels")
+    arguments = dict(zip(names, make_splice(torch.float32, torch.float32, 8), strict=True))
+    return [*(arguments | changes).values(), "left", 60, 60]
+
+
+BAD_SPLICES = {
+    "bank dims": ({"bank": torch.zeros(8)}, r"bank has 1 dims, expected \[N, C\]"),
+    "bank columns": ({"bank": torch.zeros(30, 7)}, r"bank has shape \[30, 7\], expected \[30, 8\]"),
+    "bank dtype": ({"bank": torch.zeros(30, 8).int()}, "bank has dtype Int"),
+    "bank scaled": ({"scale": torch.ones(30)}, "bank has dtype Float, expected Char"),
+    "scale": (
+        {"bank": torch.zeros(30, 8, dtype=torch.int8), "scale": torch.ones(29)},
+        r"bank_scale has shape \[29\], expected \[30\]",
+    ),
+    "offsets": ({"offsets": torch.zeros(0).long()}, "offsets is empty"),
+    "ids dtype": ({"ids": torch.zeros(4)}, "demo_ids has dtype Float, expected Int or Long"),
+    "ids dims": ({"ids": torch.zeros(4, 1).int()}, "demo_ids has 2 dims, expected 1"),
+    "prompt rows": ({"prompt": torch.zeros(2, 4, 8)}, "prompt has 2 rows, expected 3"),
+    "prompt stride": ({"prompt": torch.zeros(3, 8, 4).mT}, "prompt has last stride 4"),
+    "start": ({"start": torch.zeros(2).int()}, "prompt_start has 2 numbers, expected 3"),
+    "labels": ({"labels": torch.zeros(3, 3).int()}, "labels has 9 numbers, expected 12"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SPLICES)
+def test_bad_splice(ops, case):
+    changes, message = BAD_SPLICES[case]
+    with pytest.raises(RuntimeError, match=message):
+        ops.prefix_splice_fwd(*changed_splice(**changes))
+
+
+def test_splice_backward_reads_no_place_outside_of_dout(ops):
+    bank, _, offsets, ids, _, prompt, *_ = arguments = changed_splice()
+    outputs = ops.prefix_splice_fwd(*arguments)
+    for i, bad, message in (
+        (5, -60, "demo_places"), (5, 180, "demo_places"), (6, 121, "prompt_places"), (6, -1, "prompt_places"),
+    ):  # fmt: skip
+        places = [x.clone() for x in outputs]
+        places[i][0, 1] = bad
+        with pytest.raises(ValueError, match=message):
+            splice_gradients(ops, outputs[0], places, bank, offsets, ids, prompt)
+    far = [x.clone() for x in outputs]
+    far[6][1, 1] = 57  # four tokens from there on would pass the end of the batch row
+    with pytest.raises(ValueError, match="prompt_places"):
+        splice_gradients(ops, outputs[0], far, bank, offsets, ids, prompt)
+
+
+def test_splice_schemas(ops):
+    arguments = changed_splice()
+    check = torch.library.opcheck
+    check(ops.prefix_splice_fwd.default, tuple(arguments), test_utils="test_schema")
+    starts = torch.arange(3)
+    check(
+        ops.prefix_splice_place_.default, (torch.zeros(6, 9, 8), *arguments[:5], starts),
+        test_utils="test_schema",
+    )  # fmt: skip
+    outputs = ops.prefix_splice_fwd(*arguments)
+    saved = (outputs[0], *arguments[2:4], *outputs[5:], [3, 4, 8], None, None, None, 30, torch.float16)
+    check(ops.prefix_splice_bwd.default, (*saved, True, True), test_utils="test_schema")
 
 
 # ---- loading ----

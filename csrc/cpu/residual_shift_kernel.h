@@ -1,6 +1,7 @@
 // The kernels themselves. Included once per instruction set, as attention_shift_kernel.h is, and without
 // standard library templates for the same reason. Every row is read from memory once: a second look at
-// it finds it in the first-level cache.
+// it finds it in the first-level cache. Meanwhile the next row is fetched into the second-level cache, line
+// by line between the computations; past the last row a prefetch does nothing.
 
 #include <cstdint>
 
@@ -150,14 +151,19 @@ MMICL_INLINE RowSums<T> row_sums(const T* x, const T* dout, Entry<acc_t<T>> e, i
 }
 
 template <class T>
-MMICL_INLINE void forward_row(T* out, const T* x, Entry<acc_t<T>> e, int64_t C) {
+MMICL_INLINE void forward_row(T* out, const T* x, Entry<acc_t<T>> e, int64_t C, const T* next_out,
+                              const T* next_x) {
   const RowSums<T> s = row_sums<T>(x, nullptr, e, C);
   if (s.x_square == 0 || s.y_square == 0) {
     __builtin_memset(out, 0, C * sizeof(T));
     return;
   }
   const acc_t<T> ratio = square_root(s.x_square) / square_root(s.y_square);
-  for_columns(C, [&](auto block, int) MMICL_LAMBDA {
+  for_columns(C, [&](auto block, int i) MMICL_LAMBDA {
+    if (i == 0) {
+      __builtin_prefetch(next_x + block.c, 0, 2);
+      __builtin_prefetch(next_out + block.c, 1, 2);
+    }
     block.store(out, ratio * (block.load(x) + e.coefficient * block.load(e.vector)));
   });
 }
@@ -173,7 +179,7 @@ void forward(const ResidualShiftParams& p, int64_t begin, int64_t end) {
       if (e.coefficient == 0) {
         __builtin_memcpy(out, x, p.C * sizeof(T));
       } else if (p.preserve_norm) {
-        forward_row(out, x, e, p.C);
+        forward_row(out, x, e, p.C, out + p.out.stride_t, x + p.x.stride_t);
       } else {
         add_scaled(out, x, e.coefficient, e.vector, p.C);
       }
@@ -261,11 +267,13 @@ struct Rounded<bf16> {
   }
 };
 
-// h = residual + x + e, rounded, and the sum of its squares.
+// h = residual + x + e, rounded, and the sum of its squares. The row normed is written next.
 template <class T>
-MMICL_INLINE acc_t<T> add_row(T* h, const T* residual, const T* x, Entry<acc_t<T>> e, int64_t C) {
+MMICL_INLINE acc_t<T> add_row(T* h, const T* residual, const T* x, Entry<acc_t<T>> e, int64_t C,
+                              const T* normed) {
   Sum<vec_t<T>> squares;
   for_columns(C, [&](auto block, int i) MMICL_LAMBDA {
+    if (i == 0) __builtin_prefetch(normed + block.c, 1, 3);
     auto v = block.load(residual) + block.load(x);
     if (e.coefficient != 0) v += e.coefficient * block.load(e.vector);
     block.store(h, v);
@@ -283,14 +291,21 @@ void norm_forward(const RMSNormParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const TokenTile tile(p, index);
     const Entry<acc> e = entry_of<acc>(p, tile.b);
+    const T *residual = row<T>(p.residual, tile.b, tile.t_begin), *x = row<T>(p.x, tile.b, tile.t_begin);
     for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
       T* h = row<T>(p.new_residual, tile.b, t);
       T* normed = row<T>(p.normed, tile.b, t);
-      const acc square =
-          add_row(h, row<T>(p.residual, tile.b, t), row<T>(p.x, tile.b, t), e, p.C);
+      const acc square = add_row(h, residual, x, e, p.C, normed);
       const acc rstd = 1 / square_root(square / p.C + static_cast<acc>(p.eps));
       *row<acc>(p.rstd, tile.b, t) = rstd;
-      for_columns(p.C, [&](auto block, int) MMICL_LAMBDA {
+      residual += p.residual.stride_t, x += p.x.stride_t;
+      const T* next_h = h + p.new_residual.stride_t;
+      for_columns(p.C, [&](auto block, int i) MMICL_LAMBDA {
+        if (i == 0) {
+          __builtin_prefetch(residual + block.c, 0, 2);
+          __builtin_prefetch(x + block.c, 0, 2);
+          __builtin_prefetch(next_h + block.c, 1, 2);
+        }
         auto n = rstd * block.load(h);
         if (offset == 0) n = Rounded<T>::of(n);
         block.store(normed, n * (offset + block.load(weight)));

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mmicl_kernels.cli import bank_build
-from mmicl_kernels.cli.library import FAILED, _backbone, _print_table, _printable
+from mmicl_kernels.cli.printing import FAILED, backbone_name, print_table, printable
 
 if TYPE_CHECKING:  # torch is imported when a command runs
     from mmicl_kernels.library import DemonstrationBank
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _ACTIONS[options.action](DemonstrationBank(options.folder), options)
     except (OSError, ValueError, TypeError, IndexError) as error:
-        print("mmicl bank:", _printable(" ".join(str(error).split())), file=sys.stderr)
+        print("mmicl bank:", printable(" ".join(str(error).split())), file=sys.stderr)
         return FAILED
 
 
@@ -53,13 +53,13 @@ def _info(bank: "DemonstrationBank", options: argparse.Namespace) -> int:
         "bytes": sum(path.stat().st_size for path in bank.folder.iterdir() if path.is_file()),
         "dtype": str(bank.dtype).removeprefix("torch."),
         "hidden_size": bank.hidden_size,
-        "backbone": _backbone(bank),
+        "backbone": backbone_name(bank),
         "digest": bank.digest,
     }
     if options.json:
         print(json.dumps(facts))
     else:
-        _print_table(("", ""), [(name, x if isinstance(x, str) else f"{x:,}") for name, x in facts.items()])
+        print_table(("", ""), [(name, x if isinstance(x, str) else f"{x:,}") for name, x in facts.items()])
     return 0
 
 
@@ -82,7 +82,7 @@ def _search(bank: "DemonstrationBank", options: argparse.Namespace) -> int:
         print(json.dumps(rows))
         return 0
     columns = ("id", "tokens", "text", "answer")
-    _print_table(
+    print_table(
         columns if options.like is None else ("cosine", *columns),
         [tuple(map(_shown, row.values())) for row in rows],
     )
@@ -108,7 +108,7 @@ def _verify(bank: "DemonstrationBank", options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(problems))
     else:
-        print("\n".join(map(_printable, problems)) or f"{len(bank)} demonstrations, nothing damaged")
+        print("\n".join(map(printable, problems)) or f"{len(bank)} demonstrations, nothing damaged")
     return FAILED if problems else 0
 
 
@@ -119,5 +119,5 @@ def _shown(value: float | int | str) -> str:
     """One cell of a table."""
     if isinstance(value, float):
         return f"{value:.4f}"
-    text = _printable(" ".join(str(value).split()))
+    text = printable(" ".join(str(value).split()))
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

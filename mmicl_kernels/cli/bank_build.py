@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mmicl_kernels.cli.library import FAILED, _printable
+from mmicl_kernels.cli.printing import FAILED, printable
 
 if TYPE_CHECKING:  # torch is imported when the command runs
     from tqdm import tqdm
@@ -128,7 +128,7 @@ def _new_demonstrations(
     counts: Counter[str],
 ) -> Iterator["Demonstration"]:
     """Those of the file that the bank does not have. Bad lines are named on stderr and counted."""
-    from mmicl_kernels.integration import decode_image
+    from mmicl_kernels.integration.prompts import decode_image
     from mmicl_kernels.training import read_lines
 
     for number, line in read_lines(file):
@@ -166,4 +166,4 @@ def _demonstration(line: bytes, images: Path) -> "Demonstration":
 
 
 def _complain(message: str) -> None:
-    print("mmicl bank build:", _printable(" ".join(message.split())), file=sys.stderr)
+    print("mmicl bank build:", printable(" ".join(message.split())), file=sys.stderr)

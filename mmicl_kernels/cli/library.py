@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmicl_kernels.cli.printing import FAILED, USAGE, backbone_name, print_table, printable
+
 if TYPE_CHECKING:  # torch is imported when a command runs
     from mmicl_kernels.library import Entry, VLibrary
 
 VARIABLE = "MMICL_LIBRARY"
 MAX_RECORD_BYTES = 2**20
-USAGE, FAILED = 2, 1  # exit codes
 COLUMNS = ("name", "method", "task", "tags", "metrics", "backbone", "created")
 
 
@@ -93,13 +94,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("mmicl library:", _printable(" ".join(message.split())), file=sys.stderr)
+    print("mmicl library:", printable(" ".join(message.split())), file=sys.stderr)
     return code
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal would take for a command."""
-    return "".join(x if x.isprintable() else "?" for x in text)
 
 
 def _list(library: "VLibrary", options: argparse.Namespace) -> int:
@@ -112,10 +108,10 @@ def _show(library: "VLibrary", options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts))
         return 0
-    facts["backbone"] = _backbone(entry)
+    facts["backbone"] = backbone_name(entry)
     facts["file"] = str(library.path(options.name))
     rows = [(name, x if isinstance(x, str) else json.dumps(x)) for name, x in facts.items() if x is not None]
-    _print_table(("", ""), rows)
+    print_table(("", ""), rows)
     return 0
 
 
@@ -239,12 +235,6 @@ def _facts(entry: "Entry") -> dict[str, Any]:
     return facts
 
 
-def _backbone(entry: "Entry") -> str:
-    backbone = entry.backbone
-    revision = f"@{backbone.revision}" if backbone.revision else ""
-    return _printable(f"{backbone.name or backbone.model_class}{revision}")
-
-
 def _print_stored(entry: "Entry", options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_facts(entry)))
@@ -262,28 +252,8 @@ def _print_entries(entries: Iterable["Entry"], options: argparse.Namespace) -> i
     rows = []
     for entry in entries:
         metrics = ", ".join(f"{label} {value:.4g}" for label, value in entry.metrics.items())
-        row = (entry.name, entry.method, entry.task or "", ", ".join(entry.tags), metrics, _backbone(entry),
-               entry.created)  # fmt: skip
+        labels = (entry.name, entry.method, entry.task or "", ", ".join(entry.tags))
+        row = (*labels, metrics, backbone_name(entry), entry.created)
         rows.append((f"{entry.score:.4f}", *row) if scored else row)
-    _print_table(("cosine", *COLUMNS) if scored else COLUMNS, rows)
+    print_table(("cosine", *COLUMNS) if scored else COLUMNS, rows)
     return 0
-
-
-def _print_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> None:
-    """A rich table on a terminal; lines of tabs in a pipe, or where rich is not installed."""
-    rich = None
-    if sys.stdout.isatty():
-        try:
-            import rich.console
-            import rich.table
-            import rich.text
-        except ModuleNotFoundError:
-            rich = None
-    if rich is None:
-        for row in rows:
-            print("\t".join(row))
-        return
-    table = rich.table.Table(*columns, show_header=any(columns))
-    for row in rows:
-        table.add_row(*map(rich.text.Text, row))  # Text: a name may look like markup
-    rich.console.Console().print(table)

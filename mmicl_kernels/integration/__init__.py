@@ -4,7 +4,7 @@ from mmicl_kernels.integration.anchors import UnsupportedModelError
 from mmicl_kernels.integration.attach import attach
 from mmicl_kernels.integration.create import create, load, load_official
 from mmicl_kernels.integration.handle import Handle
-from mmicl_kernels.integration.prompts import PromptBuilder, decode_image
+from mmicl_kernels.integration.prompts import PromptBuilder
 
 __all__ = [
     "Handle",
@@ -12,7 +12,6 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "create",
-    "decode_image",
     "load",
     "load_official",
 ]

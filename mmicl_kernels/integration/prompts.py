@@ -180,7 +180,6 @@ class PromptBuilder:
             made = self._tokenizer(text, return_offsets_mapping=True)
             length, first, last = len(made["input_ids"]), len(before), len(before) + len(answer)
             found = [i for i, (a, b) in enumerate(made["offset_mapping"]) if a < last and b > first]
-            # Between two of them there may be tokens of no width: some tokenizers give spaces none.
             begin, end = (found[0], found[-1] + 1) if found else (length, length)
         else:
             ids = self._tokenizer(text)["input_ids"]

@@ -111,6 +111,7 @@ class Splicer:
         if tokens is None and self._working_set is not None:
             tokens, chosen = self._working_set.load(chosen)
         elif tokens is None:
+            self.bank.prefetch(set(chosen))
             tokens = self.bank.fused
         cu_demos = [0, *accumulate(plan.counts)]
         numbers = (torch.tensor(x, dtype=torch.int64) for x in (chosen, cu_demos, plan.starts))

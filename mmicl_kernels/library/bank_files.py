@@ -14,8 +14,7 @@ import stat
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +25,8 @@ from torch import Tensor
 
 from mmicl_kernels.library.entry_file import BAD_VALUES, MAX_DIMENSION, MAX_HEADER_BYTES, parse_json
 from mmicl_kernels.library.index import RETRIES, append, flush, sync_folder
+from mmicl_kernels.library.locking import locked
 from mmicl_kernels.methods import Backbone, CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows: banks can be read there, not written
-    fcntl = None
 
 FORMAT = "mmicl-demonstration-bank-1"
 DESCRIPTION, INDEX, LOCK = "bank.json", "index.bin", "lock"
@@ -325,18 +320,3 @@ def opened(path: Path, mode: str = "rb") -> BinaryIO:
     if not regular:
         raise CheckpointError(f"{path} is not a regular file")
     return open(path, mode)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """The one writer's turn, by an advisory lock that the kernel takes from a process that dies."""
-    if fcntl is None:
-        raise OSError("writing needs flock, which this platform lacks; reading does not")
-    handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        # Closing alone would leave it locked while a process forked meanwhile lives.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)

@@ -30,12 +30,12 @@ from mmicl_kernels.library.bank_files import (
     Record,
     Records,
     create_files,
-    locked,
     read_description,
     read_records,
     write_after,
 )  # fmt: skip
 from mmicl_kernels.library.index import NUMBERS_AT_ONCE, unit
+from mmicl_kernels.library.locking import locked
 from mmicl_kernels.library.working_set import WorkingSet
 from mmicl_kernels.methods import AIMAdapter, Backbone, CheckpointError
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
@@ -247,7 +247,6 @@ class DemonstrationBank:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.folder / TEXTS}: demonstration {id} is no text: {error}") from error
 
-    @torch.inference_mode(False)  # what was made in that mode could not be changed outside
     def nearest(self, query: Tensor, limit: int) -> list[tuple[float, int]]:
         """``(cosine, id)`` of the demonstrations whose mean token is most like that of ``query``, best first.
 
@@ -313,11 +312,10 @@ class DemonstrationBank:
         return _State(records, maps[ROWS], maps.get(SCALES), maps[MEANS], texts)
 
     def _digest_of(self, demonstration: Demonstration) -> bytes:
-        """SHA-256 of the adapter and the content, each part with its length before it."""
+        """SHA-256 of the adapter and all parts, each after its length; the last two are the texts."""
         if not isinstance(demonstration, Demonstration):
             raise TypeError(f"demonstrations has a {type(demonstration).__name__}, expected Demonstration")
         digest = hashlib.sha256(self.digest.encode())
-        digest.update(len(demonstration.images).to_bytes(8, "little"))
         for part in (*demonstration.images, demonstration.text.encode(), demonstration.answer.encode()):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)

@@ -31,13 +31,9 @@ from mmicl_kernels.library.entry_file import (
     read_entry,
 )  # fmt: skip
 from mmicl_kernels.library.index import RETRIES, Index, Row, append, scaled, sync_folder, unit
+from mmicl_kernels.library.locking import locked
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors, replacing
-
-try:
-    import fcntl
-except ImportError:  # Windows: libraries can be read there, not written
-    fcntl = None
 
 
 class VLibrary:
@@ -238,7 +234,7 @@ class VLibrary:
         """
         if not self._entries.is_dir():
             return []
-        with self._mutex, self._locked():
+        with self._mutex, locked(self.folder / "lock"):
             self._index.refresh()
             problems = [f"index: {self._index.damage}"] if self._index.damage else []
             missing = {file_name(row.name): row for row in self._index.sorted_rows()}
@@ -397,22 +393,9 @@ class VLibrary:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder)
-        with self._mutex, self._locked():
+        with self._mutex, locked(self.folder / "lock"):
             self._index.recover()
             yield self._index
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        if fcntl is None:
-            raise OSError("writing to a library needs flock, which this platform lacks; reading does not")
-        handle = os.open(self.folder / "lock", os.O_RDONLY | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            # Closing alone would leave it locked while a process forked meanwhile lives.
-            fcntl.flock(handle, fcntl.LOCK_UN)
-            os.close(handle)
 
 
 def _normal(name: str) -> str:

@@ -122,7 +122,7 @@ def test_an_interrupted_run_is_taken_up(build, saved, tmp_path, monkeypatch):
     aggregate, read = mk.Handle.aggregate, []
 
     def interrupted(self, inputs, positions):
-        if len(read) == 2:
+        if len(read) == 1:
             raise KeyboardInterrupt
         read.append(len(inputs["input_ids"]))
         return aggregate(self, inputs, positions)
@@ -130,10 +130,13 @@ def test_an_interrupted_run_is_taken_up(build, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(mk.Handle, "aggregate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build("--batch-size", "1", "--dtype", "float32")
-    assert len(mk.DemonstrationBank(tmp_path / "bank")) == 2
+    assert len(mk.DemonstrationBank(tmp_path / "bank")) == 1
     read.clear()
-    assert build("--dtype", "float32")[:2] == (0, "3 demonstrations: 1 added, 2 known, 0 bad lines\n")
-    assert read == [1]
+    monkeypatch.setattr(
+        mk.Handle, "aggregate", lambda *x: read.append(len(x[1]["input_ids"])) or aggregate(*x)
+    )
+    assert build("--batch-size", "2")[:2] == (0, "3 demonstrations: 2 added, 1 known, 0 bad lines\n")
+    assert read == [2]  # together: the known one takes no place in the batch
     bank = mk.DemonstrationBank(tmp_path / "bank")
     for i, expected in enumerate(fused(saved)):
         torch.testing.assert_close(bank.tokens(i), expected)
@@ -177,6 +180,25 @@ def test_bad_lines(build, tmp_path):
     assert len(errors) == len(expected)
     for error, (number, message) in zip(errors, expected.items(), strict=True):
         assert error.startswith(f"mmicl bank build: {file}:{number}: {message}")
+
+
+def test_a_model_of_16_bits(build, saved, tmp_path):
+    folder = saved / "model16"
+    model = tiny_model("llava-llama").to(torch.bfloat16)
+    model.save_pretrained(folder)
+    model = type(model).from_pretrained(folder, dtype="auto").eval()  # its positions are computed in fp32
+    assert model.dtype == torch.bfloat16
+    tiny_processor("llava").save_pretrained(folder)
+    mk.create(model, mk.AIMConfig()).save_pretrained(saved / "aim16")
+    assert build("--dtype", "float32", "--batch-size", "1", model="model16", adapter="aim16")[0] == 0
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    builder = PromptBuilder(tiny_processor("llava"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for i, demonstration in enumerate(DEMONSTRATIONS):
+            inputs, _ = builder.demonstrations([demonstration])
+            states = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
+            expected = states[-len(bank.tokens(i)) :].float()  # a new projection is the identity
+            assert torch.equal(bank.tokens(i), expected)
 
 
 def test_answers_alone(build, saved, tmp_path):

@@ -73,7 +73,12 @@ def test_quick_demo_writes_table_and_plot(tmp_path):
         "LIVE",
         "M2IV",
         "M2IV + style",
+        "AIM, 1-shot",
+        "AIM, 4-shot",
+        "AIM, 8-shot",
+        "AIM, 16-shot",
     ]
+    assert rows["AIM, 8-shot"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"] + 8 * 2
     assert rows["MimIC, ours"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"]
     assert rows["8-shot"]["accuracy"] > rows["zero-shot"]["accuracy"]
     assert rows["16-shot"]["attention_peak_bytes"] > rows["zero-shot"]["attention_peak_bytes"]

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration import PromptBuilder, decode_image
+from mmicl_kernels.integration import PromptBuilder
+from mmicl_kernels.integration.prompts import decode_image
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 
-PROCESSORS = ("llava", "idefics3")
+PROCESSORS = ["llava", "idefics3"]
 MARK = {"llava": ["<image>"] * 4}
 MARK["idefics3"] = [
     "<fake_token_around_image>",
@@ -37,6 +38,13 @@ DEMONSTRATIONS = [
 ]
 
 
+def processor_of(name, **options):
+    try:
+        return tiny_processor(name, **options)
+    except ImportError as error:  # before transformers 5.23 Idefics3's needs torchvision
+        pytest.skip(str(error))
+
+
 def tokens(builder, ids):
     return builder.processor.tokenizer.convert_ids_to_tokens(ids)
 
@@ -53,7 +61,7 @@ def chosen(builder, inputs, mask):
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_demonstrations(name):
-    builder = PromptBuilder(tiny_processor(name), "{image}{text} {answer}.\n")
+    builder = PromptBuilder(processor_of(name), "{image}{text} {answer}.\n")
     inputs, positions = builder.demonstrations(DEMONSTRATIONS)
     assert positions is None
     mark, found = MARK[name], rows(builder, inputs)
@@ -68,7 +76,7 @@ def test_demonstrations(name):
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_images_are_in_order(name):
-    inputs, _ = PromptBuilder(tiny_processor(name)).demonstrations(DEMONSTRATIONS)
+    inputs, _ = PromptBuilder(processor_of(name)).demonstrations(DEMONSTRATIONS)
     pixels = inputs["pixel_values"].flatten(0, -4).mean((-1, -2))
     pixels = pixels[pixels.abs().sum(-1) > 0]  # Idefics3 fills up with black ones
     assert [("red", "blue")[int(x[2] > x[0])] for x in pixels] == ["red", "red", "blue"]
@@ -77,7 +85,7 @@ def test_images_are_in_order(name):
 @pytest.mark.parametrize("slow", [False, True], ids=["offsets", "without_offsets"])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_answers_tokens(name, slow, monkeypatch):
-    processor = tiny_processor(name)
+    processor = processor_of(name)
     if slow:
         monkeypatch.setattr(type(processor.tokenizer), "is_fast", property(lambda self: False))
     for after in ("", ".\n", " red"):
@@ -101,32 +109,11 @@ def test_a_token_that_the_answer_shares_is_the_answers():
     assert found == [["bed"], ["r", "e", "d."], ["2", "d."]]
 
 
-def test_tokens_without_width_inside_an_answer():
-    """As byte-level tokenizers give spaces, whose offsets they trim."""
-    processor = tiny_processor("llava")
-    builder = PromptBuilder(processor, answer_only=True)
-    original = type(processor.tokenizer).__call__
-
-    class Trimmed(type(processor.tokenizer)):
-        def __call__(self, *args, **options):
-            made = original(self, *args, **options)
-            if "offset_mapping" in made:
-                text = args[0]
-                made["offset_mapping"] = [
-                    (b, b) if text[a:b] == " " else (a, b) for a, b in made["offset_mapping"]
-                ]
-            return made
-
-    processor.tokenizer.__class__ = Trimmed
-    inputs, positions = builder.demonstrations(DEMONSTRATIONS[2:])
-    assert chosen(builder, inputs, positions) == [["a", "▁", "▁", "z"]]
-
-
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("words", [("▁red", "▁cat", "▁do"), ()], ids=["words", "characters"])
 def test_queries_and_prompts_meet(name, words):
     """A prompt is what precedes a query's labels, and these are the answer and the end of text."""
-    builder = PromptBuilder(tiny_processor(name, words=words), "{image}{text} {answer}.\n")
+    builder = PromptBuilder(processor_of(name, words=words), "{image}{text} {answer}.\n")
     inputs, labels = builder.queries(DEMONSTRATIONS)
     prompts = rows(builder, builder.prompt(DEMONSTRATIONS))
     space = [] if words else ["▁"]
@@ -144,7 +131,7 @@ def test_queries_and_prompts_meet(name, words):
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_prompts_are_padded_on_the_left(name):
-    builder = PromptBuilder(tiny_processor(name))
+    builder = PromptBuilder(processor_of(name))
     inputs = builder.prompt(DEMONSTRATIONS)
     own = inputs["attention_mask"].bool()
     assert own[:, -1].all() and not own[2, 0]

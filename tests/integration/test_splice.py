@@ -76,8 +76,12 @@ def test_forward_equals_ordinary_tokens(model, padding):
 def test_generate_equals_ordinary_tokens(model, beams):
     inputs = tiny_inputs(model, padding="left")
     options = GenerationConfig(
-        max_new_tokens=6, min_new_tokens=6, num_beams=beams, num_return_sequences=beams,
-        pad_token_id=0, bos_token_id=1,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        num_beams=beams,
+        num_return_sequences=beams,
+        pad_token_id=0,
+        bos_token_id=1,
     )
     expected = model.generate(**longer(inputs, CHOSEN), generation_config=options)
     with attached(model) as handle:

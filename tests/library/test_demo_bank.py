@@ -139,7 +139,8 @@ def test_content_depends_on_the_adapter(tmp_path, bank):
 
 
 def test_duplicates_keep_their_first_id(bank):
-    assert add(bank, 3, 4, 3) == [0, 1, 0]
+    values = [tokens(3), tokens(4), tokens(8)]
+    assert bank.add([demonstration(n) for n in (3, 4, 3)], values) == [0, 1, 0]
     assert bank.add([demonstration(n) for n in (4, 2, 3, 2)], [tokens(9)] * 4) == [1, 2, 0, 2]
     assert len(bank) == 3
     assert_holds(bank, 0, 3)
@@ -374,7 +375,7 @@ def test_without_flock(bank, monkeypatch):
     from mmicl_kernels.library import bank_files
 
     add(bank, 1)
-    monkeypatch.setattr(bank_files, "fcntl", None)
+    monkeypatch.setattr("mmicl_kernels.library.locking.fcntl", None)
     with pytest.raises(OSError, match="needs flock"):
         add(bank, 2)
     assert_holds(mk.DemonstrationBank(bank.folder), 0, 1)

@@ -184,6 +184,15 @@ def test_records_with_right_checksums_that_lie(tmp_path, case):
             mk.DemonstrationBank(tmp_path)
 
 
+def test_one_content_twice(tmp_path):
+    """No writer of ours does it; the first id counts."""
+    filled(tmp_path)
+    records = records_of(tmp_path)
+    write_records(tmp_path, [*records[:6], records[6]._replace(digest=records[2].digest)])
+    bank = mk.DemonstrationBank(tmp_path)
+    assert bank.find(demonstration(2)) == 2 and bank.find(demonstration(6)) is None
+
+
 def test_text_that_is_none(tmp_path):
     filled(tmp_path)
     path, records = tmp_path / "texts.bin", records_of(tmp_path)

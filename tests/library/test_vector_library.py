@@ -15,7 +15,6 @@ from vectors import BACKBONE, LAYERS, MAKERS, WIDTH, PlainAdapter, PlainConfig, 
 
 import mmicl_kernels as mk
 from mmicl_kernels.library import read_adapter
-from mmicl_kernels.library import vector_library as module
 from mmicl_kernels.methods import ADAPTERS, LIVEConfig
 
 OTHER = dataclasses.replace(BACKBONE, fingerprint=(3.0, 2.0, 1.0))
@@ -471,7 +470,7 @@ def test_hub_is_optional(library, monkeypatch):
 
 def test_platform_without_locks(library, monkeypatch):
     library.put("a", live(1.0))
-    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr("mmicl_kernels.library.locking.fcntl", None)
     assert library.list() == ["a"]
     assert_same(library.get("a"), live(1.0))
     with pytest.raises(OSError, match="needs flock"):

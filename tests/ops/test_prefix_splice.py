@@ -8,6 +8,7 @@ import pytest
 import torch
 from triton_process import INTERPRETED
 
+from mmicl_kernels import _extension
 from mmicl_kernels.ops import prefix_splice
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
@@ -479,33 +480,47 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
+def test_bad_input(name, composed):
+    """The C++ kernels check values themselves, with the messages of the checks in Python."""
     arguments, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call(**arguments)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="allocations of the CPU's implementation")
-def test_bytes():
-    """What grows with C: the batch and one block of padding forward, the gradients backward, nothing else."""
+def test_bad_values_in_a_compiled_graph():
+    """What cannot be checked while the graph is made is found by the C++ kernels when it runs."""
+    if not _extension.load():
+        pytest.skip("the C++ extension is not built")
+    torch.compiler.reset()
+    (bank, prompt), arguments = make_inputs("plain")
+    fn = torch.compile(functools.partial(call, bank, prompt), fullgraph=True, backend="aot_eager")
+    fn(**arguments)
+    arguments["demo_ids"][4] = 3
+    with pytest.raises(ValueError, match="demo_ids has values from 0 to 3, expected 0 to 2"):
+        fn(**arguments)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="allocations of the CPU's implementations")
+def test_bytes(composed):
+    """What grows with C: the batch forward, the gradients backward; in plain PyTorch a block of padding."""
     from benchmarks.timing import peak_allocated_bytes
 
     peaks, sizes = [], []
     for C in (1024, 2048):
         inputs, a = make_inputs({**GRID["dropped"], "C": C})
-        out = call(*inputs, **a, impl="composed")
-        widest = a["length"] - int(out.cu_seqlens.diff().min())
+        out = call(*inputs, **a, impl=composed)
+        widest = 0 if _extension.load() else a["length"] - int(out.cu_seqlens.diff().min())
         outputs = torch.ops.mmicl.prefix_splice_fwd(
             inputs[0], None, a["offsets"], a["demo_ids"], a["cu_demos"], inputs[1], None, None, None, None,
-            "left", a["length"], a["length"], "composed",
+            "left", a["length"], a["length"], composed,
         )  # fmt: skip
         saved = (
             outputs[0], a["offsets"], a["demo_ids"], *outputs[5:], list(inputs[1].shape), None, None, None,
-            inputs[0].shape[0], torch.float32, True, True, "composed",
+            inputs[0].shape[0], torch.float32, True, True, composed,
         )  # fmt: skip
 
         def forward(inputs=inputs, arguments=a):
-            return call(*inputs, **arguments, impl="composed")
+            return call(*inputs, **arguments, impl=composed)
 
         def backward(saved=saved):
             return torch.ops.mmicl.prefix_splice_bwd(*saved)

@@ -220,7 +220,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
+def test_bad_input(name, composed):
     arguments, error, message = BAD[name]
     with pytest.raises(error, match=message):
         prefix_splice_(**arguments)

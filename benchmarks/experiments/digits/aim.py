@@ -70,9 +70,7 @@ def train_aim(
     return adapter.requires_grad_(False)
 
 
-def batches(
-    tasks: tuple[str, ...], recipe: Recipe, generator: torch.Generator
-) -> Iterator[AggregationBatch]:
+def batches(tasks: tuple[str, ...], recipe: Recipe, generator: torch.Generator) -> Iterator[AggregationBatch]:
     """Endless batches of a task for each query and as many shots for all."""
     indices = torch.tensor([list(data.WORDS).index(task) for task in tasks])
     while True:

@@ -32,14 +32,14 @@ def kernels(impl: str, device: torch.device) -> ModuleType:
 
 def prepared(x: Tensor, impl: str, *parameters: Tensor | None) -> Sequence[Tensor | None]:
     """The parameters as the kernels take them: contiguous, and unless Triton reads them in fp32 or fp64."""
-    dtype = None if uses_triton(impl, x.device) else accumulation_dtype(x)
+    if uses_triton(impl, x.device):
+        return [p if p is None else p.contiguous() for p in parameters]
+    dtype = accumulation_dtype(x)
     # Asked first: calls that change nothing cost more than a decoded token's shift.
-    ready = all(p is None or (p.dtype == (dtype or p.dtype) and p.is_contiguous()) for p in parameters)
-    return parameters if ready else [_converted(p, dtype) for p in parameters]
-
-
-def _converted(p: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return p if p is None else p.to(dtype or p.dtype).contiguous()
+    return [
+        p if p is None or (p.dtype == dtype and p.is_contiguous()) else p.to(dtype).contiguous()
+        for p in parameters
+    ]
 
 
 def new_output(x: Tensor) -> Tensor:
@@ -121,14 +121,21 @@ def entry_grads(
     scale: Tensor | None,
     adapter_ids: Tensor | None,
     strengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``dvector [A, C]`` and ``dscale [A]`` from the gradients of the rows' entries ``[B, N, C]``."""
-    total = _per_adapter(sums, adapter_ids, strengths, vector.shape[0])
-    dvector, dscale = total if scale is None else total * scale[:, None], (total * vector).sum(-1)
-    if adapter_ids is None:
-        return dvector, dscale
+) -> tuple[Tensor, Tensor | None]:
+    """``dvector`` and ``dscale`` from the gradients of the rows' entries ``[B, N, C]``.
+
+    In the shapes of ``vector [C]`` or ``[A, C]`` and ``scale []`` or ``[A]``; None where there is no scale.
+    """
+    one = adapter_ids is None
+    total = sums.sum((0, 1)) if one else _per_adapter(sums, adapter_ids, strengths, len(vector))
+    if scale is None:
+        return total, None
+    dscale = (total * vector).sum(-1)
+    if one:
+        return total * scale, dscale
     unused = torch.isin(torch.arange(len(vector), device=sums.device), adapter_ids, invert=True)
-    return dvector.masked_fill(unused[:, None], 0.0), dscale.masked_fill(unused, 0.0)
+    dvector = (total * scale.unsqueeze(-1)).masked_fill(unused[:, None], 0.0)
+    return dvector, dscale.masked_fill(unused, 0.0).sum_to_size(scale.shape)
 
 
 def strength_grads(sums: Tensor, vector: Tensor, scale: Tensor | None, adapter_ids: Tensor) -> Tensor:
@@ -146,9 +153,7 @@ def _of_entries(parameter: Tensor, adapter_ids: Tensor) -> Tensor:
     return parameter[adapter_ids.clamp(min=0).long()]
 
 
-def _per_adapter(sums: Tensor, adapter_ids: Tensor | None, strengths: Tensor | None, A: int) -> Tensor:
-    if adapter_ids is None:
-        return sums.sum((0, 1))[None]
+def _per_adapter(sums: Tensor, adapter_ids: Tensor, strengths: Tensor | None, A: int) -> Tensor:
     B, K = adapter_ids.shape
     entries = sums.sum(1)[:, None].expand(B, K, -1)
     if strengths is not None:

@@ -33,10 +33,10 @@ torch.library.define(
 
 
 def _residual_shift_fwd(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
-    vector, scale, strengths = stacked(x, impl, vector, scale, strengths)
+    vector, scale, strengths = prepared(x, impl, vector, scale, strengths)
     with no_autocast(x.device):
         return kernels(impl, x.device).residual_shift_fwd(
-            x, vector, scale, adapter_ids, strengths, preserve_norm
+            x, *stacked(vector, scale), adapter_ids, strengths, preserve_norm
         )
 
 
@@ -51,18 +51,18 @@ def _residual_shift_fwd_fake(x, vector, scale, adapter_ids, strengths, preserve_
 def _residual_shift_bwd(
     dout, x, vector, scale, adapter_ids, strengths, impl, need_dx, need_dentry, need_dstrengths
 ):
-    stack, scales, weights = stacked(dout, impl, vector, scale, strengths)
-    dvector, dscale, dstrengths = (dout.new_empty(0) for _ in range(3))  # no two outputs may be one tensor
+    given = vector, scale, strengths
+    vector, scale, strengths = prepared(dout, impl, *given)
+    grads = [None, None, None]
     with no_autocast(dout.device):
         dx, sums = kernels(impl, dout.device).residual_shift_bwd(
-            dout, x, stack, scales, adapter_ids, weights, need_dx, need_dentry or need_dstrengths
+            dout, x, *stacked(vector, scale), adapter_ids, strengths, need_dx, need_dentry or need_dstrengths
         )
         if need_dentry:
-            *grads, _ = parameter_grads(impl, sums, stack, scales, adapter_ids, weights)
-            dvector, dscale = in_the_shape_of(vector, scale, *grads)
+            grads[0], grads[1], _ = parameter_grads(impl, sums, vector, scale, adapter_ids, strengths)
         if need_dstrengths:
-            dstrengths = strength_grads(sums, stack, scales, adapter_ids).to(strengths.dtype)
-    return dx, dvector, dscale, dstrengths
+            grads[2] = strength_grads(sums, *stacked(vector, scale), adapter_ids)
+        return dx, *outputs(grads, given, dx)
 
 
 torch.library.impl("mmicl::residual_shift_bwd", ("cpu", "cuda"), _residual_shift_bwd)
@@ -78,36 +78,35 @@ def _residual_shift_bwd_fake(
     return dx, *fake_entry_grads(vector, scale, need_dentry, dout), dstrengths
 
 
-def stacked(
-    x: Tensor, impl: str, vector: Tensor, scale: Tensor | None, strengths: Tensor | None
-) -> Sequence[Tensor | None]:
-    """``vector [A, C]``, ``scale [1]`` or ``[A]``, ``strengths [B, K]`` as the kernels take them."""
-    vector = vector[None] if vector.dim() == 1 else vector
-    scale = scale[None] if scale is not None and scale.dim() == 0 else scale
-    return prepared(x, impl, vector, scale, strengths)
+def stacked(vector: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``vector [A, C]`` and ``scale [1]`` or ``[A]``, as the kernels take them."""
+    vector = vector.unsqueeze(0) if vector.dim() == 1 else vector
+    return vector, scale.unsqueeze(0) if scale is not None and scale.dim() == 0 else scale
 
 
 def parameter_grads(
     impl: str, sums, vector, scale, adapter_ids, strengths, weight_sums=None, norm_weight=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dvector``, ``dscale`` of the stacked parameters, ``dweight`` of a norm; None where no sums are."""
+    """``dvector``, ``dscale`` in the parameters' shapes, ``dweight`` of a norm; None where no sums are."""
     if uses_triton(impl, vector.device):
         from mmicl_kernels.ops.residual_shift import _triton
 
-        return _triton.entry_grads(sums, vector, scale, adapter_ids, strengths, weight_sums, norm_weight)
+        dvector, dscale, dweight = _triton.entry_grads(
+            sums, *stacked(vector, scale), adapter_ids, strengths, weight_sums, norm_weight
+        )
+        if sums is None:
+            return None, None, dweight
+        dscale = None if scale is None else dscale.sum_to_size(scale.shape)
+        return dvector.view(vector.shape), dscale, dweight
     dentry = (None, None) if sums is None else entry_grads(sums, vector, scale, adapter_ids, strengths)
     return *dentry, None if weight_sums is None else weight_sums.sum((0, 1))
 
 
-def in_the_shape_of(
-    vector: Tensor, scale: Tensor | None, dvector: Tensor, dscale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of stacked parameters in the shapes and dtypes of the given ones."""
-    dvector = dvector.reshape(vector.shape).to(vector.dtype)
-    if scale is None:
-        return dvector, vector.new_empty(0)
-    dscale = dscale.sum() if scale.dim() == 0 else dscale
-    return dvector, dscale.to(scale.dtype)
+def outputs(grads: Sequence[Tensor | None], given: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """The gradients in the dtypes of what was given; empty, and no two one tensor, where there are none."""
+    return [
+        like.new_empty(0) if grad is None else grad.to(p.dtype) for grad, p in zip(grads, given, strict=True)
+    ]
 
 
 def fake_entry_grads(
@@ -115,16 +114,14 @@ def fake_entry_grads(
 ) -> tuple[Tensor, Tensor]:
     if not needed:
         return like.new_empty(0), like.new_empty(0)
-    dscale = vector.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    dscale = like.new_empty(0) if scale is None else scale.new_empty(scale.shape)
     return vector.new_empty(vector.shape), dscale
 
 
 class _ResidualShiftFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
-        return torch.ops.mmicl.residual_shift_fwd(
-            x, vector, scale, adapter_ids, strengths, preserve_norm, impl
-        )
+    def forward(*inputs):  # without names, which torch would bind anew at every call
+        return torch.ops.mmicl.residual_shift_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

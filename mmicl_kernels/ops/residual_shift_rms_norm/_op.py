@@ -9,7 +9,7 @@ from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
 from mmicl_kernels.ops.residual_shift._composed import new_output, prepared
 from mmicl_kernels.ops.residual_shift._op import (
     fake_entry_grads,
-    in_the_shape_of,
+    outputs,
     parameter_grads,
     stacked,
 )
@@ -29,11 +29,10 @@ torch.library.define(
 
 
 def _fwd(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
-    vector, scale, _ = stacked(x, impl, vector, scale, None)
-    (norm_weight,) = prepared(x, impl, norm_weight)
+    vector, scale, norm_weight = prepared(x, impl, vector, scale, norm_weight)
     with no_autocast(x.device):
         return kernels(impl, x.device).residual_shift_rms_norm_fwd(
-            x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset
+            x, residual, *stacked(vector, scale), norm_weight, adapter_ids, eps, weight_offset
         )
 
 
@@ -49,20 +48,17 @@ def _bwd(
     dnormed, dnew_residual, new_residual, rstd, vector, scale, norm_weight, adapter_ids, weight_offset, impl,
     need_dentry, need_dweight,
 ):  # fmt: skip
-    device = dnormed.device
-    stack, scales, _ = stacked(dnormed, impl, vector, scale, None)
-    (weight,) = prepared(dnormed, impl, norm_weight)
+    given, device = (vector, scale, norm_weight), dnormed.device
+    vector, scale, norm_weight = prepared(dnormed, impl, *given)
     with no_autocast(device):
         dx, sums, weight_sums = kernels(impl, device).residual_shift_rms_norm_bwd(
-            dnormed, dnew_residual, new_residual, rstd, weight, weight_offset, need_dentry, need_dweight
+            dnormed, dnew_residual, new_residual, rstd, norm_weight, weight_offset, need_dentry, need_dweight
         )
-        dvector, dscale, dweight = parameter_grads(
-            impl, sums if need_dentry else None, stack, scales, adapter_ids, None,
-            weight_sums if need_dweight else None, weight,
+        grads = parameter_grads(
+            impl, sums if need_dentry else None, vector, scale, adapter_ids, None,
+            weight_sums if need_dweight else None, norm_weight,
         )  # fmt: skip
-    empties = [rstd.new_empty(0) for _ in range(3)]
-    dentry = in_the_shape_of(vector, scale, dvector, dscale) if need_dentry else empties[:2]
-    return dx, *dentry, dweight.to(norm_weight.dtype) if need_dweight else empties[2]
+        return dx, *outputs(grads, given, rstd)
 
 
 torch.library.impl("mmicl::residual_shift_rms_norm_bwd", ("cpu", "cuda"), _bwd)
@@ -93,10 +89,8 @@ def _of_the_sum_alone(
 
 class _ResidualShiftRMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
-        return torch.ops.mmicl.residual_shift_rms_norm_fwd(
-            x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl
-        )
+    def forward(*inputs):  # see residual_shift
+        return torch.ops.mmicl.residual_shift_rms_norm_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
