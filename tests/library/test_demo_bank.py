@@ -372,7 +372,6 @@ def test_a_bank_made_anew_is_seen(tmp_path, bank):
 
 
 def test_without_flock(bank, monkeypatch):
-    from mmicl_kernels.library import bank_files
 
     add(bank, 1)
     monkeypatch.setattr("mmicl_kernels.library.locking.fcntl", None)

@@ -1,6 +1,6 @@
 """The README's tables of the demo and of all digits: ``python -m benchmarks.experiments.digits.report``.
 
-Reads ``results.json`` and ``uses.json`` beside this file and ``demo.json`` under benchmarks/results.
+Reads ``results.json``, ``aim.json`` and ``uses.json`` beside this file, ``demo.json`` under results.
 """
 
 import json
@@ -8,11 +8,15 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.experiments.digits.aim import RESULTS as AIM
+from benchmarks.experiments.digits.aim import mean_of, mean_row
+from benchmarks.experiments.digits.data import TASKS
 from benchmarks.experiments.digits.measure import RESULTS, SETTINGS
 from benchmarks.experiments.digits.uses import RESULTS as USES
 from benchmarks.report import fill_tables
 
 ROOT = Path(__file__).parents[3]
+FUSED = {"label": "answer and end", "end": "end alone"}
 DEMO = ROOT / "benchmarks" / "results" / "cpu-amd-epyc" / "demo.json"
 
 
@@ -23,6 +27,7 @@ def tables() -> dict[str, str]:
         "demo": demo_table(json.loads(DEMO.read_text())),
         "digits": task_table(results),
         "mixed": mixed_table(results),
+        "aim": aim_table(json.loads(AIM.read_text())),
         "uses": uses_table(json.loads(USES.read_text())),
     }
 
@@ -83,6 +88,22 @@ def mixed_table(results: dict) -> str:
         seeds = list(row["seeds"].values())
         lines.append([_row_name(name, seeds), _spread(seed["mixed"] for seed in seeds)])
     return _markdown(["", "mixed"], lines)
+
+
+def aim_table(results: dict) -> str:
+    """Plain prompts and AIM's, by demonstrations; the last column compares with as many in plain prompts."""
+    lines = []
+    for shots, plain in results["plain"].items():
+        whole = mean_of(plain)
+        tokens, mean = str(plain["prompt_tokens"]), f"{100 * whole:.1f}"
+        lines.append([f"{shots}-shot", tokens, *_percent(plain, TASKS), mean, ""])
+        for fused, found in results["fused"].items():
+            seeds = [rows[shots] for rows in found["seeds"].values()]
+            mean, tokens = mean_row(found["seeds"], shots), str(seeds[0]["prompt_tokens"])
+            name = f"AIM, {FUSED[fused]}, {shots}-shot, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+            of_plain = f"{100 * mean_of(mean) / whole:.1f} %"
+            lines.append([name, tokens, *_percent(mean, TASKS), _spread(map(mean_of, seeds)), of_plain])
+    return _markdown(["", "prompt tokens", *TASKS, "mean", "of plain"], lines)
 
 
 def uses_table(results: dict) -> str:
