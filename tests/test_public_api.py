@@ -31,7 +31,7 @@ SIGNATURES = {
     "TokenFuser.forward": "(self, hidden, rows, *, num_rows=None, dtype=None, impl='auto')",
     "create": "(model, config)",
     "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0, bank=None, bank_bytes=1073741824, "
-    "placeholder_id=None)",
+    "placeholder_ids=None)",
     "load": "(folder, model)",
     "load_official": "(path, model)",
     "save_official": "(adapter, path)",
@@ -44,7 +44,7 @@ SIGNATURES = {
     "Handle.splice": "(self, inputs, demonstrations, *, max_length=None, tokens=None)",
     "Handle.aggregate": "(self, inputs, positions=None)",
     "Handle.add_demonstrations": "(self, demonstrations, collate, *, batch_size=8, progress=True)",
-    "DemonstrationBank.create": "(folder, adapter, dtype=torch.bfloat16)",
+    "DemonstrationBank.create": "(folder, adapter, dtype=torch.bfloat16, prompt='')",
     "Handle.enable": "(self)",
     "Handle.disable": "(self)",
     "Handle.disabled": "(self)",

@@ -49,17 +49,20 @@ def _info(bank: "DemonstrationBank", options: argparse.Namespace) -> int:
     facts = {
         "demonstrations": len(bank),
         "tokens": int(bank.lengths.sum()),
-        "longest": int(max(bank.lengths, default=0)),
+        "longest": int(bank.lengths.max()) if len(bank) else 0,
         "bytes": sum(path.stat().st_size for path in bank.folder.iterdir() if path.is_file()),
         "dtype": str(bank.dtype).removeprefix("torch."),
         "hidden_size": bank.hidden_size,
         "backbone": backbone_name(bank),
         "digest": bank.digest,
+        "prompt": bank.prompt,
     }
     if options.json:
         print(json.dumps(facts))
     else:
-        print_table(("", ""), [(name, x if isinstance(x, str) else f"{x:,}") for name, x in facts.items()])
+        print_table(
+            ("", ""), [(name, printable(x) if isinstance(x, str) else f"{x:,}") for name, x in facts.items()]
+        )
     return 0
 
 

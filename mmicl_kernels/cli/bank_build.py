@@ -62,7 +62,7 @@ def _build(options: argparse.Namespace) -> int:
     template = {} if options.template is None else {"template": options.template}
     answer_only = adapter.config.positions == "answer"
     builder = PromptBuilder(processor, answer_only=answer_only, device=device, dtype=dtype, **template)
-    bank = _bank(options, adapter)
+    bank = _bank(options, adapter, builder.description)
     with attach(model, adapter, bank=bank) as handle:
         return _add(handle, builder, data, images, options.batch_size)
 
@@ -88,7 +88,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
     return model, processor, adapter
 
 
-def _bank(options: argparse.Namespace, adapter: "AIMAdapter") -> "DemonstrationBank":
+def _bank(options: argparse.Namespace, adapter: "AIMAdapter", prompt: str) -> "DemonstrationBank":
     import torch
 
     from mmicl_kernels.library import DemonstrationBank
@@ -97,7 +97,9 @@ def _bank(options: argparse.Namespace, adapter: "AIMAdapter") -> "DemonstrationB
     try:
         bank = DemonstrationBank(options.folder)
     except FileNotFoundError:
-        return DemonstrationBank.create(options.folder, adapter, dtype or torch.bfloat16)
+        return DemonstrationBank.create(options.folder, adapter, dtype or torch.bfloat16, prompt)
+    if prompt != bank.prompt:
+        raise ValueError(f"prompts are made by {prompt}, expected {bank.prompt} as {options.folder} has")
     if dtype not in (None, bank.dtype):
         raise ValueError(f"--dtype is {options.dtype}, expected {bank.dtype} as {options.folder} has")
     return bank
@@ -112,11 +114,32 @@ def _add(handle: "Handle", builder: "PromptBuilder", data: Path, images: Path, b
     with data.open("rb") as file, bar:
         new = _new_demonstrations(file, images, bank, builder, bar, counts)
         while batch := list(islice(new, batch_size)):
-            handle.add_demonstrations(batch, builder.demonstrations, batch_size=batch_size, progress=False)
+            _add_batch(handle, builder, batch, bar, counts)
     added = len(bank) - before
     found = f"{added} added, {counts['good'] - added} known, {counts['bad']} bad lines"
     print(f"{len(bank)} demonstrations: {found}")
     return FAILED if counts["bad"] else 0
+
+
+def _add_batch(
+    handle: "Handle",
+    builder: "PromptBuilder",
+    batch: list["Demonstration"],
+    bar: "tqdm",
+    counts: Counter[str],
+) -> None:
+    """What cannot be aggregated, for instance an image that the processor refuses, is named and counted."""
+    try:
+        handle.add_demonstrations(batch, builder.demonstrations, batch_size=len(batch), progress=False)
+    except ValueError as error:
+        if len(batch) > 1:
+            for demonstration in batch:
+                _add_batch(handle, builder, [demonstration], bar, counts)
+            return
+        counts["good"] -= 1
+        counts["bad"] += 1
+        with bar.external_write_mode(file=sys.stderr):
+            _complain(f"{batch[0].text!r:.60} {batch[0].answer!r:.60}: {error}")
 
 
 def _new_demonstrations(

@@ -1,6 +1,7 @@
 """Demonstrations through the frozen model: whose hidden states become fused tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +50,32 @@ def _among(ids: Tensor, values: list[int]) -> Tensor:
 
 @torch.no_grad()
 def last_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states ``[B, T, C]``, after the final norm, without the language head.
+    """The last hidden states ``[B, T, C]`` in eval mode, after the final norm, without the language head.
 
     Raises:
         ValueError: they are not one per token of ``input_ids``.
     """
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    with evaluating(model):
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     if hidden.shape[:2] != inputs["input_ids"].shape:
         raise ValueError(
             f"{type(model).__name__} has hidden states {list(hidden.shape)}, expected one per token of "
             f"input_ids {list(inputs['input_ids'].shape)}"
         )
     return hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All of ``model`` in eval mode within a ``with`` block."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def aggregate(
@@ -76,6 +91,8 @@ def aggregate(
         raise ValueError(
             f"positions is {positions.dtype} {list(positions.shape)}, expected torch.bool {list(shape)}"
         )
+    if "attention_mask" in inputs and (positions & ~inputs["attention_mask"].bool()).any():
+        raise ValueError("positions marks padding, expected tokens that attention_mask keeps")
     counts = positions.sum(-1).tolist()
     hidden = last_hidden(model, inputs)
     device = adapter.fuser.weight.device

@@ -22,7 +22,7 @@ def attach(
     strength: float = 1.0,
     bank: DemonstrationBank | None = None,
     bank_bytes: int = 2**30,
-    placeholder_id: int | None = None,
+    placeholder_ids: tuple[int, int] | None = None,
 ) -> Handle:
     """Patch ``model``, an instance of a supported HuggingFace LVLM, so that ``adapter`` acts in it.
 
@@ -37,7 +37,7 @@ def attach(
         strength: what every M2IV and LIVE vector is multiplied by, see :meth:`Handle.strength`.
         bank: demonstrations that an AIM adapter fused, for :meth:`Handle.splice`.
         bank_bytes: how much of the bank stays on an accelerator; the CPU maps its file.
-        placeholder_id: an id of the vocabulary that no prompt has, in whose places fused tokens stand; by
+        placeholder_ids: two ids of the vocabulary that no prompt has, in whose places fused tokens stand; by
             default the largest that the model's configuration does not name.
 
     Raises:
@@ -52,4 +52,4 @@ def attach(
         raise TypeError(f"adapter is {adapter!r}, expected an Adapter or a dict of them by name")
     if not isinstance(slots, int) or slots < len(adapters):
         raise ValueError(f"slots is {slots!r}, expected at least the {len(adapters)} adapters given")
-    return Handle(model, adapters, single, impl, slots, strength, bank, bank_bytes, placeholder_id)
+    return Handle(model, adapters, single, impl, slots, strength, bank, bank_bytes, placeholder_ids)

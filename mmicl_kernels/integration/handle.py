@@ -42,7 +42,7 @@ class Handle:
         strength: float,
         bank: DemonstrationBank | None,
         bank_bytes: int,
-        placeholder_id: int | None,
+        placeholder_ids: tuple[int, int] | None,
     ) -> None:
         self.model, self.impl, self.normalizer = model, impl, "visible"
         self.anchors = find_anchors(model)
@@ -57,7 +57,7 @@ class Handle:
         self._attention: list[PatchedLayer] = []
         self._sites: dict[ResidualSite, SiteShift] = {}
         self._hooks: dict[str, list[ResidualHook]] = {}
-        self._splicer = Splicer(model, bank, bank_bytes, placeholder_id, impl)
+        self._splicer = Splicer(model, bank, bank_bytes, placeholder_ids, impl)
         self._check_plain()
         self._set_strength(strength)
         for name, adapter in adapters.items():
@@ -223,9 +223,11 @@ class Handle:
 
         They stand after a prompt's first token if that begins a text, else before it, and see no image.
         What has one entry per token grows with them. The result is for forward passes and ``generate``
-        (beams too) until the next ``splice``; feeding an earlier one again is an error where it is seen,
-        and with the same prompts and as many fused tokens it gets the newer ones. The lengths of the
-        prompts are read, which synchronises once.
+        (beams too) until the next ``splice``, and so is the model's refusal of other prompts that have a
+        placeholder's id; :meth:`unsplice` ends both. Using the result of an earlier ``splice`` is such an
+        error (on CUDA as PyTorch's of an index out of range, by an assertion on the device), but for the
+        last but one of the same prompts with as many fused tokens. The lengths of the prompts are read,
+        which synchronises once.
 
         Args:
             inputs: of ``model(**inputs)``, with ``input_ids [R, T]``; padded on either side.
@@ -245,11 +247,16 @@ class Handle:
             raise RuntimeError("the handle is disabled, expected an enabled one: it would not see the tokens")
         return self._splicer.splice(inputs, demonstrations, max_length, tokens)
 
+    def unsplice(self) -> None:
+        """Forget the last :meth:`splice` and its tokens; what it returned is no prompt any more."""
+        self._splicer.hook.prefix = None
+
     def aggregate(self, inputs: Mapping[str, Tensor], positions: Tensor | None = None) -> list[Tensor]:
         """The fused tokens ``[n, C]`` of every demonstration of a batch, each read alone by the plain model.
 
-        Gradients reach the projection alone. ``inputs`` are demonstrations as prompts ``[B, T]``;
-        ``positions``, bool ``[B, T]``, says which tokens are fused: by default the text after the last image.
+        It reads in eval mode. Gradients reach the projection alone. ``inputs`` are demonstrations as prompts
+        ``[B, T]``; ``positions``, bool ``[B, T]``, says which tokens are fused: by default the text after the
+        last image.
 
         Raises:
             ValueError: no AIM adapter is attached, ``positions`` has another shape, or is missing where the
@@ -274,10 +281,14 @@ class Handle:
         batch is stored before the next, so what an interruption leaves is kept.
 
         Raises:
-            ValueError: no bank is attached, and as :meth:`aggregate`.
+            ValueError: no bank is attached, a bad ``batch_size``, and as :meth:`aggregate`. CheckpointError:
+            the projection is not that of the bank any more.
         """
         if self.bank is None:
             raise ValueError("no bank is attached, expected attach(model, adapter, bank=...)")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, expected an int of at least 1")
+        self._check_bank(self._aim())
         new = [x for x in dict.fromkeys(demonstrations) if self.bank.find(x) is None]
         with tqdm(total=len(new), desc="aggregating", unit="demonstration", disable=not progress) as bar:
             for start in range(0, len(new), batch_size):
@@ -394,9 +405,12 @@ class Handle:
         device = adapter.fuser.weight.device
         if device != self._splicer.device:
             raise ValueError(f"adapter {name!r} is on {device}, expected {self._splicer.device}")
+        self._check_bank(adapter)
+
+    def _check_bank(self, adapter: AIMAdapter) -> None:
         if self.bank is not None and self.bank.digest != adapter.digest():
             raise CheckpointError(
-                f"the bank's tokens were made with another projection than that of {name!r}: add its "
+                "the bank's tokens were made with another projection than the adapter's: add its "
                 "demonstrations to a new bank, DemonstrationBank.create(folder, adapter)"
             )
 

@@ -43,16 +43,21 @@ def lay_out(
 ) -> Plan:  # fmt: skip
     """The plan of a batch: of each request its first ``lead`` tokens, its fused tokens, and the rest.
 
-    ``own [R, T]`` is True at the prompt's own tokens; ``lengths`` has every demonstration that is named. Of
-    those of a request the longest run of last ones is kept that fits into ``max_length`` beside the prompt,
-    each whole. Padding is where the prompts have it, and on the left where they have none.
+    ``own [R, T]`` is True at tokens that are seen, of which the first and the last bound a prompt;
+    ``lengths`` has every demonstration that is named. Of those of a request the longest run of last ones is
+    kept that fits into ``max_length`` beside the prompt, each whole. Padding is where the prompts have it,
+    and on the left where they have none.
 
     Raises:
-        ValueError: a prompt is longer than ``max_length``.
+        ValueError: a prompt is longer than ``max_length``, or prompts are padded on different sides.
     """
+    on_the_left = bool(own[:, -1].all())
+    if not on_the_left and not own[:, 0].all():
+        raise ValueError("attention_mask has padding on both sides, expected one side for all prompts")
     rows, kept, counts, places = [], [], [], []
     for r, (mask, chosen) in enumerate(zip(own, demonstrations, strict=True)):
-        tokens = mask.nonzero().flatten().tolist()
+        seen = mask.nonzero().flatten().tolist()
+        tokens = range(seen[0], seen[-1] + 1)
         if max_length is not None and len(tokens) > max_length:
             raise ValueError(f"prompt {r} has {len(tokens)} tokens, expected at most max_length={max_length}")
         chosen = _last_that_fit(chosen, lengths, None if max_length is None else max_length - len(tokens))
@@ -62,7 +67,6 @@ def lay_out(
         counts.append(len(chosen))
         places.append(lead[r])
     L = max(map(len, rows))
-    on_the_left = bool(own[:, -1].all())
     padding = [[PADDING] * (L - len(row)) for row in rows]
     source = [pad + row if on_the_left else row + pad for pad, row in zip(padding, rows, strict=True)]
     starts = [place + len(pad) * on_the_left for place, pad in zip(places, padding, strict=True)]
@@ -92,6 +96,8 @@ def grow(inputs: Mapping[str, object], plan: Plan, placeholder_id: int, pad_id: 
         if name in REFUSED and value is not None:
             raise ValueError(f"{name} was given, expected none: the model makes it for the longer prompt")
         if name in FILL and value is not None:
+            if value.shape[:2] != (R, T):
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected [{R}, {T}, ...]")
             grown[name] = _take(value, plan.source, FILL[name], FILL[name])
         elif name not in ("input_ids", "attention_mask") and _per_token(value, R, T):
             raise ValueError(f"{name} has shape {list(value.shape)}, one entry per token: splice() knows "
@@ -104,7 +110,7 @@ def grow(inputs: Mapping[str, object], plan: Plan, placeholder_id: int, pad_id: 
 
 
 def _per_token(value: object, R: int, T: int) -> bool:
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.shape == (R, T)
+    return isinstance(value, Tensor) and value.shape == (R, T)
 
 
 def _take(x: Tensor, source: Tensor, padding: int, fused: int) -> Tensor:

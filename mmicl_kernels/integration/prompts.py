@@ -59,12 +59,17 @@ class PromptBuilder:
         self._special = {self._image_token, *self._tokenizer.all_special_tokens}
         self._space_is_the_answers = self._merges_the_space()
 
-    def demonstrations(
-        self, demonstrations: Sequence[Demonstration]
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
+    @property
+    def description(self) -> str:
+        """What decides the tokens of a demonstration's prompt, for ``DemonstrationBank.create``."""
+        fused = "answer" if self.answer_only else "text"
+        return f"{type(self.processor).__name__}, {self.template!r}, fused: {fused}"
+
+    def demonstrations(self, demonstrations: Sequence[Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs ``[B, T]``, padded on the right, and which of their tokens are fused: a ``Collate``.
 
-        With ``answer_only`` the second is bool ``[B, T]``, else None, the text after the last image.
+        Those, bool ``[B, T]``, are with ``answer_only`` the answer's, else the text's after the last image
+        and the special tokens that close it.
 
         Raises:
             TypeError, ValueError: as :meth:`check`, or an image that cannot be decoded.
@@ -74,7 +79,7 @@ class PromptBuilder:
         texts = [before + answer + self._after for before, answer in zip(befores, answers, strict=True)]
         inputs = self._process(demonstrations, texts, "right")
         if not self.answer_only:
-            return inputs, None
+            return inputs, self._text_mask(inputs)
         spans = [self._answer_span(*parts) for parts in zip(befores, answers, texts, strict=True)]
         return inputs, self._answer_mask(inputs, texts, spans)
 
@@ -146,6 +151,14 @@ class PromptBuilder:
         made = self.processor(images=images if any(images) else None, text=list(texts), **options)
         made.pop("labels", None)  # PaliGemma's, of another prompt
         return dict(made.to(self.device, self.dtype))
+
+    def _text_mask(self, inputs: dict[str, Tensor]) -> Tensor:
+        ids = inputs["input_ids"]
+        image = ids == self._tokenizer.convert_tokens_to_ids(self._image_token)
+        special = torch.isin(ids, torch.tensor(self._tokenizer.all_special_ids, device=ids.device)) | image
+        after = image.flip(-1).cumsum(-1).flip(-1) == 0
+        begun = (after & ~special).cumsum(-1) > 0
+        return after & begun & inputs["attention_mask"].bool()
 
     def _answer_mask(
         self, inputs: dict[str, Tensor], texts: list[str], spans: list[tuple[int, int, int]]

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mmicl_kernels.integration.anchors import Anchor
+from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.slots import SlotStack, for_batch
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.ops import residual_shift
@@ -83,14 +83,13 @@ class LayerShift(SlotStack):
         return [vector, scale if isinstance(scale, Tensor) else vector.new_full((), scale)]
 
 
-class ResidualHook:
-    """The forward hook of one module; ``shifts`` act on its output in their order."""
+class ResidualHook(ForwardHook):
+    """``shifts`` act on the module's output, in their order."""
 
     def __init__(self, anchor: Anchor, name: str) -> None:
-        self._module, self._layer = getattr(anchor, name), anchor.layer
+        super().__init__(getattr(anchor, name))
+        self._layer = anchor.layer
         self.shifts: list[LayerShift] = []
-        self._hook: RemovableHandle | None = None
-        self._mark: object = None
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
         # Idefics v1 drops out what a branch returned; a vector must reach the stream whole.
@@ -101,24 +100,3 @@ class ResidualHook:
         for shift in self.shifts:
             x = shift(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    def install(self) -> None:
-        """Hook the module, before hooks that are there: what they see is shifted."""
-        if self._hook is not None:
-            return
-        self._hook = self._module.register_forward_hook(self, prepend=True)
-        # A graph compiled before would run on without the hook: torch.compile does not look for new
-        # hooks, but it does look for a `forward` of the instance's own.
-        if "forward" not in vars(self._module):
-            self._mark = self._module.forward
-            self._module.forward = self._mark
-
-    def remove(self) -> None:
-        """Take the hook away; nothing of it remains."""
-        if self._hook is None:
-            return
-        self._hook.remove()
-        self._hook = None
-        if self._mark is not None and vars(self._module).get("forward") is self._mark:
-            del self._module.forward
-        self._mark = None

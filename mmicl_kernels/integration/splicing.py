@@ -6,9 +6,9 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mmicl_kernels.integration.aggregation import special_ids
+from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.layout import Plan, grow, lay_out
 from mmicl_kernels.library import DemonstrationBank, FusedTokens
 from mmicl_kernels.ops import prefix_splice_
@@ -25,13 +25,16 @@ class Prefix:
     starts: Tensor
 
 
-class EmbeddingHook:
-    """The forward hook of the input embedding: fused tokens in the place of placeholders."""
+class EmbeddingHook(ForwardHook):
+    """Of the input embedding: fused tokens in the place of placeholders.
 
-    def __init__(self, embedding: nn.Module, placeholder_id: int, impl: str) -> None:
-        self._embedding, self._placeholder_id, self._impl = embedding, placeholder_id, impl
+    ``prefix`` is that of the last splice; ``placeholder_ids`` are those of this one and of the one before.
+    """
+
+    def __init__(self, embedding: nn.Module, placeholder_ids: tuple[int, int], impl: str) -> None:
+        super().__init__(embedding)
+        self.placeholder_ids, self._impl = placeholder_ids, impl
         self.prefix: Prefix | None = None
-        self._hook: RemovableHandle | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         prefix, ids = self.prefix, args[0]
@@ -39,12 +42,16 @@ class EmbeddingHook:
         if prefix is None or ids.dim() != 2 or ids.shape[1] == 1:
             return output
         R, L = prefix.input_ids.shape
-        placeholders = (ids == self._placeholder_id).any(-1)
+        one, other = self.placeholder_ids
+        placeholders = ((ids == one) | (ids == other)).any(-1)
         if ids.shape[0] % R != 0 or ids.shape[1] < L:
             torch._assert_async(~placeholders.any(), self._complaint)
             return output
         # Beams of a request lie together; a prompt that is read again without a cache has grown at its end.
-        spliced = (ids[:, :L].unflatten(0, (R, -1)) == prefix.input_ids[:, None]).flatten(2).all(-1)
+        # Ids outside of the vocabulary are images, for which some models write another before they look up.
+        expected = prefix.input_ids[:, None]
+        same = (ids[:, :L].unflatten(0, (R, -1)) == expected) | (expected >= module.weight.shape[0])
+        spliced = same.flatten(2).all(-1)
         torch._assert_async((spliced | ~placeholders.view_as(spliced)).all(), self._complaint)
         starts = prefix.starts.where(spliced.all(-1), ids.shape[1])  # a plain prompt stays as it is
         return prefix_splice_(
@@ -55,46 +62,36 @@ class EmbeddingHook:
     @property
     def _complaint(self) -> str:
         return (
-            f"input_ids have the placeholder {self._placeholder_id} of fused tokens but are not those that "
-            "the last splice() returned, whole (chunked prefill is not supported)"
+            f"input_ids have a placeholder {self.placeholder_ids} of fused tokens but are not those that the "
+            "last splice() returned, whole (chunked prefill is not supported)"
         )
-
-    def install(self) -> None:
-        """Hook the embedding, before hooks that are there."""
-        if self._hook is None:
-            self._hook = self._embedding.register_forward_hook(self, prepend=True)
-
-    def remove(self) -> None:
-        """Take the hook away; nothing of it remains."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
 
 class Splicer:
     """What ``Handle.splice`` works with: a bank, or tokens given to it, and the hook of the embedding."""
 
     def __init__(
-        self, model: nn.Module, bank: DemonstrationBank | None, bank_bytes: int, placeholder_id: int | None,
-        impl: str,
+        self, model: nn.Module, bank: DemonstrationBank | None, bank_bytes: int,
+        placeholder_ids: tuple[int, int] | None, impl: str,
     ) -> None:  # fmt: skip
         """``bank_bytes`` bounds what of the bank is kept on the device; unused on the CPU, which maps it."""
         self.bank, self._model = bank, model
         embedding = model.get_input_embeddings()
         self.device = embedding.weight.device
-        self._placeholder_id = choose_placeholder(model) if placeholder_id is None else placeholder_id
-        check_placeholder(self._placeholder_id, embedding)
+        ids = choose_placeholders(model) if placeholder_ids is None else placeholder_ids
+        check_placeholders(ids, embedding)
         on_cpu = bank is None or self.device.type == "cpu"
         self._working_set = None if on_cpu else bank.working_set(self.device, bank_bytes)
-        self.hook = EmbeddingHook(embedding, self._placeholder_id, impl)
+        self.hook = EmbeddingHook(embedding, ids[::-1], impl)
 
+    # Inference tensors could not be used outside of inference mode.
+    @torch.inference_mode(False)
     def splice(
         self, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]], max_length: int | None,
         tokens: FusedTokens | None,
     ) -> dict[str, object]:  # fmt: skip
+        self._check(max_length, tokens)
         ids, own = _own_tokens(inputs)
-        if tokens is None and self.bank is None:
-            raise ValueError("no bank is attached, expected attach(model, adapter, bank=...) or tokens=")
         lengths = self.bank.lengths if tokens is None else tokens.offsets.diff().cpu()
         check_demonstrations(demonstrations, len(ids), len(lengths))
         lengths = {x: int(lengths[x]) for x in set().union(*demonstrations)}
@@ -102,9 +99,23 @@ class Splicer:
         first = ids.gather(1, own.int().argmax(1, keepdim=True)).flatten()
         lead = torch.isin(first, bos.to(first)).int().tolist()
         plan = lay_out(own, lead, demonstrations, lengths, max_length)
-        grown = grow(inputs, plan, self._placeholder_id, self._pad_id())
+        # They take turns, so that prompts of the splice before are not taken for those of this one.
+        self.hook.placeholder_ids = self.hook.placeholder_ids[::-1]
+        grown = grow(inputs, plan, self.hook.placeholder_ids[0], self._pad_id())
         self.hook.prefix = self._prefix(grown["input_ids"], plan, tokens)
         return grown
+
+    def _check(self, max_length: int | None, tokens: FusedTokens | None) -> None:
+        embedding = self._model.get_input_embeddings()
+        if embedding is not self.hook.module:
+            raise RuntimeError("the model has another input embedding than at attach(): attach again")
+        check_placeholders(self.hook.placeholder_ids, embedding)
+        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
+            raise TypeError(f"max_length is {max_length!r}, expected an int or None")
+        if tokens is None and self.bank is None:
+            raise ValueError("no bank is attached, expected attach(model, adapter, bank=...) or tokens=")
+        if tokens is not None and not isinstance(tokens, FusedTokens):
+            raise TypeError(f"tokens is a {type(tokens).__name__}, expected FusedTokens")
 
     def _prefix(self, ids: Tensor, plan: Plan, tokens: FusedTokens | None) -> Prefix:
         chosen = plan.demonstrations
@@ -157,17 +168,17 @@ def check_demonstrations(demonstrations: object, R: int, count: int) -> None:
                 raise ValueError(f"demonstrations has id {demonstration}, expected 0 to {count - 1}")
 
 
-def check_placeholder(placeholder_id: object, embedding: nn.Module) -> None:
-    """Raise unless the embedding has a row of that id, which is looked up before it is overwritten."""
-    if isinstance(placeholder_id, bool) or not isinstance(placeholder_id, int):
-        raise TypeError(f"placeholder_id is {placeholder_id!r}, expected an int")
+def check_placeholders(placeholder_ids: object, embedding: nn.Module) -> None:
+    """Raise unless they are two that the embedding has, which looks them up before they are overwritten."""
+    if not isinstance(placeholder_ids, tuple) or any(type(x) is not int for x in placeholder_ids):
+        raise TypeError(f"placeholder_ids is {placeholder_ids!r}, expected a tuple of two ints")
     size = embedding.weight.shape[0]
-    if not 0 <= placeholder_id < size:
-        raise ValueError(f"placeholder_id is {placeholder_id}, expected 0 to {size - 1}")
+    if len(set(placeholder_ids)) != 2 or not all(0 <= x < size for x in placeholder_ids):
+        raise ValueError(f"placeholder_ids is {placeholder_ids}, expected two ids from 0 to {size - 1}")
 
 
-def choose_placeholder(model: nn.Module) -> int:
-    """The largest id of the input embedding that the configuration gives no meaning to."""
+def choose_placeholders(model: nn.Module) -> tuple[int, int]:
+    """The two largest ids of the input embedding that the configuration gives no meaning to."""
     configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
     special = {
         token
@@ -178,4 +189,5 @@ def choose_placeholder(model: nn.Module) -> int:
         for token in special_ids(config, name)
     }
     size = model.get_input_embeddings().weight.shape[0]
-    return next(token for token in reversed(range(size)) if token not in special)
+    free = (token for token in reversed(range(size)) if token not in special)
+    return next(free), next(free)

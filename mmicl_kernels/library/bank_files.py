@@ -72,12 +72,16 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """``bank.json``: what a bank is for. ``key`` is random: a bank made anew in the folder has another."""
+    """``bank.json``: what a bank is for. ``key`` is random: a bank made anew in the folder has another.
+
+    ``prompt`` says how demonstrations became prompts, in the words of who made the bank.
+    """
 
     key: str
     dtype: torch.dtype
     digest: str
     backbone: Backbone
+    prompt: str
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES.values():
@@ -85,6 +89,8 @@ class Description:
         for name, value, length in (("key", self.key, 32), ("digest", self.digest, 64)):
             if not isinstance(value, str) or len(value) != length or set(value) - set("0123456789abcdef"):
                 raise ValueError(f"{name} is {value!r:.80}, expected {length} hexadecimal digits")
+        if not isinstance(self.prompt, str):
+            raise TypeError(f"prompt is a {type(self.prompt).__name__}, expected a string")
         if self.hidden_size > MAX_DIMENSION:
             raise ValueError(f"hidden_size is {self.hidden_size}, expected at most {MAX_DIMENSION}")
 

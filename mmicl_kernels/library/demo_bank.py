@@ -96,6 +96,7 @@ class DemonstrationBank:
     Attributes:
         hidden_size: C. dtype: of the stored rows, fp32, fp16, bf16 or int8 (one fp32 scale per row).
         digest: ``digest()`` of the adapter that made the rows. backbone: the model it was made for.
+        prompt: as given to ``create``.
 
     Raises:
         FileNotFoundError: no bank in ``folder``. CheckpointError: one that is damaged.
@@ -108,6 +109,7 @@ class DemonstrationBank:
         self.dtype: torch.dtype = self._description.dtype
         self.digest: str = self._description.digest
         self.backbone: Backbone = self._description.backbone
+        self.prompt: str = self._description.prompt
         self._mutex = threading.RLock()
         self._known: dict[bytes, int] = {}  # content -> id, of the first ``_hashed`` demonstrations
         self._hashed = 0
@@ -117,9 +119,16 @@ class DemonstrationBank:
 
     @classmethod
     def create(
-        cls, folder: str | os.PathLike, adapter: AIMAdapter, dtype: torch.dtype = torch.bfloat16
+        cls,
+        folder: str | os.PathLike,
+        adapter: AIMAdapter,
+        dtype: torch.dtype = torch.bfloat16,
+        prompt: str = "",
     ) -> DemonstrationBank:
         """Make an empty bank for what ``adapter`` fuses, as it is now.
+
+        ``prompt`` is kept: how demonstrations become prompts (``PromptBuilder.description``), of which their
+        ids do not know.
 
         Raises:
             FileExistsError: there is a bank. TypeError, ValueError: not an AIM adapter, not a ``dtype`` that
@@ -127,7 +136,7 @@ class DemonstrationBank:
         """
         if not isinstance(adapter, AIMAdapter):
             raise TypeError(f"adapter is a {type(adapter).__name__}, expected an AIMAdapter")
-        description = Description(uuid.uuid4().hex, dtype, adapter.digest(), adapter.backbone)
+        description = Description(uuid.uuid4().hex, dtype, adapter.digest(), adapter.backbone, prompt)
         create_files(Path(folder), description)
         return cls(folder)
 

@@ -36,8 +36,11 @@ class AIMObjective:
     """``-mean log p(y_t | C_1 .. C_k, query, y_<t)`` over the labelled tokens: AIM (arXiv 2406.07588).
 
     The demonstrations run through the frozen model without a graph; gradients reach the projection alone,
-    through the frozen model's second pass, which may use gradient checkpointing.
+    through the frozen model's second pass, which may use gradient checkpointing. Weight decay pulls the
+    projection to the identity, where it begins (``decay_to_identity`` is for :func:`train`) [ours].
     """
+
+    decay_to_identity = ("fuser.weight",)
 
     def __init__(self, handle: Handle) -> None:
         """``handle`` must hold a single AIM adapter; raises ValueError otherwise."""
@@ -54,4 +57,5 @@ class AIMObjective:
         )
         labels = inputs.pop("labels")
         ce = cross_entropy(self.handle.model(**inputs).logits, labels)
+        self.handle.unsplice()  # or the graph would live until the next batch
         return Losses(ce, {"ce": ce.detach()})

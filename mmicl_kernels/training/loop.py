@@ -40,7 +40,8 @@ def train(
 
     All other parameters of ``model`` are frozen meanwhile, so that no gradient is computed for them.
     An objective may have ``learning_rates``, by the last part of a parameter's name, as those of M2IV and
-    LIVE have for their scales; they follow the same schedule.
+    LIVE have for their scales; they follow the same schedule. One may have ``decay_to_identity``, names of
+    square matrices that weight decay pulls to the identity instead of to 0, as AIM has.
 
     Returns:
         the losses of each step.
@@ -53,6 +54,7 @@ def train(
         raise ValueError("parameters is empty, expected at least one to train")
     config = config or TrainingConfig()
     rates = getattr(objective, "learning_rates", {})
+    to_identity = {id(parameters[name]) for name in getattr(objective, "decay_to_identity", ())}
     optimizer = torch.optim.AdamW(_groups(parameters, config, rates))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
     log = []
@@ -69,6 +71,7 @@ def train(
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient's norm is {norm} at step {len(log) - 1}")
             optimizer.step()
+            _decay_to_identity(optimizer, to_identity)
             schedule.step()
             bar.update()
             bar.set_postfix({name: f"{value:.4f}" for name, value in log[-1].items()}, refresh=False)
@@ -89,6 +92,15 @@ def frozen(model: nn.Module, except_for: dict[str, nn.Parameter]) -> Iterator[No
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _decay_to_identity(optimizer: torch.optim.Optimizer, matrices: set[int]) -> None:
+    """AdamW's decay took a share of each matrix; as much of the identity takes its place."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in matrices:
+                parameter.diagonal().add_(group["lr"] * group["weight_decay"])
 
 
 def _groups(

@@ -58,6 +58,7 @@ def test_info(bank, mmicl):
         ["hidden_size", "4"],
         ["backbone", "org/model@r1"],
         ["digest", bank.digest],
+        ["prompt", bank.prompt],
     ]
     facts = json.loads(mmicl("info", bank.folder, "--json")[1])
     assert (facts["demonstrations"], facts["tokens"], facts["bytes"]) == (4, 6, size)

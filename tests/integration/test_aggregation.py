@@ -107,7 +107,7 @@ def test_objective_and_its_gradients(name, checkpointing):
     """Against prompts whose embeddings are put together by hand."""
     model = tiny_model(name).requires_grad_(False)
     given, adapter = batch(model), random_aim(model)
-    with mk.attach(model, adapter, placeholder_id=59) as handle:
+    with mk.attach(model, adapter, placeholder_ids=(59, 58)) as handle:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()

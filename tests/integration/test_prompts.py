@@ -63,7 +63,9 @@ def chosen(builder, inputs, mask):
 def test_demonstrations(name):
     builder = PromptBuilder(processor_of(name), "{image}{text} {answer}.\n")
     inputs, positions = builder.demonstrations(DEMONSTRATIONS)
-    assert positions is None
+    text = chosen(builder, inputs, positions)
+    assert text[0] == [*"what?", "▁red", ".", "\n"]  # neither an image's tokens nor those that close it
+    assert text[1][-2:] == [".", "\n"] and not set(text[1]) & {"<s>", *MARK[name]}
     mark, found = MARK[name], rows(builder, inputs)
     assert found[0] == ["<s>", *mark, *"what?", "▁red", ".", "\n"]
     assert found[1][: 1 + 2 * len(mark)] == ["<s>", *mark, *mark]

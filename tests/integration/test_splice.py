@@ -22,7 +22,7 @@ def model(request):
 
 
 def attached(model, **options):
-    return mk.attach(model, mk.create(model, mk.AIMConfig()), placeholder_id=PLACEHOLDER, **options)
+    return mk.attach(model, mk.create(model, mk.AIMConfig()), placeholder_ids=(PLACEHOLDER, 58), **options)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_beside_another_adapter(model, config):
     with mk.attach(model, other):
         expected = logits(model, longer(inputs, CHOSEN))
     both = {"aim": mk.create(model, mk.AIMConfig()), "other": other}
-    with mk.attach(model, both, placeholder_id=PLACEHOLDER) as handle, handle.rows("other"):
+    with mk.attach(model, both, placeholder_ids=(PLACEHOLDER, 58)) as handle, handle.rows("other"):
         spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
         torch.testing.assert_close(logits(model, spliced), expected)
         with pytest.raises(ValueError, match="acts through splice"), handle.rows("aim"):
@@ -149,13 +149,13 @@ def test_what_is_not_spliced_stays_plain():
         spliced = handle.splice(inputs, [[0], [0]], tokens=tokens)
         assert torch.equal(logits(model, inputs), plain)
         assert torch.equal(logits(model, handle.splice(inputs, [[], []], tokens=tokens)), plain)
-        with pytest.raises(RuntimeError, match="placeholder 59"):  # the splice before the last
+        with pytest.raises(RuntimeError, match="have a placeholder"):  # the splice before the last
             logits(model, spliced)
         spliced = handle.splice(inputs, [[0, 0, 0], [0, 3, 1]], tokens=tokens)
         assert spliced["input_ids"].shape == (2, 22)
         assert torch.equal(logits(model, tiny_inputs(model, length=21)), alone)
         for damaged in (spliced["input_ids"][:, :-1], spliced["input_ids"].roll(1, 0)):
-            with pytest.raises(RuntimeError, match="placeholder 59"):
+            with pytest.raises(RuntimeError, match="have a placeholder"):
                 model(input_ids=damaged)
         # A model may say the placeholder's id; in a step of decoding it is a token like any other.
         said = torch.full((2, 1), PLACEHOLDER)
@@ -244,6 +244,8 @@ def test_disabled_is_the_plain_model():
         ({"inputs_embeds": torch.zeros(2, 12, 32)}, CHOSEN, ValueError, "inputs_embeds was given"),
         ({"segments": torch.zeros(2, 12, dtype=torch.long)}, CHOSEN, ValueError, "segments has shape"),
         ({"attention_mask": torch.ones(2, 1, 12, 12)}, CHOSEN, ValueError, r"attention_mask is a tensor"),
+        ({"labels": torch.zeros(2, 11)}, CHOSEN, ValueError, r"labels has shape \[2, 11\]"),
+        ({"loss_mask": torch.zeros(2, 12)}, CHOSEN, ValueError, "loss_mask has shape"),
         ({"attention_mask": torch.zeros(2, 12)}, CHOSEN, ValueError, "hides every token"),
         ({"input_ids": None}, CHOSEN, ValueError, "input_ids is a NoneType"),
     ],
@@ -256,14 +258,23 @@ def test_bad_input_is_named(change, demonstrations, error, message):
             handle.splice({**inputs, **change}, demonstrations, tokens=ordinary_tokens(model))
         with pytest.raises(ValueError, match="no bank is attached"):
             handle.splice(inputs, [[], []])
+        with pytest.raises(TypeError, match="tokens is a Tensor"):
+            handle.splice(inputs, [[], []], tokens=torch.zeros(2, 32))
+        with pytest.raises(TypeError, match="max_length is '20'"):
+            handle.splice(inputs, [[], []], tokens=ordinary_tokens(model), max_length="20")
 
 
 def test_bad_attachments_are_named():
     model = tiny_model("llava-llama")
     adapter = mk.create(model, mk.AIMConfig())
-    for placeholder, error in ((VOCABULARY, ValueError), (-1, ValueError), (1.0, TypeError)):
-        with pytest.raises(error, match="placeholder_id is"):
-            mk.attach(model, adapter, placeholder_id=placeholder)
+    for wrong, error in (
+        ((VOCABULARY, 1), ValueError),
+        ((-1, 1), ValueError),
+        ((1, 1), ValueError),
+        (1, TypeError),
+    ):
+        with pytest.raises(error, match="placeholder_ids is"):
+            mk.attach(model, adapter, placeholder_ids=wrong)
     with pytest.raises(ValueError, match="second AIMAdapter"):
         mk.attach(model, {"a": adapter, "b": mk.create(model, mk.AIMConfig())})
     with mk.attach(model, random_adapter(model)) as handle, pytest.raises(ValueError, match="no AIMAdapter"):
@@ -277,7 +288,9 @@ def test_default_placeholder_has_no_other_meaning():
     model.config.image_token_index = VOCABULARY - 1
     with mk.attach(model, mk.create(model, mk.AIMConfig())) as handle:
         spliced = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
+        again = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
     assert spliced["input_ids"][0, 0] == VOCABULARY - 2
+    assert again["input_ids"][0, 0] == VOCABULARY - 3
     assert spliced["attention_mask"].tolist() == [[1] * 13, [0] + [1] * 12]
 
 
@@ -291,3 +304,109 @@ def test_labels_grow():
     own = (spliced["attention_mask"] == 1) & ~fused
     assert torch.equal(spliced["labels"][own], spliced["input_ids"][own])
     assert (spliced["labels"][~own] == -100).all()
+
+
+def test_a_splice_before_the_last_is_refused_though_its_prompts_are_the_same():
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    with attached(model) as handle:
+        first, second = (
+            handle.splice(inputs, chosen, tokens=ordinary_tokens(model)) for chosen in ([[0], [0]],) * 2
+        )
+        logits(model, second)
+        with pytest.raises(RuntimeError, match="have a placeholder"):
+            logits(model, first)
+        handle.unsplice()
+        logits(model, first)  # prompts with a strange token
+
+
+def test_one_row_of_another_prompt_is_refused():
+    model = tiny_model("llava-llama")
+    with attached(model) as handle:
+        spliced = handle.splice(tiny_inputs(model), CHOSEN, tokens=ordinary_tokens(model))
+        spliced["input_ids"] = spliced["input_ids"].clone()
+        spliced["input_ids"][1, -1] += 1
+        with pytest.raises(RuntimeError, match="have a placeholder"):
+            logits(model, spliced)
+
+
+def test_a_longer_plain_prompt_is_left_alone():
+    model = tiny_model("llava-llama")
+    longer_inputs = tiny_inputs(model, length=40)
+    plain = logits(model, longer_inputs)
+    with attached(model) as handle:
+        handle.splice(tiny_inputs(model), CHOSEN, tokens=ordinary_tokens(model))
+        assert torch.equal(logits(model, longer_inputs), plain)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_compiled_before(backend):
+    """torch.compile does not look for hooks: what was compiled plain must see ours all the same."""
+    torch._dynamo.reset()
+    model = tiny_model("llava-llama")
+    inputs, tokens = tiny_inputs(model), ordinary_tokens(model)
+    prompts = longer(inputs, CHOSEN)
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        expected = compiled(**prompts).logits
+        handle = attached(model)
+        adapter = handle.single
+        torch.testing.assert_close(compiled(**handle.splice(inputs, CHOSEN, tokens=tokens)).logits, expected)
+        handle.add("m2iv", mk.create(model, mk.M2IVConfig()))
+        handle.remove("default")
+        handle.add("aim", adapter)
+        handle.remove("m2iv")
+        spliced = handle.splice(inputs, CHOSEN, tokens=tokens)
+        torch.testing.assert_close(compiled(**spliced).logits, expected)
+        handle.detach()
+        torch.testing.assert_close(compiled(**prompts).logits, expected)
+    torch._dynamo.reset()
+
+
+def test_a_hidden_token_stays_where_it_is():
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    inputs["attention_mask"][0, 8] = 0
+    expected = model(**inputs).logits
+    with attached(model) as handle:
+        spliced = handle.splice(inputs, [[], []], tokens=ordinary_tokens(model))
+        assert torch.equal(model(**spliced).logits, expected)
+        inputs["attention_mask"][0, 0], inputs["attention_mask"][1, -1] = 0, 0
+        with pytest.raises(ValueError, match="padding on both sides"):
+            handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+
+
+def test_another_embedding_is_refused():
+    model = tiny_model("llava-llama")
+    tokens = ordinary_tokens(model)
+    with attached(model) as handle:
+        model.set_input_embeddings(torch.nn.Embedding(VOCABULARY, 32))
+        with pytest.raises(RuntimeError, match="another input embedding"):
+            handle.splice(tiny_inputs(model), CHOSEN, tokens=tokens)
+
+
+def test_spliced_in_inference_mode():
+    model = tiny_model("llava-llama").requires_grad_(False)
+    inputs, tokens = tiny_inputs(model), ordinary_tokens(model)
+    tokens.rows.requires_grad_()
+    with attached(model) as handle:
+        with torch.inference_mode():
+            spliced = handle.splice(inputs, CHOSEN, tokens=tokens)
+            model(**spliced)
+        model(**spliced).logits.sum().backward()
+    assert tokens.rows.grad.abs().sum() > 0
+
+
+def test_ids_outside_of_the_vocabulary():
+    """Some models write another id for their images before they look it up."""
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    expected = logits(model, longer(inputs, CHOSEN))
+    image = inputs["input_ids"] == model.config.image_token_index
+    with attached(model) as handle:
+        given = {**inputs, "input_ids": inputs["input_ids"].masked_fill(image, VOCABULARY + 7)}
+        spliced = handle.splice(given, CHOSEN, tokens=ordinary_tokens(model))
+        replaced = spliced["input_ids"] == VOCABULARY + 7
+        assert replaced.any()
+        spliced["input_ids"] = spliced["input_ids"].masked_fill(replaced, model.config.image_token_index)
+        assert torch.equal(logits(model, spliced), expected)

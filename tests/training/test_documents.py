@@ -239,7 +239,7 @@ def test_the_next_pair_is_the_query(write):
     ]
     assert documents.skipped == {"fewer than 2 pairs": 1}
     first = batches[0]
-    assert first.positions is None and first.chosen == [[0, 1, 2], [3]]
+    assert first.positions.any(-1).all() and first.chosen == [[0, 1, 2], [3]]
     assert first.demonstrations["pixel_values"].shape[0] == 4 and first.queries["pixel_values"].shape[0] == 2
     means = first.demonstrations["pixel_values"].mean((1, 2, 3))
     assert means[0] < means[1] < means[2] and means[3] == means[0]

@@ -118,6 +118,25 @@ def test_biases_do_not_decay():
     assert torch.equal(model.adapter.bias.detach(), before["bias"])
 
 
+def test_decay_to_the_identity():
+    """With no gradient a matrix moves along the line to the identity, by ``lr * decay`` of it each step."""
+    model = Toy()
+    matrix = torch.nn.Parameter(torch.randn(3, 3))
+    before, plain = matrix.detach().clone(), model.adapter.weight.detach().clone()
+
+    class Objective:
+        decay_to_identity = ("matrix",)
+
+        def __call__(self, batch):
+            return Losses((matrix * 0.0).sum() + (model.adapter.weight * 0.0).sum(), {})
+
+    config = TrainingConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0)
+    parameters = {"matrix": matrix, "weight": model.adapter.weight}
+    train(Objective(), parameters, inputs(1), 1, model=model, config=config, progress=False)
+    torch.testing.assert_close(matrix.detach(), torch.lerp(before, torch.eye(3), 0.1 * 0.5))
+    torch.testing.assert_close(model.adapter.weight.detach(), plain * (1 - 0.1 * 0.5))
+
+
 def test_an_adapters_biases_are_found(monkeypatch):
     groups = []
     watch_optimizer(monkeypatch, lambda optimizer: groups.extend(optimizer.param_groups))

@@ -110,14 +110,19 @@ def fused_prompts(
     """The demonstrations as fused tokens, before the query."""
     if demonstrations.shape[1] == 0:
         return plain_prompts(demonstrations, queries, task)
-    tokens = handle.aggregate(*demonstration_prompts(demonstrations, task, fused))
-    rows = torch.cat(tokens).detach()
-    offsets = torch.tensor([0, *accumulate(map(len, tokens))])
     episode = data.episode_inputs(None, queries, task, with_answer=False)
-    spliced = handle.splice(
-        episode.inputs, chosen(*demonstrations.shape), tokens=FusedTokens(rows, offsets, None)
-    )
-    return replace(episode, inputs=spliced)
+    alone, positions = demonstration_prompts(demonstrations, task, fused)
+    return spliced(handle, episode, alone, positions, demonstrations.shape)
+
+
+def spliced(
+    handle: mk.Handle, query: data.Episode, alone: dict[str, Tensor], positions: Tensor, shape: torch.Size
+) -> data.Episode:
+    """``query`` after the fused tokens of demonstrations ``[B, K]``, which ``alone`` has as prompts."""
+    tokens = handle.aggregate(alone, positions)
+    offsets = torch.tensor([0, *accumulate(map(len, tokens))])
+    fused = FusedTokens(torch.cat(tokens).detach(), offsets, None)
+    return replace(query, inputs=handle.splice(query.inputs, chosen(*shape), tokens=fused))
 
 
 def as_demonstrations(samples: data.Samples, task: str) -> list[mk.Demonstration]:

@@ -1,8 +1,10 @@
 """The README's tables of the demo and of all digits: ``python -m benchmarks.experiments.digits.report``.
 
-Reads ``results.json``, ``aim.json`` and ``uses.json`` beside this file, ``demo.json`` under results.
+Reads ``results.json``, ``aim.json``, ``held_out.json`` and ``uses.json`` beside this file, and ``demo.json``
+under benchmarks/results.
 """
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterable
@@ -11,6 +13,8 @@ from pathlib import Path
 from benchmarks.experiments.digits.aim import RESULTS as AIM
 from benchmarks.experiments.digits.aim import mean_of, mean_row
 from benchmarks.experiments.digits.data import TASKS
+from benchmarks.experiments.digits.held_out import GROUPS, QUESTIONS
+from benchmarks.experiments.digits.held_out import RESULTS as HELD_OUT
 from benchmarks.experiments.digits.measure import RESULTS, SETTINGS
 from benchmarks.experiments.digits.uses import RESULTS as USES
 from benchmarks.report import fill_tables
@@ -28,6 +32,7 @@ def tables() -> dict[str, str]:
         "digits": task_table(results),
         "mixed": mixed_table(results),
         "aim": aim_table(json.loads(AIM.read_text())),
+        "held-out": held_out_table(json.loads(HELD_OUT.read_text())),
         "uses": uses_table(json.loads(USES.read_text())),
     }
 
@@ -104,6 +109,18 @@ def aim_table(results: dict) -> str:
             of_plain = f"{100 * mean_of(mean) / whole:.1f} %"
             lines.append([name, tokens, *_percent(mean, TASKS), _spread(map(mean_of, seeds)), of_plain])
     return _markdown(["", "prompt tokens", *TASKS, "mean", "of plain"], lines)
+
+
+def held_out_table(results: dict) -> str:
+    """AIM in the wide world: means over a group's attributes, and over seeds with their range."""
+    header = ["question", "attributes", "plain 8-shot", "identity", "trained", "of plain"]
+    lines = []
+    for question, (group, names) in itertools.product(QUESTIONS, GROUPS.items()):
+        plain, identity = (_mean(results[way][question], names) for way in ("plain", "identity"))
+        seeds = [_mean(row[question], names) for row in results["seeds"].values()]
+        ratio = f"{100 * statistics.mean(seeds) / plain:.1f} %"
+        lines.append([question, group, f"{100 * plain:.1f}", f"{100 * identity:.1f}", _spread(seeds), ratio])
+    return _markdown(header, lines)
 
 
 def uses_table(results: dict) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -118,7 +118,7 @@ def draw_originals(digits: Tensor, *, split: str, generator: torch.Generator) ->
 
 
 def render(values: Tensor, originals: Tensor, distort: torch.Generator | None = None) -> Tensor:
-    """Images ``[..., 3, 16, 16]`` of values ``[..., 12]`` and scans ``[...]``; ``distort`` as in ``data.render``."""
+    """Images ``[..., 3, 16, 16]`` of values ``[..., 12]``, scans ``[...]``; ``distort`` as in ``data``."""
     flat = values.flatten(0, -2)
     named = dict(zip(ATTRIBUTES, flat.unbind(-1), strict=True))
     scans = data._scans()[0][originals.flatten()]
@@ -141,7 +141,7 @@ def draw_episodes(
     ways: int = WAYS,
     synonyms: int = SYNONYMS,
 ) -> tuple[data.Samples, data.Samples, Tensor]:
-    """Demonstrations ``[count, shots]`` and queries ``[count]`` from ``split``, and the attributes ``[count]``.
+    """Demonstrations ``[count, shots]``, queries ``[count]`` from ``split``, and attributes ``[count]``.
 
     The demonstrations show up to ``ways`` values of the attribute equally often; the query's is one of them.
     """
@@ -242,6 +242,13 @@ def pretrain_text(model: nn.Module, config: Config, generator: torch.Generator) 
     return trainer.curve()
 
 
+def plain_prompts(
+    demonstrations: data.Samples, queries: data.Samples, attribute: Tensor | None
+) -> data.Episode:
+    """The demonstrations as they are, before the query."""
+    return episode_inputs(demonstrations, queries, attribute, with_answer=False)
+
+
 @torch.no_grad()
 def accuracy(
     model: nn.Module,
@@ -252,14 +259,15 @@ def accuracy(
     named: bool = True,
     samples: int = 400,
     seed: int = 0,
+    ask: Callable[[data.Samples, data.Samples, Tensor | None], data.Episode] = plain_prompts,
 ) -> Accuracy:
-    """How often the most likely next word is the true one; images of queries and demonstrations from ``split``."""
+    """How often the most likely next word is the true one; all images are from ``split``."""
     generator, correct = torch.Generator().manual_seed(seed), 0
     for count in [len(part) for part in torch.arange(samples).split(50)]:
         demonstrations, queries, asked = draw_episodes(
             count, shots, (attribute,), split=split, generator=generator
         )
-        episode = episode_inputs(demonstrations, queries, asked if named else None, with_answer=False)
+        episode = ask(demonstrations, queries, asked if named else None)
         answer = model(**episode.inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
         correct += int((answer == episode.targets).sum())
     return Accuracy(correct, samples)
