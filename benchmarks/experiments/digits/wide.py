@@ -276,7 +276,7 @@ def accuracy(
 def table(
     model: nn.Module, split: str, *, named: bool = True, samples: int = 400
 ) -> dict[str, dict[str, float]]:
-    """``{shots: {attribute: accuracy, ..., "mean": mean}}`` at 0, 1, 4, 8 and 16 shots, rounded to 4 places."""
+    """``{shots: {attribute: accuracy, ..., "mean": mean}}`` at 0 to 16 shots, rounded to 4 places."""
     rows = {}
     for shots in (0, 1, 4, 8, 16):
         row = {

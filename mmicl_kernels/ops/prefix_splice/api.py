@@ -69,7 +69,7 @@ def prefix_splice(
         bank: fused tokens ``[N, C]``, any floating dtype, or int8 beside ``bank_scale``; contiguous last
             dimension. The result is the prompt's dtype.
         offsets: int32 or int64 ``[M + 1]``, not decreasing. demo_ids: int32 or int64 ``[K]``.
-        cu_demos: int32 or int64 ``[R + 1]``, from 0; ids past its last are not used.
+        cu_demos: int32 or int64 ``[R + 1]``, from 0; ids past its last are not used, but checked.
         prompt: the prompts' own embeddings, ``[R, T, C]``, of which request r has the rows from
             ``prompt_start[r]`` (0 if None) to ``prompt_end[r]`` (T if None), int32 or int64 ``[R]``; or
             packed ``[1, T, C]`` with ``cu_prompt``, int32 or int64 ``[R + 1]``. fp16, bf16, fp32, fp64.
