@@ -12,6 +12,10 @@ training then never saw a word or a question of the others.
 Prompts and ``Samples`` are those of ``data`` (six tokens and seven per demonstration), with answers of shape
 ``[..., 1]``: an episode has one task. In every fourth batch of the pretraining, each demonstration's
 ``<end>`` is followed by its answer once more ("echo"): the last state then keeps the word.
+
+A word belongs to one value, so that the answers alone suffice: with the demonstrations' images exchanged for
+those of other episodes the model stays right. This world asks whether new *words* pass through the
+projection; that images do is asked by "digit" and "next" of ``data``.
 """
 
 from __future__ import annotations
