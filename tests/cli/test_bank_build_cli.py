@@ -118,6 +118,28 @@ def test_again_adds_nothing_and_reads_nothing(build, monkeypatch):
     assert build(lines=twice) == (0, "3 demonstrations: 0 added, 6 known, 0 bad lines\n", [])
 
 
+def test_another_template_is_refused(build, tmp_path):
+    build()
+    code, out, errors = build("--template", "{image}Q: {text} A: {answer}")
+    assert (code, out) == (1, "")
+    assert "prompts are made by" in errors[0] and "'{image}{text} {answer}'" in errors[0]
+    assert "{image}{text} {answer}" in mk.DemonstrationBank(tmp_path / "bank").prompt
+
+
+def test_what_cannot_be_aggregated_is_named_and_the_rest_added(build, monkeypatch):
+    aggregate = mk.Handle.aggregate
+
+    def refuses(self, inputs, positions):
+        if len(inputs["input_ids"]) != 1 or int((inputs["input_ids"] == 60).sum()) == 8:  # two images
+            raise ValueError("an image that the processor refuses")
+        return aggregate(self, inputs, positions)
+
+    monkeypatch.setattr(mk.Handle, "aggregate", refuses)
+    code, out, errors = build()
+    assert (code, out) == (1, "2 demonstrations: 2 added, 0 known, 1 bad lines\n")
+    assert len(errors) == 1 and "which are these?" in errors[0] and "refuses" in errors[0]
+
+
 def test_an_interrupted_run_is_taken_up(build, saved, tmp_path, monkeypatch):
     aggregate, read = mk.Handle.aggregate, []
 

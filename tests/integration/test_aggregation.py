@@ -180,3 +180,35 @@ def test_other_adapters_are_refused():
             AIMObjective(handle)
         with pytest.raises(ValueError, match="no AIMAdapter"):
             handle.aggregate(demonstrations(model))
+
+
+def test_gradients_of_aggregation_reach_the_projection_alone():
+    model = tiny_model("llava-llama").requires_grad_(True)
+    adapter = random_aim(model)
+    with mk.attach(model, adapter) as handle:
+        torch.cat(handle.aggregate(demonstrations(model))).square().sum().backward()
+    assert all(x.grad is None for x in model.parameters())
+    assert all(x.grad is not None for x in adapter.parameters())
+
+
+def test_demonstrations_are_read_in_eval_mode():
+    model = tiny_model("llava-llama")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    adapter = random_aim(model)
+    with mk.attach(model, adapter) as handle:
+        expected = handle.aggregate(demonstrations(model))
+        model.train()
+        model.model.vision_tower.eval()
+        modes = {name: module.training for name, module in model.named_modules()}
+        for tokens, plain in zip(handle.aggregate(demonstrations(model)), expected, strict=True):
+            assert torch.equal(tokens, plain)
+        assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_padding_cannot_be_fused():
+    model = tiny_model("llava-llama")
+    inputs = demonstrations(model)
+    with mk.attach(model, random_aim(model)) as handle, pytest.raises(ValueError, match="marks padding"):
+        handle.aggregate(inputs, torch.ones_like(inputs["input_ids"], dtype=torch.bool))

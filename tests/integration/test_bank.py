@@ -120,3 +120,46 @@ def test_saved_and_loaded(tmp_path):
     assert library.get("aim").digest() == adapter.digest()
     with pytest.raises(mk.CheckpointError, match="another backbone"):
         mk.load(tmp_path / "adapter", tiny_model("llava-llama", seed=1))
+
+
+def test_a_projection_that_changed_adds_nothing(tmp_path):
+    model = tiny_model("llava-llama")
+    adapter = mk.create(model, mk.AIMConfig())
+    bank = mk.DemonstrationBank.create(tmp_path / "bank", adapter)
+    with mk.attach(model, adapter, bank=bank) as handle:
+        collate = collate_for(model, [])
+        handle.add_demonstrations(demonstrations(2), collate, progress=False)
+        with torch.no_grad():
+            adapter.fuser.weight[0, 0] += 1
+        with pytest.raises(mk.CheckpointError, match="another projection"):
+            handle.add_demonstrations(demonstrations(4), collate, progress=False)
+        assert len(bank) == 2
+        for batch_size in (0, -1, 1.5, True):
+            with pytest.raises(ValueError, match="batch_size is"):
+                handle.add_demonstrations([], collate, batch_size=batch_size)
+
+
+def test_a_digest_knows_backbone_and_config_but_no_names():
+    model, other = tiny_model("llava-llama"), tiny_model("llava-llama", seed=1)
+    digests = {mk.create(x, mk.AIMConfig()).digest() for x in (model, other)}
+    digests.add(mk.create(model, mk.AIMConfig(positions="answer")).digest())
+    assert len(digests) == 3
+    model.config.name_or_path = "somewhere/else"
+    assert mk.create(model, mk.AIMConfig()).digest() in digests
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_through_a_working_set(dtype, tmp_path):
+    """What an accelerator does, here on the CPU: rows of a few demonstrations, evicted and read again."""
+    model = tiny_model("llava-llama")
+    adapter = mk.create(model, mk.AIMConfig())
+    bank = mk.DemonstrationBank.create(tmp_path / "bank", adapter, dtype=dtype)
+    inputs = tiny_inputs(model, padding="left")
+    with mk.attach(model, adapter, bank=bank) as handle:
+        handle.add_demonstrations(demonstrations(8), collate_for(model, []), progress=False)
+        requests = [[[4, 0], [2]], [[7, 7], []], [[1], [6, 5]], [[0, 4], [3]]]
+        expected = [logits(model, handle.splice(inputs, chosen)) for chosen in requests]
+        room = 3 * int(bank.lengths.max()) * (bank.hidden_size * dtype.itemsize + 4)
+        handle._splicer._working_set = bank.working_set("cpu", room)
+        for chosen, plain in zip(requests, expected, strict=True):
+            assert torch.equal(logits(model, handle.splice(inputs, chosen)), plain)

@@ -286,11 +286,12 @@ def test_bad_attachments_are_named():
 def test_default_placeholder_has_no_other_meaning():
     model = tiny_model("llava-llama")
     model.config.image_token_index = VOCABULARY - 1
+    model.generation_config.decoder_start_token_id = VOCABULARY - 2
     with mk.attach(model, mk.create(model, mk.AIMConfig())) as handle:
         spliced = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
         again = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
-    assert spliced["input_ids"][0, 0] == VOCABULARY - 2
-    assert again["input_ids"][0, 0] == VOCABULARY - 3
+    assert spliced["input_ids"][0, 0] == VOCABULARY - 3
+    assert again["input_ids"][0, 0] == VOCABULARY - 4
     assert spliced["attention_mask"].tolist() == [[1] * 13, [0] + [1] * 12]
 
 

@@ -173,6 +173,8 @@ def test_shuffle(write):
 
 def test_endless(write):
     file, images = write(*[record(("1.png", 0), sentences=[str(i)]) for i in range(5)], b"{")
+    again = Documents(file, images, endless=True)
+    assert names(again, 15) == names(again, 15)  # what was read before is no reason to stop
     documents = Documents(file, images, endless=True)
     assert names(documents, 12) == list("012340123401")
     assert documents.skipped == {"bad JSON": 2} and documents.passes == 2
