@@ -51,8 +51,8 @@ gpu-ops:
 
 gpu-e2e:
 	status=0; \
-	  $(LIMIT) 100 $(PYTHON) -m benchmarks.e2e.shots --size real --device cuda --out $(OUT) || status=1; \
-	  $(LIMIT) 425 $(PYTHON) -m benchmarks.e2e.run --size real --device cuda --budget 380 --out $(OUT) || status=1; \
+	  $(LIMIT) 90 $(PYTHON) -m benchmarks.e2e.shots --size real --device cuda --out $(OUT) || status=1; \
+	  $(LIMIT) 415 $(PYTHON) -m benchmarks.e2e.run --size real --device cuda --budget 370 --out $(OUT) || status=1; \
 	  exit $$status
 
 clean:
