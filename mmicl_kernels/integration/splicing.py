@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Prefix:
 class EmbeddingHook(ForwardHook):
     """Of the input embedding: fused tokens in the place of placeholders.
 
-    ``prefix`` is that of the last splice; ``placeholder_ids`` are those of this one and of the one before.
+    ``prefix`` is that of the last splice, which used one of the ``placeholder_ids``.
     """
 
     def __init__(self, embedding: nn.Module, placeholder_ids: tuple[int, int], impl: str) -> None:
@@ -82,7 +82,7 @@ class Splicer:
         check_placeholders(ids, embedding)
         on_cpu = bank is None or self.device.type == "cpu"
         self._working_set = None if on_cpu else bank.working_set(self.device, bank_bytes)
-        self.hook = EmbeddingHook(embedding, ids[::-1], impl)
+        self.hook, self._turns = EmbeddingHook(embedding, ids, impl), cycle(ids)
 
     # Inference tensors could not be used outside of inference mode.
     @torch.inference_mode(False)
@@ -100,8 +100,7 @@ class Splicer:
         lead = torch.isin(first, bos.to(first)).int().tolist()
         plan = lay_out(own, lead, demonstrations, lengths, max_length)
         # They take turns, so that prompts of the splice before are not taken for those of this one.
-        self.hook.placeholder_ids = self.hook.placeholder_ids[::-1]
-        grown = grow(inputs, plan, self.hook.placeholder_ids[0], self._pad_id())
+        grown = grow(inputs, plan, next(self._turns), self._pad_id())
         self.hook.prefix = self._prefix(grown["input_ids"], plan, tokens)
         return grown
 
