@@ -25,14 +25,16 @@ import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
 from benchmarks.experiments.digits.evaluate import accuracy, plain_prompts
 from benchmarks.experiments.digits.model import WEIGHTS, load_model
+from benchmarks.experiments.digits.train import fit
 from benchmarks.timing import peak_allocated_bytes
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.methods import AIMAdapter
-from mmicl_kernels.training import AggregationBatch, AIMObjective, TrainingConfig, train, trainable
+from mmicl_kernels.training import AggregationBatch
 
 RESULTS = Path(__file__).with_name("aim.json")
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 8, 16)
 MEMORY_SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
+FUSER = mk.AIMConfig(positions="answer")
 BANKED = 256  # demonstrations
 
 
@@ -59,15 +61,8 @@ def train_aim(
 ) -> AIMAdapter:  # fmt: skip
     """A projection trained on episodes of ``tasks`` from the train split; the model is left as it was."""
     recipe = recipe or Recipe()
-    adapter = mk.create(model, mk.AIMConfig(positions="answer"))
     drawn = batches(tasks, recipe, torch.Generator().manual_seed(seed))
-    settings = TrainingConfig(learning_rate=recipe.learning_rate, weight_decay=0)
-    with mk.attach(model, adapter) as handle:
-        train(
-            AIMObjective(handle), trainable(adapter), drawn, recipe.steps, model=model, config=settings,
-            progress=progress,
-        )  # fmt: skip
-    return adapter.requires_grad_(False)
+    return fit(model, FUSER, drawn, recipe.steps, seed, recipe.learning_rate, progress, weight_decay=0)
 
 
 def batches(tasks: tuple[str, ...], recipe: Recipe, generator: torch.Generator) -> Iterator[AggregationBatch]:
@@ -91,7 +86,7 @@ def demonstration_prompts(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Each of ``[B, K]`` demonstrations as a prompt of its own, and the positions that are fused."""
     B, K = demonstrations.shape
-    flat = data.Samples(*(x.flatten(0, 1) for x in vars(demonstrations).values()))
+    flat = demonstrations.flatten()
     task = task if isinstance(task, str) else task.repeat_interleave(K)
     alone = data.episode_inputs(None, flat, task)
     positions = alone.labels != data.IGNORE

@@ -83,6 +83,10 @@ class Samples:
     def __getitem__(self, index) -> Samples:
         return Samples(self.images[index], self.answers[index], self.originals[index])
 
+    def flatten(self) -> Samples:
+        """``[B,K]`` samples as ``[B*K]``."""
+        return Samples(self.images.flatten(0, 1), self.answers.flatten(0, 1), self.originals.flatten())
+
 
 @dataclass(frozen=True)
 class Episode:

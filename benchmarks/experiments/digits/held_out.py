@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.experiments.digits import aim, data, wide
+from benchmarks.experiments.digits.train import fit
 from mmicl_kernels.methods import AIMAdapter
-from mmicl_kernels.training import AggregationBatch, AIMObjective, TrainingConfig, train, trainable
+from mmicl_kernels.training import AggregationBatch
 
 RESULTS = Path(__file__).with_name("held_out.json")
 SEEDS, SHOTS = (0, 1, 2), 8
@@ -49,15 +50,8 @@ class Recipe:
 
 def train_fuser(model: nn.Module, recipe: Recipe, seed: int) -> AIMAdapter:
     """A projection that saw the attributes ``wide.TRAINED`` alone; their states at a demonstration's end."""
-    adapter = mk.create(model, mk.AIMConfig(positions="answer"))
-    settings = TrainingConfig(learning_rate=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    drawn = batches(recipe, torch.Generator().manual_seed(seed))
-    with mk.attach(model, adapter) as handle:
-        train(
-            AIMObjective(handle), trainable(adapter), drawn, recipe.steps, model=model, config=settings,
-            progress=False,
-        )  # fmt: skip
-    return adapter.requires_grad_(False)
+    drawn, rate = batches(recipe, torch.Generator().manual_seed(seed)), recipe.learning_rate
+    return fit(model, aim.FUSER, drawn, recipe.steps, seed, rate, False, recipe.weight_decay)
 
 
 def batches(recipe: Recipe, generator: torch.Generator) -> Iterator[AggregationBatch]:
@@ -80,7 +74,7 @@ def demonstration_prompts(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Each of ``[B, K]`` demonstrations as a prompt of its own, and where it ends."""
     K = demonstrations.shape[1]
-    flat = data.Samples(*(x.flatten(0, 1) for x in vars(demonstrations).values()))
+    flat = demonstrations.flatten()
     repeated = None if attribute is None else attribute.repeat_interleave(K)
     inputs = wide.episode_inputs(None, flat, repeated).inputs
     return inputs, inputs["input_ids"] == data.END_ID
@@ -110,7 +104,7 @@ def measure(
         "seconds": [],
         "seeds": {},
     }
-    with mk.attach(model, mk.create(model, mk.AIMConfig(positions="answer"))) as handle:
+    with mk.attach(model, mk.create(model, aim.FUSER)) as handle:
         results["identity"] = row(partial(fused_prompts, handle))
     for seed in tqdm(seeds, desc="projections", unit="seed"):
         start = time.perf_counter()

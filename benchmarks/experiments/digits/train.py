@@ -10,6 +10,8 @@ import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.training import (
+    AggregationBatch,
+    AIMObjective,
     EpisodeBatch,
     LIVEObjective,
     M2IVObjective,
@@ -20,7 +22,7 @@ from mmicl_kernels.training import (
     trainable,
 )
 
-OBJECTIVES = {"mimic": MimICObjective, "live": LIVEObjective, "m2iv": M2IVObjective}
+OBJECTIVES = {"mimic": MimICObjective, "live": LIVEObjective, "m2iv": M2IVObjective, "aim": AIMObjective}
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,20 @@ def train_adapter(
 def fit(
     model: nn.Module,
     config: object,
-    drawn: Iterator[EpisodeBatch],
+    drawn: Iterator[EpisodeBatch | AggregationBatch],
     steps: int,
     seed: int,
     learning_rate: float = Recipe.learning_rate,
     progress: bool = True,
+    weight_decay: float = TrainingConfig.weight_decay,
 ) -> Adapter:
     """A new adapter of the method of ``config``, trained for ``steps`` of the batches ``drawn``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = mk.create(model, config)
     with mk.attach(model, adapter) as handle:
-        objective, settings = OBJECTIVES[adapter.method](handle), TrainingConfig(learning_rate=learning_rate)
+        objective = OBJECTIVES[adapter.method](handle)
+        settings = TrainingConfig(learning_rate=learning_rate, weight_decay=weight_decay)
         train(objective, trainable(adapter), drawn, steps, model=model, config=settings, progress=progress)
     return adapter.requires_grad_(False)
 
