@@ -322,6 +322,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--impl", nargs="+", default=["auto"], choices=("auto", "composed", "triton"), help="of ours"
     )
+    return parsed(parser, arguments)
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with the ``command`` itself among them; an error if the device is not there."""
     options = parser.parse_args(arguments)
     options.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     if options.device == "cuda" and not torch.cuda.is_available():

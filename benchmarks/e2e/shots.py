@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.e2e.models import SIZES, Prompt, Size, build_model, prompt_inputs
+from benchmarks.e2e.run import parsed
 from benchmarks.run import device_folder
 from benchmarks.timing import Samples, machine, peak_allocated_bytes
 from mmicl_kernels.library import FusedTokens
@@ -136,11 +137,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="real", help="tiny: to see that it runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    options = parser.parse_args(arguments)
-    options.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA device")
-    return options
+    return parsed(parser, arguments)
 
 
 if __name__ == "__main__":
