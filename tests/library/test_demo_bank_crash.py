@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from banks import adapter, add, assert_holds, demonstration, filled, records_of, tokens, write_records
+from crashes import Crash, Steps
 from test_vector_library_crash import in_child
 from vectors import WIDTH
 
@@ -66,15 +67,9 @@ def test_killed_at_random_moments(tmp_path, kills):
     assert (folder / "index.bin").stat().st_size == (count + 1) * RECORD.size
 
 
-class Crash(BaseException):
-    """Power is lost."""
-
-
-class Steps:
-    """Counts what touches the disk, and crashes at step ``at``: before it, in its middle, or after it."""
-
+class BankSteps(Steps):
     def __init__(self, monkeypatch, at):
-        self.at, self.step = at, 0
+        super().__init__(at)
         write_after, append = bank_files.write_after, bank_files.append
 
         def half(path, size, parts):
@@ -90,23 +85,6 @@ class Steps:
         for name in ("replace", "touch", "mkdir"):
             monkeypatch.setattr(f"pathlib.Path.{name}", self.crashing(getattr(bank_files.Path, name)))
 
-    def crashing(self, function, half=None):
-        def wrapped(*arguments, **named):
-            self.stop()
-            if half is not None and self.step + 1 == self.at:
-                half(*arguments)
-            self.stop()
-            result = function(*arguments, **named)
-            self.stop()
-            return result
-
-        return wrapped
-
-    def stop(self):
-        self.step += 1
-        if self.step == self.at:
-            raise Crash
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_crash_at_every_step_of_add(tmp_path, dtype):
@@ -117,7 +95,7 @@ def test_crash_at_every_step_of_add(tmp_path, dtype):
         bank, crashed = filled(folder, dtype, calls=[(0, 1), (2,)]), False
         expected = [bank.tokens(id) for id in range(3)]
         with pytest.MonkeyPatch.context() as patch:
-            Steps(patch, at)
+            BankSteps(patch, at)
             try:
                 add(mk.DemonstrationBank(folder), 3, 4)
             except Crash:
@@ -145,7 +123,7 @@ def test_crash_at_every_step_of_create(tmp_path):
     for at in range(1, 100):
         folder = tmp_path / "parent" / str(at)
         with pytest.MonkeyPatch.context() as patch:
-            Steps(patch, at)
+            BankSteps(patch, at)
             try:
                 mk.DemonstrationBank.create(folder, adapter())
                 break

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from crashes import Crash, Steps
 from vectors import assert_same, live
 
 import mmicl_kernels as mk
@@ -101,15 +102,9 @@ def test_killed_at_random_moments(tmp_path):
     assert list((folder / "tmp").iterdir()) == [] and len(list((folder / "index").iterdir())) == 2
 
 
-class Crash(BaseException):
-    """Power is lost."""
-
-
-class Steps:
-    """Counts what touches the disk, and crashes at step ``at``: before it, in its middle, or after it."""
-
+class LibrarySteps(Steps):
     def __init__(self, monkeypatch, at):
-        self.at, self.step = at, 0
+        super().__init__(at)
         append = index_module.append
 
         def half(path, data):
@@ -121,23 +116,6 @@ class Steps:
         for name in ("replace", "unlink"):
             monkeypatch.setattr(f"pathlib.Path.{name}", self.crashing(getattr(module.Path, name)))
         monkeypatch.setattr(index_module.Index, "settle", self.crashing(index_module.Index.settle))
-
-    def crashing(self, function, half=None):
-        def wrapped(*args, **kwargs):
-            self.stop()
-            if half is not None and self.step + 1 == self.at:
-                half(*args)
-            self.stop()
-            result = function(*args, **kwargs)
-            self.stop()
-            return result
-
-        return wrapped
-
-    def stop(self):
-        self.step += 1
-        if self.step == self.at:
-            raise Crash
 
 
 WORKS = {
@@ -159,7 +137,7 @@ def test_crash_at_every_step(tmp_path, work):
         reader = mk.VLibrary(folder)
         assert reader.list() == ["old"]
         with pytest.MonkeyPatch.context() as patch:
-            Steps(patch, at)
+            LibrarySteps(patch, at)
             try:
                 do(mk.VLibrary(folder))
                 crashed = False
@@ -171,7 +149,7 @@ def test_crash_at_every_step(tmp_path, work):
         outcomes.append(outcome)
         if at % 2:  # the next writer, which clears up, is killed as well
             with pytest.MonkeyPatch.context() as patch:
-                Steps(patch, at // 2 + 1)
+                LibrarySteps(patch, at // 2 + 1)
                 with pytest.raises(Crash):
                     store(mk.VLibrary(folder), "next", 3)
             assert {k: v for k, v in check(folder).items() if k != "next"} == outcome
@@ -197,7 +175,7 @@ def test_crash_while_the_only_embedding_changes_its_dimension(tmp_path):
         library.put("other", live())
         crashed = False
         with pytest.MonkeyPatch.context() as patch:
-            Steps(patch, at)
+            LibrarySteps(patch, at)
             try:
                 mk.VLibrary(folder).put("a", live(2.0), embedding=[1.0, 2.0, 3.0], overwrite=True)
             except Crash:
@@ -219,7 +197,7 @@ def test_crash_while_the_only_embedding_changes_its_dimension(tmp_path):
 def test_crash_while_the_first_entry_is_put(tmp_path):
     for at in range(1, 100):
         with pytest.MonkeyPatch.context() as patch:
-            Steps(patch, at)
+            LibrarySteps(patch, at)
             try:
                 store(mk.VLibrary(tmp_path / str(at)), "a", 1)
                 break
