@@ -1,11 +1,15 @@
-"""Where a family of HuggingFace LVLMs keeps what the methods attach to. Knowledge is data: one table."""
+"""The places in a model that methods attach to, looked up in the tables of families."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from mmicl_kernels.integration.families import DECODERS, FAMILIES, Decoder, Family
 from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
+
+FINGERPRINT_SAMPLES = 64
 
 
 class UnsupportedModelError(ValueError):
@@ -13,77 +17,101 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Family:
-    """Paths of a family, keyed in ``FAMILIES`` by ``config.model_type``.
-
-    ``layers`` is the module list of the text decoder; ``attention`` and ``mlp`` are children of one
-    layer; ``text`` are the ``model_type``s of text decoders that were tested in it.
-    """
-
-    layers: str
-    text: tuple[str, ...]
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-
-
-FAMILIES = {
-    "gemma3": Family("model.language_model.layers", text=("gemma3_text",)),
-    # Its gated cross-attention layers stand in a list of their own and are never touched.
-    "idefics": Family("model.layers", text=("idefics",)),
-    "idefics2": Family("model.text_model.layers", text=("mistral",)),
-    "llava": Family("model.language_model.layers", text=("llama", "qwen2")),
-    "qwen2_5_vl": Family("model.language_model.layers", text=("qwen2_5_vl_text",)),
-}
-
-FINGERPRINT_SAMPLES = 64
-
-
-@dataclass(frozen=True)
 class Anchor:
     """One decoder layer: its index, the modules methods attach to, and its attention's geometry.
 
-    What ``after_attention`` and ``after_mlp`` return is added to the residual stream; ``layer`` returns it.
+    ``mixer`` is the layer's attention or what it has in its place; only where ``num_heads`` is not 0 is it a
+    softmax attention, for MimIC. What ``after_attention`` and ``after_mlp`` return is added to the residual
+    stream; ``layer`` returns it.
     """
 
     index: int
     layer: nn.Module
-    self_attn: nn.Module
+    mixer: nn.Module
     after_attention: nn.Module
     mlp: nn.Module
     after_mlp: nn.Module
     num_heads: int
     head_dim: int
+    decoder: Decoder
+
+    @property
+    def self_attn(self) -> nn.Module | None:
+        """The softmax attention, if the layer has one."""
+        return self.mixer if self.num_heads else None
+
+    @property
+    def projection(self) -> nn.Module:
+        """What maps the heads of ``self_attn`` back to the stream."""
+        return getattr(self.mixer, self.decoder.projection)
 
     @property
     def device(self) -> torch.device:
-        return self.self_attn.o_proj.weight.device
+        """Where the layer computes."""
+        return compute_device(next(self.mixer.children(), self.mixer))
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Where ``module`` computes: offloaded weights are elsewhere until accelerate's hook brings them."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(module.parameters()).device
+    return torch.device(device)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Raises UnsupportedModelError, which says what was found, if the model's family is not in the table."""
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    if name not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has config.model_type {name!r}, expected one of "
+            f"{', '.join(map(repr, sorted(FAMILIES)))}; found {_survey(model)}. Missing: an entry in "
+            "mmicl_kernels.integration.families, see integration/README.md"
+        )
+    return FAMILIES[name]
 
 
 def find_anchors(model: nn.Module) -> list[Anchor]:
-    """The decoder layers of ``model``.
+    """The decoder layers of ``model``, without those that no method touches.
 
     Raises:
-        UnsupportedModelError: naming the family, what was looked for and what is missing.
+        UnsupportedModelError: naming the family, what was looked for, what was found and what is missing.
     """
-    family_name = getattr(getattr(model, "config", None), "model_type", None)
-    if family_name not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has config.model_type {family_name!r}, expected one of "
-            f"{', '.join(map(repr, sorted(FAMILIES)))}"
-        )
-    family = FAMILIES[family_name]
-    text = model.config.get_text_config().model_type
-    if text not in family.text:
-        raise UnsupportedModelError(
-            f"{family_name} with a text model of type {text!r}, expected one of "
-            f"{', '.join(map(repr, family.text))}"
-        )
-    layers = _child(model, family.layers, family_name)
+    layers, decoder = _decoder_layers(model)
+    where = f"{model.config.model_type}: {family_of(model).layers}"
+    return [
+        _anchor(index, layer, decoder, f"{where}.{index}")
+        for index, layer in enumerate(layers)
+        if not any(hasattr(layer, child) for child in decoder.skipped)
+    ]
+
+
+def find_mixers(model: nn.Module) -> list[nn.Module]:
+    """Every decoder layer's attention, of whichever kind, or what it has in its place. Raises as above."""
+    layers, decoder = _decoder_layers(model)
+    names = (*decoder.skipped, *decoder.mixers, decoder.attention)
+    return [next(getattr(layer, name) for name in names if hasattr(layer, name)) for layer in layers]
+
+
+def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, Decoder]:
+    family, where = family_of(model), model.config.model_type
+    decoder = _decoder_of(model, model.config.get_text_config(), where)
+    layers = _child(model, family.layers, where)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise UnsupportedModelError(
-            f"{family_name}: {family.layers} is a {type(layers).__name__}, expected a list of layers"
+            f"{where}: {family.layers} is a {type(layers).__name__} of {len(list(layers.children()))} "
+            "modules, expected a list of layers"
         )
-    return [_anchor(index, layer, family, family_name) for index, layer in enumerate(layers)]
+    return layers, decoder
+
+
+def refuse_method(model: nn.Module, method: str, anchors: list[Anchor]) -> None:
+    """Raise UnsupportedModelError, which says why, if ``method`` cannot apply to ``model``."""
+    reason = family_of(model).refuses.get(method)
+    if method == "mimic" and not any(anchor.num_heads for anchor in anchors):
+        reason = "no layer has softmax attention"
+    if reason is not None:
+        raise UnsupportedModelError(f"method {method!r} cannot apply to {model.config.model_type}: {reason}")
 
 
 def describe_backbone(model: nn.Module, anchors: list[Anchor]) -> Backbone:
@@ -108,39 +136,56 @@ def check_backbone(adapter: Adapter, backbone: Backbone) -> None:
         raise CheckpointError("the adapter belongs to another backbone: " + "; ".join(differences))
 
 
-def _anchor(index: int, layer: nn.Module, family: Family, family_name: str) -> Anchor:
-    where = f"{family_name}: {family.layers}.{index}"
-    attention = _child(layer, family.attention, where)
-    mlp = _child(layer, family.mlp, where)
-    projection = _child(attention, "o_proj", f"{where}.{family.attention}")
-    head_dim = getattr(attention, "head_dim", None)
-    if not isinstance(head_dim, int) or projection.in_features % head_dim != 0:
+def _decoder_of(model: nn.Module, text: object, where: str) -> Decoder:
+    name = text.model_type
+    if name not in DECODERS:
         raise UnsupportedModelError(
-            f"{where}.{family.attention}.head_dim is {head_dim!r}, expected a divisor of "
-            f"o_proj.in_features = {projection.in_features}"
+            f"{where} with a text model of type {name!r}, expected one of "
+            f"{', '.join(map(repr, sorted(DECODERS)))}; found {_survey(model)}"
         )
-    return Anchor(
-        index, layer, attention, after_attention(layer, attention), mlp, after_mlp(layer, mlp),
-        projection.in_features // head_dim, head_dim,
-    )  # fmt: skip
+    for option, value in DECODERS[name].requires.items():
+        if getattr(text, option, None) != value:
+            raise UnsupportedModelError(
+                f"{where} with a text model of type {name!r} whose {option} is "
+                f"{getattr(text, option, None)!r}, expected {value!r}"
+            )
+    return DECODERS[name]
 
 
-def after_attention(layer: nn.Module, attention: nn.Module) -> nn.Module:
-    """The last module before the attention branch joins the residual stream.
+def _survey(model: nn.Module) -> str:
+    """The lists of modules in ``model`` that may be layers, and what theirs consist of."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            children = ", ".join(f"{x}: {type(child).__name__}" for x, child in module[0].named_children())
+            kinds = Counter(type(layer).__name__ for layer in module)
+            counts = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
+            found.append(f"{name} of {counts} ({children or 'no children'})")
+    return "; ".join(found) or "no list of layers"
 
-    GLM-4V and Gemma norm the branch first. A ``post_attention_layernorm`` is that norm only where the
-    MLP has one of its own; elsewhere it is the MLP's.
-    """
+
+def _anchor(index: int, layer: nn.Module, decoder: Decoder, where: str) -> Anchor:
     children = dict(layer.named_children())
-    if "post_self_attn_layernorm" in children:
-        return children["post_self_attn_layernorm"]
-    return children["post_attention_layernorm"] if "pre_feedforward_layernorm" in children else attention
+    mixer = next((children[name] for name in decoder.mixers if name in children), None)
+    heads, head_dim = 0, 0
+    if mixer is None:
+        mixer = _child(layer, decoder.attention, where)
+        heads, head_dim = _geometry(mixer, decoder.projection, f"{where}.{decoder.attention}")
+    mlp = _child(layer, decoder.mlp, where)
+    after_attention = _child(layer, decoder.after_attention, where) if decoder.after_attention else mixer
+    after_mlp = _child(layer, decoder.after_mlp, where) if decoder.after_mlp else mlp
+    return Anchor(index, layer, mixer, after_attention, mlp, after_mlp, heads, head_dim, decoder)
 
 
-def after_mlp(layer: nn.Module, mlp: nn.Module) -> nn.Module:
-    """The last module before the MLP's branch joins the residual stream: a norm in GLM-4V and Gemma."""
-    children = dict(layer.named_children())
-    return children.get("post_mlp_layernorm") or children.get("post_feedforward_layernorm") or mlp
+def _geometry(attention: nn.Module, projection: str, where: str) -> tuple[int, int]:
+    """Heads and their dim, as the output projection has them."""
+    width = _child(attention, projection, where).in_features
+    head_dim = getattr(attention, "head_dim", None)
+    if not isinstance(head_dim, int) or head_dim < 1 or width % head_dim != 0:
+        raise UnsupportedModelError(
+            f"{where}.head_dim is {head_dim!r}, expected a divisor of {projection}.in_features = {width}"
+        )
+    return width // head_dim, head_dim
 
 
 def _child(module: nn.Module, path: str, where: str) -> nn.Module:
@@ -156,10 +201,12 @@ def _child(module: nn.Module, path: str, where: str) -> nn.Module:
 
 def _fingerprint(anchors: list[Anchor]) -> tuple[float, ...]:
     """Evenly spaced weights of the first and last output projection; empty if they cannot be read."""
+    attentions = [anchor for anchor in anchors if anchor.num_heads]
     samples = []
-    for anchor in (anchors[0], anchors[-1]):
-        weight = anchor.self_attn.o_proj.weight
-        if weight.is_meta or not weight.is_floating_point():
+    for anchor in (*attentions[:1], *attentions[-1:]):
+        weight = anchor.projection.weight
+        # Quantised and sharded weights are tensors of other classes.
+        if type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
             return ()
         flat = weight.detach().flatten()
         # In integers: a linspace in fp32 rounds differently on different devices.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import Anchor
+from mmicl_kernels.integration.parallel import tensor_parallel_rank
+from mmicl_kernels.integration.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.integration.slots import SlotStack, for_batch
 from mmicl_kernels.methods import Adapter, MimICAdapter
 
@@ -21,7 +23,8 @@ class PatchedLayer(SlotStack):
 
     def __init__(self, handle: "Handle", anchor: Anchor, slots: list[Adapter | None]) -> None:
         super().__init__(slots, anchor.device)
-        self._handle, self._module, self._key = handle, anchor.self_attn, str(anchor.index)
+        self._handle, self._anchor, self._key = handle, anchor, str(anchor.index)
+        self._module = anchor.mixer
         self._base_config = self._module.config
         # The decoder's own config, which its masks follow, stays.
         self._config = copy.copy(self._base_config)
@@ -47,13 +50,22 @@ class PatchedLayer(SlotStack):
     def impl(self) -> str:
         return self._handle.impl
 
-    def parameters(self, B: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Weight, bias, shift and adapter ids for a batch of B rows."""
+    def parameters(self, B: int, H: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Weight, bias, shift and adapter ids for a batch of B rows and the H heads of this process."""
         self._handle.check_recomputation()
+        refuse_reentrant_checkpointing(self._handle.model, self._anchor)
         ids = self._handle.adapter_ids
         if ids is None:
-            return *self._of(self._handle.require_single()), None
-        return *self.stacked(), for_batch(ids.to(self._device), B)
+            return *self._local(self._of(self._handle.require_single()), H), None
+        return *self._local(self.stacked(), H), for_batch(ids.to(self._device), B)
+
+    def _local(self, parameters: list[Tensor], H: int) -> list[Tensor]:
+        """The rows of H consecutive heads: with tensor parallelism an attention sees its share alone."""
+        if self._anchor.num_heads == H:
+            return parameters
+        first = H * tensor_parallel_rank(self._anchor.projection)
+        dims = {"weight": -2, "bias": -1, "shift": -2}
+        return [x.narrow(dims[name], first, H) for name, x in zip(PARAMETERS, parameters, strict=True)]
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         if not isinstance(adapter, MimICAdapter):

@@ -4,7 +4,13 @@ import os
 
 from torch import nn
 
-from mmicl_kernels.integration.anchors import Anchor, check_backbone, describe_backbone, find_anchors
+from mmicl_kernels.integration.anchors import (
+    Anchor,
+    check_backbone,
+    describe_backbone,
+    find_anchors,
+    refuse_method,
+)
 from mmicl_kernels.library import read_adapter, read_official
 from mmicl_kernels.methods import (
     ADAPTERS,
@@ -22,11 +28,13 @@ def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIM
     """A freshly initialised adapter for ``model``, in fp32 on its devices, not attached.
 
     Raises:
-        UnsupportedModelError: unknown family. TypeError: ``config`` is of no known method.
+        UnsupportedModelError: unknown family, or the method cannot apply to it. TypeError: ``config`` is of
+        no known method.
     """
     anchors = find_anchors(model)
     for adapter_class in ADAPTERS.values():
         if isinstance(config, adapter_class.config_class):
+            refuse_method(model, adapter_class.method, anchors)
             return _place(adapter_class(config, describe_backbone(model, anchors)), model, anchors)
     names = ", ".join(adapter.config_class.__name__ for adapter in ADAPTERS.values())
     raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
@@ -58,7 +66,8 @@ def _place(adapter: Adapter, model: nn.Module, anchors: list[Anchor]) -> Adapter
     if isinstance(adapter, AIMAdapter):
         return adapter.to(model.get_input_embeddings().weight.device)
     for anchor in anchors:
-        adapter.layers[str(anchor.index)].to(anchor.device)
+        if str(anchor.index) in adapter.layers:
+            adapter.layers[str(anchor.index)].to(anchor.device)
     if isinstance(adapter, MimICAdapter) and adapter.config.ffn_shift:
         adapter.ffn_shift.data = adapter.ffn_shift.data.to(anchors[0].device)
     return adapter

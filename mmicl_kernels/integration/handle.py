@@ -10,8 +10,15 @@ from tqdm import tqdm
 
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.aggregation import Collate, aggregate
-from mmicl_kernels.integration.anchors import check_backbone, describe_backbone, find_anchors
+from mmicl_kernels.integration.anchors import (
+    check_backbone,
+    describe_backbone,
+    find_anchors,
+    find_mixers,
+    refuse_method,
+)
 from mmicl_kernels.integration.attention import PatchedLayer
+from mmicl_kernels.integration.report import Report, report
 from mmicl_kernels.integration.residual import ResidualHook, SiteShift
 from mmicl_kernels.integration.slots import Entry, check_products, check_strength, parse_rows
 from mmicl_kernels.integration.splicing import EmbeddingHook, Splicer
@@ -25,7 +32,7 @@ from mmicl_kernels.methods import (
     ResidualSite,
 )
 
-# A disabled handle leaves no trace on its model, so handles are also known by their first attention's id.
+# A disabled handle leaves no trace on its model, so handles are also known by their first layer's id.
 _attached: "WeakValueDictionary[int, Handle]" = WeakValueDictionary()
 
 
@@ -69,7 +76,7 @@ class Handle:
         except BaseException:
             self._remove_patches()
             raise
-        _attached[id(self.anchors[0].self_attn)] = self
+        _attached[id(self.anchors[0].layer)] = self
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -81,6 +88,10 @@ class Handle:
         """The adapter of all rows, where there is only one and it was attached by itself."""
         alone = self._single and len(self._adapters) == 1
         return next(iter(self._adapters.values())) if alone else None
+
+    def report(self) -> Report:
+        """Which layers are patched with what, and why some are not; print it."""
+        return report(find_mixers(self.model), self.anchors, self._adapters)
 
     @property
     def enabled(self) -> bool:
@@ -114,7 +125,7 @@ class Handle:
         if self._is_attached:
             self._remove_patches()
             self._is_attached = False
-            key = id(self.anchors[0].self_attn)
+            key = id(self.anchors[0].layer)
             if _attached.get(key) is self:
                 del _attached[key]
 
@@ -381,6 +392,7 @@ class Handle:
                 f"adapter {name!r} is a {type(adapter).__name__}, "
                 f"expected one of {', '.join(x.__name__ for x in ADAPTERS.values())}"
             )
+        refuse_method(self.model, adapter.method, self.anchors)
         check_backbone(adapter, self._backbone)
         _check_strength_of(name, adapter, self._strength)
         gated = any(isinstance(x, MimICAdapter) for x in self._adapters.values())
@@ -391,7 +403,7 @@ class Handle:
             )
         if isinstance(adapter, AIMAdapter):
             self._check_aim(name, adapter)
-        for anchor in self.anchors if adapter.layers else ():
+        for anchor in (x for x in self.anchors if str(x.index) in adapter.layers):
             for parameter in adapter.layers[str(anchor.index)].parameters():
                 if parameter.device != anchor.device:
                     raise ValueError(
@@ -424,7 +436,8 @@ class Handle:
         """What ``adapter`` needs in the model and no other needed so far; not in its place yet."""
         if isinstance(adapter, MimICAdapter) and not self._attention:
             hf_attention.register()
-            self._attention = [PatchedLayer(self, anchor, self._slots) for anchor in self.anchors]
+            softmax = [anchor for anchor in self.anchors if anchor.self_attn is not None]
+            self._attention = [PatchedLayer(self, anchor, self._slots) for anchor in softmax]
         for site in adapter.residual_sites:
             if site not in self._sites:
                 self._sites[site] = SiteShift(self, site, self._slots)
@@ -458,9 +471,9 @@ class Handle:
 
     def _check_plain(self) -> None:
         """Raise ValueError if the model is patched."""
-        patched = id(self.anchors[0].self_attn) in _attached
+        patched = id(self.anchors[0].layer) in _attached
         for anchor in self.anchors:
-            patched |= hasattr(anchor.self_attn.config, "mmicl_layer")
+            patched |= hasattr(getattr(anchor.mixer, "config", None), "mmicl_layer")
             for module in (anchor.after_attention, anchor.mlp, anchor.layer):
                 patched |= any(isinstance(hook, ResidualHook) for hook in module._forward_hooks.values())
         hooks = self.model.get_input_embeddings()._forward_hooks.values()

@@ -54,7 +54,7 @@ def attention_forward(
         key, value = key[:, :, :T], value[:, :, :T]
     causal = is_causal and _leaves_causality_out(attention_mask, base)
     mask = _four_dimensional(attention_mask, query, key)
-    weight, bias, shift, adapter_ids = layer.parameters(query.shape[0])
+    weight, bias, shift, adapter_ids = layer.parameters(*query.shape[:2])
     out = shifted_attention(
         query, key, value, weight, bias, shift,
         scale=scaling, softcap=softcap, mask=mask,

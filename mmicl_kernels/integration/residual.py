@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmicl_kernels.integration.anchors import Anchor
 from mmicl_kernels.integration.hooks import ForwardHook
+from mmicl_kernels.integration.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.integration.slots import SlotStack, for_batch
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.ops import residual_shift
@@ -61,11 +62,15 @@ class LayerShift(SlotStack):
         slots: list[Adapter | None],
     ) -> None:
         super().__init__(slots, anchor.device)
-        self._handle, self._site, self._rows, self._key = handle, site, rows, str(anchor.index)
+        self._handle, self._anchor, self._site, self._rows = handle, anchor, site, rows
+        self._key = str(anchor.index)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [B, T, C]`` shifted as the handle says."""
+        if x.dim() == 2:  # mixtures of experts return tokens in one row
+            return self(x[:, None])[:, 0]
         self._handle.check_recomputation()
+        refuse_reentrant_checkpointing(self._handle.model, self._anchor)
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._handle.impl}
         if self._rows.ids is None:
             vector, scale = self._handle.require_single().residual_shift(self._site, self._key)
@@ -92,11 +97,17 @@ class ResidualHook(ForwardHook):
         self.shifts: list[LayerShift] = []
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        # Idefics v1 drops out what a branch returned; a vector must reach the stream whole.
-        dropout = getattr(self._layer, "dropout", 0.0) if self._layer.training else 0.0
-        if dropout > 0 and module is not self._layer:
-            raise ValueError(f"dropout is {dropout}, expected 0: set dropout=0 or model.eval()")
+        if self._layer.training and module is not self._layer:
+            _refuse_dropout(self._layer)
         x = output[0] if isinstance(output, tuple) else output
         for shift in self.shifts:
             x = shift(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def _refuse_dropout(layer: nn.Module) -> None:
+    """Raise ValueError if ``layer`` drops out what a branch returned: a vector must reach the stream."""
+    rates = [child.p for child in layer.children() if isinstance(child, nn.Dropout)]
+    rate = max(getattr(layer, "dropout", 0.0), *rates, 0.0)
+    if rate > 0:
+        raise ValueError(f"dropout is {rate}, expected 0: set it to 0 in the config or call model.eval()")

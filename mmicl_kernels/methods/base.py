@@ -33,9 +33,10 @@ class CheckpointError(ValueError):
 class Backbone:
     """The model an adapter was made for.
 
-    ``layers`` maps the index of each patched decoder layer to its ``(num_heads, head_dim)``.
-    ``fingerprint`` samples some weights, so that another checkpoint of the same architecture is seen
-    whatever it is called; empty where the weights cannot be read (quantised, offloaded).
+    ``layers`` maps the index of each patched decoder layer to its ``(num_heads, head_dim)``, ``(0, 0)`` for
+    a layer without softmax attention. ``fingerprint`` samples some weights, so that another checkpoint of
+    the same architecture is seen whatever it is called; empty where the weights cannot be read (quantised,
+    offloaded).
     """
 
     model_class: str
@@ -46,6 +47,11 @@ class Backbone:
     revision: str
     layers: dict[int, tuple[int, int]]
     fingerprint: tuple[float, ...] = ()
+
+    @property
+    def attention_layers(self) -> dict[int, tuple[int, int]]:
+        """Those of ``layers`` that have softmax attention."""
+        return {index: geometry for index, geometry in self.layers.items() if geometry != (0, 0)}
 
     def differences(self, other: "Backbone") -> list[str]:
         """Readable differences that make an adapter of ``self`` meaningless on ``other``.
@@ -75,10 +81,11 @@ class Backbone:
         for name in ("model_class", "model_type", "text_model_type", "name", "revision"):
             if not isinstance(data[name], str):
                 raise TypeError(f"{name} is {data[name]!r}, expected a string")
-        sizes = [data["hidden_size"], *(size for pair in data["layers"].values() for size in pair)]
-        if any(type(size) is not int or size < 1 for size in sizes):
-            raise ValueError(f"sizes are {sizes}, expected positive integers")
         layers = {int(index): (h, d) for index, (h, d) in data["layers"].items()}
+        sizes = [data["hidden_size"], *(size for pair in layers.values() for size in pair)]
+        wrong = [pair for pair in layers.values() if min(pair) < 1 and pair != (0, 0)]
+        if any(type(size) is not int for size in sizes) or data["hidden_size"] < 1 or wrong:
+            raise ValueError(f"sizes are {sizes}, expected positive integers")
         fingerprint = tuple(float(x) for x in data["fingerprint"])
         if not all(map(math.isfinite, fingerprint)):
             raise ValueError("fingerprint has infinities or NaN, expected finite numbers")

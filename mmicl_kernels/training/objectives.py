@@ -31,7 +31,8 @@ class MimICObjective:
     def __init__(self, handle: Handle) -> None:
         """``handle`` must hold a single MimIC adapter; raises ValueError otherwise."""
         self.handle, self.config = handle, single_adapter(handle, MimICAdapter).config
-        self._sites = [getattr(anchor, self.config.align) for anchor in handle.anchors]
+        sites = [getattr(anchor, self.config.align) for anchor in handle.anchors]
+        self._sites = [site for site in sites if site is not None]  # a layer may have no softmax attention
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
         """Raises ValueError under gradient checkpointing, which hides what happens inside a layer."""

@@ -16,8 +16,7 @@ from published import (
 )
 from snapshots import assert_same_objects, changes, snapshot, used_model
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.gemma import GemmaConfig
+from transformers import GPTNeoXConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import mmicl_kernels as mk
 from mmicl_kernels.integration import hf_attention
@@ -286,8 +285,8 @@ class Unsupported:
 
     @staticmethod
     def unknown_text_model():
-        config = LlavaConfig(text_config=GemmaConfig(**TEXT, head_dim=8), vision_config=clip())
-        return LlavaForConditionalGeneration(config), ["llava", "gemma", "llama", "qwen2"]
+        config = LlavaConfig(text_config=GPTNeoXConfig(**TEXT), vision_config=clip())
+        return LlavaForConditionalGeneration(config), ["llava", "gpt_neox", "llama", "qwen2", "query_key_value"]
 
     @staticmethod
     def missing_child():

@@ -23,7 +23,7 @@ def module(parameters, base, *, normalizer="visible", **attributes):
         base_implementation=base,
         normalizer=normalizer,
         impl="reference",
-        parameters=lambda batch: (*parameters, None),
+        parameters=lambda B, H: (*parameters, None),
     )
     return SimpleNamespace(config=SimpleNamespace(mmicl_layer=layer), **attributes)
 

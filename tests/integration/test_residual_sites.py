@@ -5,12 +5,9 @@ import torch
 from published import doubled, in_double, random_adapter
 from residuals import biased, decoder_layers, random_shift, relative_error, renormed
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
-from transformers.models.glm4v.modeling_glm4v import Glm4vTextModel
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.anchors import after_attention, after_mlp, find_anchors
+from mmicl_kernels.integration.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TEXT, TINY_MODELS, tiny_inputs, tiny_model
 
 # Two ways to the same sums, a few roundings per layer apart, three or four layers deep.
@@ -196,43 +193,20 @@ def test_a_branch_with_dropout_is_refused(config):
                 model(**inputs)
 
 
-GLM4V = {
-    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-    "partial_rotary_factor": 1.0,
-}
-
-
-def gemma3():
-    """Norms both branches before they join the stream."""
-    config = Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=8)
-    return Gemma3ForCausalLM(config).model, "post_attention_layernorm", "pre_feedforward_layernorm"
-
-
-def glm4v():
-    return (
-        Glm4vTextModel(Glm4vTextConfig(**TEXT, **GLM4V)),
-        "post_self_attn_layernorm",
-        "post_attention_layernorm",
-    )
-
-
-@pytest.mark.parametrize("build", [gemma3, glm4v])
 @torch.no_grad()
-def test_branches_end_in_their_norm_where_there_is_one(build):
-    text, name, before_mlp = build()
+def test_branches_end_in_their_norm_where_there_is_one():
+    model = tiny_model("gemma3")
     vector = torch.randn(TEXT["hidden_size"])
-    for layer in text.eval().layers:
-        site = after_attention(layer, layer.self_attn)
-        assert site is getattr(layer, name)
+    for anchor in find_anchors(model):
+        layer, site, end = anchor.layer, anchor.after_attention, anchor.after_mlp
+        assert site is layer.post_attention_layernorm and end is layer.post_feedforward_layernorm
         middle = []
-        end = after_mlp(layer, layer.mlp)
-        assert isinstance(end, type(site))
         with Recorder(layer, site, end) as seen:
             hooks = [
                 site.register_forward_hook(lambda module, args, output: output + vector),
-                getattr(layer, before_mlp).register_forward_pre_hook(keep_first(middle)),
+                layer.pre_feedforward_layernorm.register_forward_pre_hook(keep_first(middle)),
             ]
-            text(inputs_embeds=torch.randn(2, 5, TEXT["hidden_size"]))
+            logits(model, tiny_inputs(model))
         for hook in hooks:
             hook.remove()
         assert torch.equal(middle[0], seen.inputs[layer] + (seen.outputs[site] + vector))

@@ -15,8 +15,9 @@ class MimICAdapter(Adapter):
     """``layers["0"].weight, .bias, .shift`` and so on: ``[H, D]``, ``[H]``, ``[H, D]`` of that layer.
 
     Initialised as in the paper: 263,168 parameters for 32 layers of 32 heads of 128. Layers may differ
-    in heads and head dim. ``ffn_shift [L, C]`` exists only with ``config.ffn_shift``; as in the official
-    code it is added to the MLP's output, whose norm is kept.
+    in heads and head dim; those without softmax attention have no shift. ``ffn_shift [L, C]``, of every
+    layer, exists only with ``config.ffn_shift``; as in the official code it is added to the MLP's output,
+    whose norm is kept.
     """
 
     method = "mimic"
@@ -24,7 +25,7 @@ class MimICAdapter(Adapter):
 
     def __init__(self, config: MimICConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        for index, (num_heads, head_dim) in backbone.layers.items():
+        for index, (num_heads, head_dim) in backbone.attention_layers.items():
             self.layers[str(index)] = AttentionShift(num_heads, head_dim)
         if config.ffn_shift:
             shape = (len(backbone.layers), backbone.hidden_size)
@@ -33,7 +34,7 @@ class MimICAdapter(Adapter):
     @staticmethod
     def tensor_shapes(config: MimICConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         shapes = {}
-        for index, (num_heads, head_dim) in backbone.layers.items():
+        for index, (num_heads, head_dim) in backbone.attention_layers.items():
             shapes[f"layers.{index}.weight"] = (num_heads, head_dim)
             shapes[f"layers.{index}.bias"] = (num_heads,)
             shapes[f"layers.{index}.shift"] = (num_heads, head_dim)
@@ -46,4 +47,4 @@ class MimICAdapter(Adapter):
         return (FFN_SITE,) if self.config.ffn_shift else ()
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, float]:
-        return self.ffn_shift[list(self.layers).index(index)], 1.0
+        return self.ffn_shift[list(self.backbone.layers).index(int(index))], 1.0

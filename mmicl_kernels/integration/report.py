@@ -1,0 +1,76 @@
+"""Which layers of a model were patched with what."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+from mmicl_kernels.integration.anchors import Anchor
+from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One decoder layer.
+
+    Attributes:
+        index: of the layer. mixer: the class of its attention, or of what it has in its place.
+        attention: names of the adapters that shift its attention. residual: of those that act on its
+        residual stream, by site: "after_attention", "mlp", "layer".
+        skipped: what does not act here and why, or "".
+    """
+
+    index: int
+    mixer: str
+    attention: tuple[str, ...] = ()
+    residual: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"attention of {', '.join(self.attention)}"] if self.attention else []
+        parts += [f"{site} of {', '.join(names)}" for site, names in self.residual]
+        parts += [self.skipped] if self.skipped else []
+        return f"{self.mixer}: {'; '.join(parts) or 'untouched'}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """``layers`` of the decoder; ``embedding`` names the adapters whose fused tokens enter there.
+
+    As a string it has one line per run of layers that are alike.
+    """
+
+    layers: tuple[LayerReport, ...]
+    embedding: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"embedding  fused tokens of {', '.join(self.embedding)}"] if self.embedding else []
+        for text, run in groupby(self.layers, key=str):
+            first, *rest = (layer.index for layer in run)
+            lines.append(f"layers {first}-{rest[-1]}  {text}" if rest else f"layer {first}  {text}")
+        return "\n".join(lines)
+
+
+def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping[str, Adapter]) -> Report:
+    """``mixers`` are those of all layers, ``anchors`` the layers that may be patched."""
+    found = {anchor.index: anchor for anchor in anchors}
+    gates = tuple(name for name, adapter in adapters.items() if isinstance(adapter, MimICAdapter))
+    sites = dict.fromkeys(site.module for adapter in adapters.values() for site in adapter.residual_sites)
+    residual = tuple((site, tuple(x for x in adapters if _acts(adapters[x], site))) for site in sites)
+    layers = []
+    for index, mixer in enumerate(mixers):
+        name = type(mixer).__name__
+        if index not in found:
+            layers.append(LayerReport(index, name, skipped="skipped: it attends to images"))
+        elif found[index].self_attn is None:
+            missing = f"no softmax for {', '.join(gates)} to shift" if gates else ""
+            layers.append(LayerReport(index, name, residual=residual, skipped=missing))
+        else:
+            layers.append(LayerReport(index, name, gates, residual))
+    fused = tuple(name for name, adapter in adapters.items() if isinstance(adapter, AIMAdapter))
+    return Report(tuple(layers), fused)
+
+
+def _acts(adapter: Adapter, site: str) -> bool:
+    return any(x.module == site for x in adapter.residual_sites)

@@ -1,0 +1,136 @@
+"""The Gemma decoders around Gemma3: PaliGemma (Gemma), PaliGemma2 (Gemma2, soft-capped) and Gemma4."""
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmicl_kernels.testing.tiny_models.common import (
+    IMAGE_ID,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    TEXT,
+    VISION,
+    place_images,
+)
+
+# Gemma4 pools each 2 x 2 square of patches into one image token.
+_GEMMA4_PATCH = 2
+_GEMMA4_POOL = 2
+# Checkpoints have 30, which logits of tiny models would not feel.
+_FINAL_SOFTCAP = 1.0
+
+
+def _gemma4(implementation: str) -> PreTrainedModel:
+    config = transformers.Gemma4Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 4,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            # The last two layers have no keys of their own: each reads those of the layer of its type above.
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": TEXT["vocab_size"],
+            "use_bidirectional_attention": "vision",
+            "final_logit_softcapping": _FINAL_SOFTCAP,
+        },
+        vision_config={
+            **{key: value for key, value in VISION.items() if key != "image_size"},
+            "num_key_value_heads": VISION["num_attention_heads"],
+            "head_dim": 8,
+            "patch_size": _GEMMA4_PATCH,
+            "pooling_kernel_size": _GEMMA4_POOL,
+            "position_embedding_size": 16,
+        },
+        image_token_id=IMAGE_ID,
+        boi_token_id=IMAGE_ID + 1,
+        eoi_token_id=IMAGE_ID + 2,
+        video_token_id=IMAGE_ID + 3,
+        attn_implementation=implementation,
+    )
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
+def _gemma4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    side = IMAGE_SIZE // _GEMMA4_PATCH
+    place_images(ids, attention_mask, (side // _GEMMA4_POOL) ** 2, IMAGE_ID + 1, IMAGE_ID + 2)
+    patches = pixels.unfold(2, _GEMMA4_PATCH, _GEMMA4_PATCH).unfold(3, _GEMMA4_PATCH, _GEMMA4_PATCH)
+    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "mm_token_type_ids": (ids == IMAGE_ID).int(),
+        "pixel_values": patches,
+        "image_position_ids": positions.expand(pixels.shape[0], -1, -1).clone(),
+    }
+
+
+def _paligemma(text_config: dict, implementation) -> PreTrainedModel:
+    config = transformers.PaliGemmaConfig(
+        text_config={**TEXT, **text_config},
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=IMAGE_ID,
+        projection_dim=TEXT["hidden_size"],
+        attn_implementation=implementation,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _paligemma1(implementation: str) -> PreTrainedModel:
+    return _paligemma({"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8}, implementation)
+
+
+def _paligemma2(implementation: str) -> PreTrainedModel:
+    text_config = {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": _FINAL_SOFTCAP,
+    }
+    # SDPA has no soft-capping: transformers 5.23 refuses it for Gemma2, 5.17 silently leaves the cap out.
+    text_implementation = "eager" if implementation == "sdpa" else implementation
+    return _paligemma(text_config, {"": implementation, "text_config": text_implementation})
+
+
+def _paligemma_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    place_images(ids, attention_mask, (IMAGE_SIZE // PATCH_SIZE) ** 2)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        # A prompt without a target is all prefix, which attends in both directions.
+        "token_type_ids": torch.zeros_like(ids),
+        "pixel_values": pixels,
+    }
+
+
+def _vary_norms(model: PreTrainedModel) -> None:
+    """Norm weights start as the identity, which would hide a norm that is left out."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def _prepare_gemma4(model: PreTrainedModel) -> None:
+    _vary_norms(model)
+    model.model.vision_tower.patch_embedder.position_embedding_table.normal_()
+    for scale, layer in zip((0.5, 1.5, 0.75, 1.25), model.model.language_model.layers, strict=True):
+        layer.layer_scalar.fill_(scale)
+
+
+def _prepare_paligemma2(model: PreTrainedModel) -> None:
+    _vary_norms(model)
+    # Attention logits that reach a fair part of the cap.
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.weight.mul_(4.0)
+
+
+BUILDERS = {"gemma4": _gemma4, "paligemma": _paligemma1, "paligemma2": _paligemma2}
+INPUTS = {"gemma4": _gemma4_inputs, "paligemma": _paligemma_inputs}
+PREPARE = {"gemma4": _prepare_gemma4, "paligemma": _vary_norms, "paligemma2": _prepare_paligemma2}

@@ -1,0 +1,80 @@
+"""GLM-4.1V and GLM-4.5V: positions of three dimensions on part of each head, interleaved in pairs."""
+
+import transformers
+from transformers import PreTrainedModel
+
+from mmicl_kernels.testing.tiny_models import qwen
+from mmicl_kernels.testing.tiny_models.common import IMAGE_ID, IMAGE_SIZE, PATCH_SIZE, TEXT
+
+_IDS = {
+    "image_token_id": IMAGE_ID,
+    "video_token_id": IMAGE_ID + 1,
+    "image_start_token_id": IMAGE_ID + 2,
+    "image_end_token_id": IMAGE_ID + 3,
+    "video_start_token_id": IMAGE_ID - 4,
+    "video_end_token_id": IMAGE_ID - 3,
+}
+_TEXT = {
+    **TEXT,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [1, 1, 1],
+        "partial_rotary_factor": 0.75,
+        "rope_theta": 1e4,
+    },
+}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": TEXT["hidden_size"],
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+}
+_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+
+
+def _glm4v(implementation: str) -> PreTrainedModel:
+    config = transformers.Glm4vConfig(
+        text_config=_TEXT, vision_config=_VISION, **_IDS, attn_implementation=implementation
+    )
+    return transformers.Glm4vForConditionalGeneration(config)
+
+
+def _glm4v_moe(implementation: str) -> PreTrainedModel:
+    config = transformers.Glm4vMoeConfig(
+        text_config={**_TEXT, **_EXPERTS},
+        vision_config=_VISION,
+        **_IDS,
+        attn_implementation=implementation,
+    )
+    return transformers.Glm4vMoeForConditionalGeneration(config)
+
+
+def _sharpen(model: PreTrainedModel) -> None:
+    """Let images and routers matter: their initial values make them vanish or all but uniform."""
+    for name, parameter in model.named_parameters():
+        # A product of two small factors: without this an image is far below the epsilon of the first norm.
+        if ".visual.merger." in name and name.endswith("_proj.weight"):
+            parameter.mul_(8.0)
+        if name.endswith("mlp.gate.weight"):
+            parameter.mul_(8.0)
+
+
+def _sharpen_experts(model: PreTrainedModel) -> None:
+    _sharpen(model)
+    # The default, grouped_mm, has no fp64, which references need.
+    model.set_experts_implementation("batched_mm")
+
+
+BUILDERS = {"glm4v": _glm4v, "glm4v_moe": _glm4v_moe}
+PREPARE = {"glm4v": _sharpen, "glm4v_moe": _sharpen_experts}
+INPUTS = dict.fromkeys(BUILDERS, qwen.INPUTS["qwen2_5_vl"])

@@ -1,0 +1,154 @@
+"""Decoders that mix kinds of layers: Mllama (cross-attention), Cohere2 Vision (sliding), LFM2-VL (convolution)."""
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmicl_kernels.testing.tiny_models.common import IMAGE_ID, IMAGE_SIZE, TEXT, VISION, place_images
+
+_LAYERS = 4
+_MLLAMA_TILES = 2
+# Cohere2 Vision and LFM2-VL merge each 2 x 2 square of patches into one image token.
+_PATCH_SIZE = 2
+_MERGE = 2
+
+
+def _mllama(implementation: str) -> PreTrainedModel:
+    intermediate_layers = list(range(VISION["num_hidden_layers"]))
+    config = transformers.MllamaConfig(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": _LAYERS,
+            "cross_attention_layers": [1, 3],
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+        vision_config={
+            **VISION,
+            "num_global_layers": 1,
+            "max_num_tiles": _MLLAMA_TILES,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            "intermediate_layers_indices": intermediate_layers,
+            "vision_output_dim": VISION["hidden_size"] * (1 + len(intermediate_layers)),
+        },
+        image_token_index=IMAGE_ID,
+        attn_implementation=implementation,
+    )
+    return transformers.MllamaForConditionalGeneration(config)
+
+
+def _mllama_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    place_images(ids, attention_mask, 1)
+    # The image fills the first tile; the second one is padding, which nothing attends to.
+    tiles = torch.stack([pixels, torch.zeros_like(pixels)], dim=1)
+    tile_mask = torch.tensor([1, 0])
+    sees_image = (ids == IMAGE_ID).long().cumsum(1)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "pixel_values": tiles[:, None],
+        "aspect_ratio_ids": torch.ones(ids.shape[0], 1, dtype=torch.long),
+        "aspect_ratio_mask": tile_mask.repeat(ids.shape[0], 1, 1),
+        "cross_attention_mask": sees_image[:, :, None, None] * tile_mask,
+    }
+
+
+def _cohere2_vision(implementation: str) -> PreTrainedModel:
+    config = transformers.Cohere2VisionConfig(
+        text_config={
+            **TEXT,
+            "model_type": "cohere2",
+            "num_hidden_layers": _LAYERS,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        vision_config={
+            **VISION,
+            "model_type": "siglip_vision_model",
+            "patch_size": _PATCH_SIZE,
+            "vision_use_head": False,
+        },
+        downsample_factor=_MERGE,
+        alignment_intermediate_size=32,
+        image_token_id=IMAGE_ID,
+        attn_implementation=implementation,
+    )
+    return transformers.Cohere2VisionForConditionalGeneration(config)
+
+
+def _place_merged_images(ids, attention_mask) -> None:
+    side = IMAGE_SIZE // _PATCH_SIZE // _MERGE
+    place_images(ids, attention_mask, side * side, IMAGE_ID + 1, IMAGE_ID + 2)
+
+
+def _cohere2_vision_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    _place_merged_images(ids, attention_mask)
+    return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
+
+
+def _lfm2_vl(implementation: str) -> PreTrainedModel:
+    config = transformers.Lfm2VlConfig(
+        text_config={
+            **TEXT,
+            "model_type": "lfm2",
+            "num_hidden_layers": _LAYERS,
+            "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+        },
+        vision_config={
+            **{key: value for key, value in VISION.items() if key != "image_size"},
+            "model_type": "siglip2_vision_model",
+            "patch_size": _PATCH_SIZE,
+            "num_patches": (IMAGE_SIZE // _PATCH_SIZE) ** 2,
+            "vision_use_head": False,
+        },
+        downsample_factor=_MERGE,
+        projector_hidden_size=24,
+        image_token_id=IMAGE_ID,
+        attn_implementation=implementation,
+    )
+    return transformers.Lfm2VlForConditionalGeneration(config)
+
+
+def _lfm2_vl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    _place_merged_images(ids, attention_mask)
+    side = IMAGE_SIZE // _PATCH_SIZE
+    patches = pixels.unfold(2, _PATCH_SIZE, _PATCH_SIZE).unfold(3, _PATCH_SIZE, _PATCH_SIZE)
+    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "pixel_values": patches,
+        "spatial_shapes": torch.tensor([[side, side]] * ids.shape[0]),
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+    }
+
+
+def _vary_norms(model: PreTrainedModel) -> None:
+    """Norm weights start as the identity, which would hide a norm that is left out."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def _prepare_mllama(model: PreTrainedModel) -> None:
+    _vary_norms(model)
+    for name, parameter in model.named_parameters():
+        # Gates start (almost) closed: no image would reach the text.
+        if "gate" in name.rpartition(".")[2]:
+            parameter.fill_(0.5)
+        # What the cross-attention brings would be far smaller than the stream.
+        if name.endswith(("cross_attn.v_proj.weight", "cross_attn.o_proj.weight")):
+            parameter.mul_(4.0)
+
+
+BUILDERS = {"mllama": _mllama, "cohere2_vision": _cohere2_vision, "lfm2_vl": _lfm2_vl}
+INPUTS = {"mllama": _mllama_inputs, "cohere2_vision": _cohere2_vision_inputs, "lfm2_vl": _lfm2_vl_inputs}
+PREPARE = {"mllama": _prepare_mllama, "cohere2_vision": _vary_norms, "lfm2_vl": _vary_norms}

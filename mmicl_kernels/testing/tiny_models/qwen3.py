@@ -1,0 +1,197 @@
+"""Qwen2-VL and the Qwen3 generation: deepstack, experts, hybrids of linear and gated attention."""
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import interpolate
+from transformers import PreTrainedModel
+
+from mmicl_kernels.testing.tiny_models import qwen
+from mmicl_kernels.testing.tiny_models.common import (
+    IMAGE_ID,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    TEXT,
+    VISION,
+    place_images,
+)
+
+_IDS = {
+    "image_token_id": IMAGE_ID,
+    "video_token_id": IMAGE_ID + 1,
+    "vision_start_token_id": IMAGE_ID + 2,
+    "vision_end_token_id": IMAGE_ID + 3,
+}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": TEXT["hidden_size"],
+    "num_position_embeddings": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    "patch_size": PATCH_SIZE,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+}
+_DEEPSTACK_VISION = {**_VISION, "deepstack_visual_indexes": [0, 1]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# As in the checkpoints, heads are wider than hidden_size / heads, and the axes' frequencies alternate.
+_QWEN3_TEXT = {
+    **TEXT,
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+        "rope_theta": 1e4,
+    },
+}
+_HYBRID_TEXT = {
+    **_QWEN3_TEXT,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 1e4,
+    },
+}
+
+
+def _qwen2_vl(implementation: str) -> PreTrainedModel:
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            **TEXT,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": TEXT["hidden_size"],
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": 1,
+            "temporal_patch_size": 1,
+        },
+        **_IDS,
+        attn_implementation=implementation,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen3_vl(implementation: str) -> PreTrainedModel:
+    config = transformers.Qwen3VLConfig(
+        text_config=_QWEN3_TEXT,
+        vision_config=_DEEPSTACK_VISION,
+        **_IDS,
+        attn_implementation=implementation,
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen3_vl_moe(implementation: str) -> PreTrainedModel:
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**_QWEN3_TEXT, **_EXPERTS},
+        vision_config=_DEEPSTACK_VISION,
+        **_IDS,
+        attn_implementation=implementation,
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _qwen3_5(implementation: str) -> PreTrainedModel:
+    config = transformers.Qwen3_5Config(
+        text_config=_HYBRID_TEXT, vision_config=_VISION, **_IDS, attn_implementation=implementation
+    )
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+def _qwen3_5_moe(implementation: str) -> PreTrainedModel:
+    config = transformers.Qwen3_5MoeConfig(
+        text_config={**_HYBRID_TEXT, **_EXPERTS, "shared_expert_intermediate_size": 24},
+        vision_config=_VISION,
+        **_IDS,
+        attn_implementation=implementation,
+    )
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+def _minicpmv4_6(implementation: str) -> PreTrainedModel:
+    config = transformers.MiniCPMV4_6Config(
+        text_config={**_HYBRID_TEXT, "model_type": "qwen3_5_text"},
+        vision_config=VISION,
+        insert_layer_id=0,
+        image_token_id=IMAGE_ID,
+        video_token_id=IMAGE_ID + 1,
+        attn_implementation=implementation,
+    )
+    return transformers.MiniCPMV4_6ForConditionalGeneration(config)
+
+
+def _minicpmv4_6_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    # Two merges of 2 x 2 patches leave four tokens of the enlarged image.
+    pixels = interpolate(pixels, scale_factor=4, mode="bilinear")
+    side = pixels.shape[-1] // PATCH_SIZE
+    place_images(ids, attention_mask, (side // 4) ** 2, IMAGE_ID + 2, IMAGE_ID + 3)
+    patches = pixels.unfold(2, PATCH_SIZE, PATCH_SIZE).unfold(3, PATCH_SIZE, PATCH_SIZE)
+    # All patches of all images lie side by side: [1, 3, patch, images * patches * patch].
+    packed = patches.permute(1, 4, 0, 2, 3, 5).flatten(2)[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        "pixel_values": packed,
+        "target_sizes": torch.tensor([[side, side]] * ids.shape[0], dtype=torch.int32),
+    }
+
+
+def _sharpen(model: PreTrainedModel) -> None:
+    """Let norms, routers and recurrences matter: their initial values make them all but uniform."""
+    for name, parameter in model.named_parameters():
+        # These norms undo the scale of q_proj and k_proj; some weights count from 0, some from 1.
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.add_(0.5)
+        if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+            parameter.mul_(8.0)
+        if ".linear_attn.in_proj_" in name or name.endswith("conv1d.weight"):
+            parameter.mul_(8.0)
+        # Initially the state decays by up to e^-20 a token, and nothing is remembered.
+        if name.endswith("A_log"):
+            parameter.uniform_(-3.0, 0.0)
+
+
+def _sharpen_experts(model: PreTrainedModel) -> None:
+    _sharpen(model)
+    # The default, grouped_mm, has no fp64, which references need.
+    model.set_experts_implementation("batched_mm")
+
+
+BUILDERS = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5_moe,
+    "minicpmv4_6": _minicpmv4_6,
+}
+PREPARE = {
+    "qwen3_vl": _sharpen,
+    "qwen3_vl_moe": _sharpen_experts,
+    "qwen3_5": _sharpen,
+    "qwen3_5_moe": _sharpen_experts,
+    "minicpmv4_6": _sharpen,
+}
+INPUTS = {
+    **dict.fromkeys((name for name in BUILDERS if name != "minicpmv4_6"), qwen.INPUTS["qwen2_5_vl"]),
+    "minicpmv4_6": _minicpmv4_6_inputs,
+}
