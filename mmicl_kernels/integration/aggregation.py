@@ -23,7 +23,7 @@ def text_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     Neither padding nor what begins a text is among them; what ends it is: there all of it has been read.
     """
     ids = inputs["input_ids"]
-    visual = _among(ids, _visual_ids(model))
+    visual = visual_tokens(model, ids)
     additional = getattr(model.config, "additional_vocab_size", 0)  # Idefics v1 keeps its image markers there
     if additional:
         visual |= ids >= model.config.vocab_size
@@ -39,9 +39,12 @@ def special_ids(config: object, name: str) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _visual_ids(model: nn.Module) -> list[int]:
+def visual_tokens(model: nn.Module, ids: Tensor) -> Tensor:
+    """Where ``ids`` stand for images or frames, or begin or end them, as the configuration names them."""
     names = [name for name in vars(model.config) if name.endswith(("_token_id", "_token_index"))]
-    return [x for name in names if name.startswith(VISUAL) for x in special_ids(model.config, name)]
+    return _among(
+        ids, [x for name in names if name.startswith(VISUAL) for x in special_ids(model.config, name)]
+    )
 
 
 def _among(ids: Tensor, values: list[int]) -> Tensor:

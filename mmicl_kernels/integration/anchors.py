@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmicl_kernels.integration.families import DECODERS, FAMILIES, Decoder, Family
+from mmicl_kernels.integration.parallel import class_name
 from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
 
 FINGERPRINT_SAMPLES = 64
@@ -107,7 +108,9 @@ def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, Decoder]:
 
 def refuse_method(model: nn.Module, method: str, anchors: list[Anchor]) -> None:
     """Raise UnsupportedModelError, which says why, if ``method`` cannot apply to ``model``."""
-    reason = family_of(model).refuses.get(method)
+    option, reason = family_of(model).refuses.get(method, (None, None))
+    if option is None or not getattr(model.config.get_text_config(), option, None):
+        reason = None
     if method == "mimic" and not any(anchor.num_heads for anchor in anchors):
         reason = "no layer has softmax attention"
     if reason is not None:
@@ -118,7 +121,7 @@ def describe_backbone(model: nn.Module, anchors: list[Anchor]) -> Backbone:
     """The identity an adapter keeps of the model it belongs to."""
     text = model.config.get_text_config()
     return Backbone(
-        model_class=type(model).__name__,
+        model_class=class_name(model),
         model_type=model.config.model_type,
         text_model_type=text.model_type,
         hidden_size=text.hidden_size,
@@ -137,7 +140,7 @@ def check_backbone(adapter: Adapter, backbone: Backbone) -> None:
 
 
 def _decoder_of(model: nn.Module, text: object, where: str) -> Decoder:
-    name = text.model_type
+    name = text.model_type + (":norm_after" if getattr(text, "norm_after", False) else "")
     if name not in DECODERS:
         raise UnsupportedModelError(
             f"{where} with a text model of type {name!r}, expected one of "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import Anchor
-from mmicl_kernels.integration.parallel import tensor_parallel_rank
+from mmicl_kernels.integration.parallel import local_heads
 from mmicl_kernels.integration.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.integration.slots import SlotStack, for_batch
 from mmicl_kernels.methods import Adapter, MimICAdapter
@@ -61,11 +61,7 @@ class PatchedLayer(SlotStack):
 
     def _local(self, parameters: list[Tensor], H: int) -> list[Tensor]:
         """The rows of H consecutive heads: with tensor parallelism an attention sees its share alone."""
-        if self._anchor.num_heads == H:
-            return parameters
-        first = H * tensor_parallel_rank(self._anchor.projection)
-        dims = {"weight": -2, "bias": -1, "shift": -2}
-        return [x.narrow(dims[name], first, H) for name, x in zip(PARAMETERS, parameters, strict=True)]
+        return local_heads(parameters, H, self._anchor.num_heads, self._anchor.projection)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         if not isinstance(adapter, MimICAdapter):

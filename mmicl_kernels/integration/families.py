@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 class Family:
     """A model class, keyed in ``FAMILIES`` by its ``config.model_type``.
 
-    ``layers`` is the path of the text decoder's list of layers. ``refuses`` maps a method that cannot
-    apply to the reason.
+    ``layers`` is the path of the text decoder's list of layers. ``refuses`` maps a method to the option of
+    the text config with which it cannot apply, and the reason. ``per_image`` are inputs that have one entry
+    per token in other families, but not in this one.
     """
 
     layers: str
-    refuses: dict[str, str] = field(default_factory=dict)
+    refuses: dict[str, tuple[str, str]] = field(default_factory=dict)
+    per_image: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Decoder:
     ``projection`` maps its heads back; or one of ``mixers``, which has no softmax for MimIC to shift; or one
     of ``skipped``, and then no method touches it. ``after_attention`` and ``after_mlp`` are what returns the
     last of a branch before it joins the residual stream, where that is another module than the branch's own.
+    A text config whose ``norm_after`` is true is looked up as ``model_type:norm_after``.
     ``requires`` are values of the text config without which a layer is built in another order.
     ``shares_kv``: layers read the keys of earlier ones, which reentrant checkpointing cuts off.
     """
@@ -50,9 +53,15 @@ FAMILIES = {
     "gemma3": _LANGUAGE_MODEL,
     "gemma4": Family(
         "model.language_model.layers",
-        refuses={"aim": "every layer looks up an embedding of its own by the placeholder's id"},
+        refuses={
+            "aim": (
+                "hidden_size_per_layer_input",
+                "every layer looks up an embedding of its own by the placeholder's id",
+            )
+        },
     ),
     "glm4v": _LANGUAGE_MODEL,
+    "glm4v_moe": _LANGUAGE_MODEL,
     # Its gated cross-attention layers stand in a list of their own and are never touched.
     "idefics": _FLAT,
     "idefics2": _TEXT_MODEL,
@@ -71,7 +80,7 @@ FAMILIES = {
     "molmo2": _LANGUAGE_MODEL,
     "ovis2": _LANGUAGE_MODEL,
     "paligemma": _LANGUAGE_MODEL,
-    "phi4_multimodal": _FLAT,
+    "phi4_multimodal": Family("model.layers", per_image=("image_attention_mask",)),
     "qwen2": _FLAT,
     "qwen2_5_vl": _LANGUAGE_MODEL,
     "qwen2_vl": _LANGUAGE_MODEL,
@@ -98,6 +107,7 @@ DECODERS = {
     ),
     # Here post_attention_layernorm is the norm before the MLP.
     "glm4v_text": Decoder(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
+    "glm4v_moe_text": _PRE_NORM,
     "idefics": _PRE_NORM,
     "lfm2": Decoder(projection="out_proj", mlp="feed_forward", mixers=("conv",)),
     "llama": _PRE_NORM,
@@ -105,6 +115,10 @@ DECODERS = {
     "mistral": _PRE_NORM,
     "mllama_text_model": Decoder(skipped=("cross_attn",)),
     "molmo2_text": _PRE_NORM,
+    # The same modules the other way around: a branch, then its norm.
+    "molmo2_text:norm_after": Decoder(
+        after_attention="input_layernorm", after_mlp="post_attention_layernorm"
+    ),
     "opt": Decoder(projection="out_proj", mlp="fc2", requires={"do_layer_norm_before": True}),
     "phi4_multimodal": _PRE_NORM,
     "qwen2": _PRE_NORM,

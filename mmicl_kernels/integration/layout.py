@@ -83,8 +83,10 @@ def _last_that_fit(chosen: Sequence[int], lengths: Mapping[int, int], room: int 
     return list(chosen[first:])
 
 
-def grow(inputs: Mapping[str, object], plan: Plan, placeholder_id: int, pad_id: int) -> dict[str, object]:
-    """``inputs`` with every per-token entry as long as the plan; the others as they are.
+def grow(
+    inputs: Mapping[str, object], plan: Plan, placeholder_id: int, pad_id: int, per_image: Sequence[str] = ()
+) -> dict[str, object]:  # fmt: skip
+    """``inputs`` with every per-token entry as long as the plan; the others, and ``per_image``, as they are.
 
     Raises:
         ValueError: an input that the model has to make itself, or one that looks as if it had one entry
@@ -93,6 +95,8 @@ def grow(inputs: Mapping[str, object], plan: Plan, placeholder_id: int, pad_id: 
     R, T = inputs["input_ids"].shape
     grown = dict(inputs)
     for name, value in inputs.items():
+        if name in per_image:
+            continue
         if name in REFUSED and value is not None:
             raise ValueError(f"{name} was given, expected none: the model makes it for the longer prompt")
         if name in FILL and value is not None:

@@ -7,16 +7,23 @@ from itertools import accumulate, cycle
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.integration.aggregation import special_ids
+from mmicl_kernels.integration.aggregation import special_ids, visual_tokens
+from mmicl_kernels.integration.anchors import family_of
 from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.layout import Plan, grow, lay_out
 from mmicl_kernels.library import DemonstrationBank, FusedTokens
 from mmicl_kernels.ops import prefix_splice_
 
+ANY = -1
+
 
 @dataclass(frozen=True)
 class Prefix:
-    """The fused tokens of the batch that was spliced last, on the embedding's device."""
+    """The fused tokens of the batch that was spliced last, on the embedding's device.
+
+    ``input_ids`` are what the embedding will be asked for; ``ANY`` where a model may write something else
+    before, as some do for images.
+    """
 
     input_ids: Tensor
     tokens: FusedTokens
@@ -48,9 +55,8 @@ class EmbeddingHook(ForwardHook):
             torch._assert_async(~placeholders.any(), self._complaint)
             return output
         # Beams of a request lie together; a prompt that is read again without a cache has grown at its end.
-        # Ids outside of the vocabulary are images, for which some models write another before they look up.
         expected = prefix.input_ids[:, None]
-        same = (ids[:, :L].unflatten(0, (R, -1)) == expected) | (expected >= module.weight.shape[0])
+        same = (ids[:, :L].unflatten(0, (R, -1)) == expected) | (expected == ANY)
         spliced = same.flatten(2).all(-1)
         torch._assert_async((spliced | ~placeholders.view_as(spliced)).all(), self._complaint)
         starts = prefix.starts.where(spliced.all(-1), ids.shape[1])  # a plain prompt stays as it is
@@ -100,7 +106,7 @@ class Splicer:
         lead = torch.isin(first, bos.to(first)).int().tolist()
         plan = lay_out(own, lead, demonstrations, lengths, max_length)
         # They take turns, so that prompts of the splice before are not taken for those of this one.
-        grown = grow(inputs, plan, next(self._turns), self._pad_id())
+        grown = grow(inputs, plan, next(self._turns), self._pad_id(), family_of(self._model).per_image)
         self.hook.prefix = self._prefix(grown["input_ids"], plan, tokens)
         return grown
 
@@ -125,7 +131,9 @@ class Splicer:
             tokens = self.bank.fused
         cu_demos = [0, *accumulate(plan.counts)]
         numbers = (torch.tensor(x, dtype=torch.int64) for x in (chosen, cu_demos, plan.starts))
-        return Prefix(ids.to(self.device), tokens, *(x.to(self.device) for x in numbers))
+        images = visual_tokens(self._model, ids) | (ids >= self.hook.module.weight.shape[0])
+        ids = ids.masked_fill(images, ANY).to(self.device)
+        return Prefix(ids, tokens, *(x.to(self.device) for x in numbers))
 
     def _pad_id(self) -> int:
         text = self._model.config.get_text_config()

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 import mmicl_kernels as mk
 
 NAME = "published_mimic"
-SELF_ATTENTIONS = re.compile(r"^model\.(?:text_model\.|language_model\.)?layers\.(\d+)\.self_attn$")
+SELF_ATTENTIONS = re.compile(
+    r"^(?:model|language_model\.model)\.(?:text_model\.|language_model\.|decoder\.)?layers\.(\d+)\.self_attn$"
+)
 
 
 @dataclass
@@ -31,12 +33,13 @@ class Layer:
     normalizer: str
 
 
-def published_attention(module, query, key, value, attention_mask, scaling, **_):
+def published_attention(module, query, key, value, attention_mask, scaling, softcap=None, **_):
     """``attn + mu * shift`` with ``mu = Z1 / (Z1 + Z2)``; Z2 is unmasked when "all_keys"."""
     layer = module.config.published_layer
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     masked = scores + additive_mask(attention_mask, scores)
     blind = (masked == -torch.inf).all(-1, keepdim=True)
     masked = masked.masked_fill(blind, 0.0)
@@ -101,15 +104,24 @@ def in_double(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model).double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            gemma = type(module).__name__.startswith("Gemma")
-            eps = module.eps if gemma else module.variance_epsilon
-            weight = module.weight + 1 if gemma else module.weight
-            module.forward = partial(_rms_norm, weight=weight, eps=eps)
+            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+            module.forward = partial(_rms_norm, scale=_scale_of(module, eps), eps=eps)
     return model
 
 
-def _rms_norm(hidden: Tensor, *, weight: Tensor, eps: float) -> Tensor:
-    return weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps))
+@torch.no_grad()
+def _scale_of(norm: nn.Module, eps: float) -> Tensor | float:
+    """What ``norm`` multiplies by: its weight, one more than that in Gemma and Qwen3.5, or nothing."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return 1.0
+    x = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen = norm(x) / _rms_norm(x, scale=1.0, eps=eps)
+    return min(weight, weight + 1, key=lambda scale: float((seen - scale).norm()))
+
+
+def _rms_norm(hidden: Tensor, *, scale: Tensor | float, eps: float) -> Tensor:
+    return scale * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps))
 
 
 def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

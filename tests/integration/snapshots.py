@@ -5,9 +5,9 @@ from published import logits
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 
 
-def used_model(name):
+def used_model(name, base="sdpa"):
     """transformers installs hooks of its own in the first forward."""
-    model = tiny_model(name)
+    model = tiny_model(name, attn_implementation=base)
     logits(model, tiny_inputs(model))
     return model
 

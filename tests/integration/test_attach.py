@@ -286,7 +286,8 @@ class Unsupported:
     @staticmethod
     def unknown_text_model():
         config = LlavaConfig(text_config=GPTNeoXConfig(**TEXT), vision_config=clip())
-        return LlavaForConditionalGeneration(config), ["llava", "gpt_neox", "llama", "qwen2", "query_key_value"]
+        model = LlavaForConditionalGeneration(config)
+        return model, ["llava", "gpt_neox", "llama", "qwen2", "GPTNeoXAttention"]
 
     @staticmethod
     def missing_child():

@@ -4,16 +4,12 @@ import pytest
 import torch
 from published import logits, random_adapter
 from snapshots import assert_same_objects, snapshot, used_model
+from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
 from transformers import GenerationConfig
 
 import mmicl_kernels as mk
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, VOCABULARY, tiny_inputs, tiny_model
-
-# What the bank's demonstrations are made of: ordinary tokens, so that prompts can have them too.
-DEMONSTRATIONS = [[5, 9, 11], [], [7], [20, 21, 22, 23, 24, 25, 26], [7, 7]]
-CHOSEN = [[0, 3], [4, 1, 0, 0]]
-PLACEHOLDER = 59
 
 
 @pytest.fixture(params=TINY_MODELS)
@@ -22,44 +18,7 @@ def model(request):
 
 
 def attached(model, **options):
-    return mk.attach(model, mk.create(model, mk.AIMConfig()), placeholder_ids=(PLACEHOLDER, 58), **options)
-
-
-@torch.no_grad()
-def ordinary_tokens(model):
-    """The bank as the embeddings of ``DEMONSTRATIONS``."""
-    lengths = [len(x) for x in DEMONSTRATIONS]
-    ids = torch.tensor([token for x in DEMONSTRATIONS for token in x])
-    rows = model.get_input_embeddings()(ids)
-    return FusedTokens(rows, torch.tensor([0, *lengths]).cumsum(0), None)
-
-
-def longer(inputs, chosen, begins=()):
-    """``inputs`` written anew with the demonstrations' ids, row by row; padded where they are."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-    right = not mask[:, -1].all()
-    fused = torch.tensor([sum(len(DEMONSTRATIONS[d]) for d in of) for of in chosen])
-    L = int((mask.sum(-1) + fused).max())
-    out = {name: x for name, x in inputs.items() if not per_token(name)}
-    for name in filter(per_token, inputs):
-        x = inputs[name]
-        rows = []
-        for r, of in enumerate(chosen):
-            own = x[r][mask[r]]
-            lead = int(int(ids[r][mask[r]][0]) in begins)
-            tokens = [token for d in of for token in DEMONSTRATIONS[d]]
-            prefix = torch.full((len(tokens), *x.shape[2:]), int(name == "attention_mask"), dtype=x.dtype)
-            if name == "input_ids":
-                prefix = torch.tensor(tokens, dtype=x.dtype)
-            row = torch.cat([own[:lead], prefix, own[lead:]])
-            padding = torch.zeros(L - len(row), *x.shape[2:], dtype=x.dtype)
-            rows.append(torch.cat([row, padding] if right else [padding, row]))
-        out[name] = torch.stack(rows)
-    return out
-
-
-def per_token(name):
-    return name in ("input_ids", "attention_mask", "image_attention_mask") or name.endswith("token_type_ids")
+    return mk.attach(model, mk.create(model, mk.AIMConfig()), placeholder_ids=PLACEHOLDERS, **options)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -122,7 +81,7 @@ def test_beside_another_adapter(model, config):
     with mk.attach(model, other):
         expected = logits(model, longer(inputs, CHOSEN))
     both = {"aim": mk.create(model, mk.AIMConfig()), "other": other}
-    with mk.attach(model, both, placeholder_ids=(PLACEHOLDER, 58)) as handle, handle.rows("other"):
+    with mk.attach(model, both, placeholder_ids=PLACEHOLDERS) as handle, handle.rows("other"):
         spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
         torch.testing.assert_close(logits(model, spliced), expected)
         with pytest.raises(ValueError, match="acts through splice"), handle.rows("aim"):
@@ -158,7 +117,7 @@ def test_what_is_not_spliced_stays_plain():
             with pytest.raises(RuntimeError, match="have a placeholder"):
                 model(input_ids=damaged)
         # A model may say the placeholder's id; in a step of decoding it is a token like any other.
-        said = torch.full((2, 1), PLACEHOLDER)
+        said = torch.full((2, 1), PLACEHOLDERS[0])
         with handle.disabled():
             expected = model(input_ids=said).logits
         assert torch.equal(model(input_ids=said).logits, expected)
@@ -201,7 +160,7 @@ def test_gradients_reach_tokens(model, checkpointing):
     with attached(model) as handle:
         spliced = handle.splice(inputs, CHOSEN, tokens=tokens)
         model(**spliced).logits[visible].square().sum().backward()
-        places = spliced["input_ids"] == PLACEHOLDER
+        places = spliced["input_ids"] == PLACEHOLDERS[0]
     expected = torch.zeros_like(tokens.rows)
     rows = [n for of in CHOSEN for d in of for n in range(*tokens.offsets[d : d + 2].tolist())]
     expected.index_add_(0, torch.tensor(rows), seen[0].grad[places])
@@ -301,7 +260,7 @@ def test_labels_grow():
     with attached(model) as handle:
         inputs["labels"] = inputs["input_ids"]
         spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
-    fused = spliced["input_ids"] == PLACEHOLDER
+    fused = spliced["input_ids"] == PLACEHOLDERS[0]
     own = (spliced["attention_mask"] == 1) & ~fused
     assert torch.equal(spliced["labels"][own], spliced["input_ids"][own])
     assert (spliced["labels"][~own] == -100).all()

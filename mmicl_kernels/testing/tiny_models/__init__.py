@@ -1,10 +1,23 @@
 """Tiny random LVLMs of real HuggingFace classes, built from configs: no downloads, seconds to run."""
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmicl_kernels.testing.tiny_models import gemma, idefics, llava, qwen
+from mmicl_kernels.testing.tiny_models import (
+    gemma,
+    gemma4,
+    glm,
+    hybrid,
+    idefics,
+    llava,
+    llava_like,
+    other,
+    qwen,
+    qwen3,
+    text,
+)
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
     IMAGE_SIZE,
@@ -24,13 +37,17 @@ __all__ = [
     "TINY_MODELS",
     "VISION",
     "VOCABULARY",
+    "is_available",
     "tiny_inputs",
     "tiny_model",
 ]
 
-_MODULES = (idefics, llava, qwen, gemma)
+_MODULES = (idefics, llava, llava_like, qwen, qwen3, gemma, gemma4, glm, hybrid, other, text)
 _BUILDERS = {name: builder for module in _MODULES for name, builder in module.BUILDERS.items()}
 _INPUTS = {model_type: inputs for module in _MODULES for model_type, inputs in module.INPUTS.items()}
+_PREPARE = {name: fn for module in _MODULES for name, fn in getattr(module, "PREPARE", {}).items()}
+# Classes that older versions of transformers lack.
+_NEEDS = {"molmo2": "Molmo2Config", "molmo2-norm_after": "Molmo2Config"}
 # Every family that is supported: the matrix of tests/families.
 ALL_MODELS = tuple(_BUILDERS)
 # Those that every other test runs on: each stands for a way in which families differ.
@@ -39,8 +56,13 @@ TINY_MODELS = ("gemma3", "idefics", "idefics2", "llava-llama", "llava-qwen2", "q
 PRE_NORM_MODELS = tuple(name for name in TINY_MODELS if name != "gemma3")
 
 
+def is_available(name: str) -> bool:
+    """Whether the installed transformers has the classes of one of ``ALL_MODELS``."""
+    return hasattr(transformers, _NEEDS.get(name, "PreTrainedModel"))
+
+
 def tiny_model(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """One of ``TINY_MODELS``, in eval mode, with weights large enough that attention is not uniform."""
+    """One of ``ALL_MODELS``, in eval mode, with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
     model = _BUILDERS[name](attn_implementation).eval()
     with torch.no_grad():
@@ -53,6 +75,8 @@ def tiny_model(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -
             # Gemma3 begins with a projection of zeros, which would hide the image.
             if parameter_name.endswith("mm_input_projection_weight"):
                 parameter.normal_()
+        if name in _PREPARE:
+            _PREPARE[name](model)
     return model
 
 

@@ -21,7 +21,7 @@ _GEMMA4_POOL = 2
 _FINAL_SOFTCAP = 1.0
 
 
-def _gemma4(implementation: str) -> PreTrainedModel:
+def _gemma4(text_config: dict, implementation: str) -> PreTrainedModel:
     config = transformers.Gemma4Config(
         text_config={
             **TEXT,
@@ -29,14 +29,9 @@ def _gemma4(implementation: str) -> PreTrainedModel:
             "head_dim": 8,
             "global_head_dim": 16,
             "sliding_window": 8,
-            # The last two layers have no keys of their own: each reads those of the layer of its type above.
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "use_double_wide_mlp": True,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": TEXT["vocab_size"],
-            "use_bidirectional_attention": "vision",
             "final_logit_softcapping": _FINAL_SOFTCAP,
+            **text_config,
         },
         vision_config={
             **{key: value for key, value in VISION.items() if key != "image_size"},
@@ -50,9 +45,36 @@ def _gemma4(implementation: str) -> PreTrainedModel:
         boi_token_id=IMAGE_ID + 1,
         eoi_token_id=IMAGE_ID + 2,
         video_token_id=IMAGE_ID + 3,
+        audio_token_id=IMAGE_ID - 3,
         attn_implementation=implementation,
     )
     return transformers.Gemma4ForConditionalGeneration(config)
+
+
+def _gemma4_small(implementation: str) -> PreTrainedModel:
+    """As E2B and E4B: per-layer embeddings; the last two layers read the keys of one of their type above."""
+    text_config = {
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": TEXT["vocab_size"],
+    }
+    return _gemma4(text_config, implementation)
+
+
+def _gemma4_moe(implementation: str) -> PreTrainedModel:
+    """As 26B-A4B: experts beside the MLP, global keys that are also the values, images attended both ways."""
+    text_config = {
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "use_bidirectional_attention": "vision",
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    }
+    return _gemma4(text_config, implementation)
 
 
 def _gemma4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -113,15 +135,22 @@ def _paligemma_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
 def _vary_norms(model: PreTrainedModel) -> None:
     """Norm weights start as the identity, which would hide a norm that is left out."""
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if "norm" in name and name.endswith(".weight"):
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 def _prepare_gemma4(model: PreTrainedModel) -> None:
     _vary_norms(model)
+    # Ones at the start, as are the scalars: no patch would know its place.
     model.model.vision_tower.patch_embedder.position_embedding_table.normal_()
     for scale, layer in zip((0.5, 1.5, 0.75, 1.25), model.model.language_model.layers, strict=True):
         layer.layer_scalar.fill_(scale)
+
+
+def _prepare_gemma4_moe(model: PreTrainedModel) -> None:
+    _prepare_gemma4(model)
+    # The default, grouped_mm, has no fp64, which references need.
+    model.set_experts_implementation("batched_mm")
 
 
 def _prepare_paligemma2(model: PreTrainedModel) -> None:
@@ -131,6 +160,16 @@ def _prepare_paligemma2(model: PreTrainedModel) -> None:
         layer.self_attn.q_proj.weight.mul_(4.0)
 
 
-BUILDERS = {"gemma4": _gemma4, "paligemma": _paligemma1, "paligemma2": _paligemma2}
+BUILDERS = {
+    "gemma4": _gemma4_small,
+    "gemma4-moe": _gemma4_moe,
+    "paligemma": _paligemma1,
+    "paligemma2": _paligemma2,
+}
 INPUTS = {"gemma4": _gemma4_inputs, "paligemma": _paligemma_inputs}
-PREPARE = {"gemma4": _prepare_gemma4, "paligemma": _vary_norms, "paligemma2": _prepare_paligemma2}
+PREPARE = {
+    "gemma4": _prepare_gemma4,
+    "gemma4-moe": _prepare_gemma4_moe,
+    "paligemma": _vary_norms,
+    "paligemma2": _prepare_paligemma2,
+}

@@ -65,7 +65,7 @@ def _sharpen(model: PreTrainedModel) -> None:
         # A product of two small factors: without this an image is far below the epsilon of the first norm.
         if ".visual.merger." in name and name.endswith("_proj.weight"):
             parameter.mul_(8.0)
-        if name.endswith("mlp.gate.weight"):
+        if name.endswith(("mlp.gate.weight", "mlp.experts.gate_up_proj")):
             parameter.mul_(8.0)
 
 

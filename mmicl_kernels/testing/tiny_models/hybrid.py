@@ -1,4 +1,4 @@
-"""Decoders that mix kinds of layers: Mllama (cross-attention), Cohere2 Vision (sliding), LFM2-VL (convolution)."""
+"""Decoders of mixed layers: Mllama (cross-attention), Cohere2 Vision (sliding), LFM2-VL (convolution)."""
 
 import torch
 import transformers
@@ -134,7 +134,7 @@ def _lfm2_vl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
 def _vary_norms(model: PreTrainedModel) -> None:
     """Norm weights start as the identity, which would hide a norm that is left out."""
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if "norm" in name and name.endswith(".weight"):
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
@@ -149,6 +149,14 @@ def _prepare_mllama(model: PreTrainedModel) -> None:
             parameter.mul_(4.0)
 
 
+def _prepare_lfm2_vl(model: PreTrainedModel) -> None:
+    _vary_norms(model)
+    for layer in model.model.language_model.layers:
+        if hasattr(layer, "conv"):
+            # Its output is a product of four small factors, lost beside the stream.
+            layer.conv.conv.weight.normal_()
+
+
 BUILDERS = {"mllama": _mllama, "cohere2_vision": _cohere2_vision, "lfm2_vl": _lfm2_vl}
 INPUTS = {"mllama": _mllama_inputs, "cohere2_vision": _cohere2_vision_inputs, "lfm2_vl": _lfm2_vl_inputs}
-PREPARE = {"mllama": _prepare_mllama, "cohere2_vision": _vary_norms, "lfm2_vl": _vary_norms}
+PREPARE = {"mllama": _prepare_mllama, "cohere2_vision": _vary_norms, "lfm2_vl": _prepare_lfm2_vl}

@@ -20,6 +20,7 @@ from mmicl_kernels.testing.tiny_models.common import (
     VISION,
     place_images,
 )
+from mmicl_kernels.testing.tiny_models.llava_like import pixtral_inputs
 
 
 def _llava(text_config) -> Callable[[str], PreTrainedModel]:
@@ -36,6 +37,8 @@ def _llava(text_config) -> Callable[[str], PreTrainedModel]:
 
 
 def _llava_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+    if model.config.vision_config.model_type == "pixtral":
+        return pixtral_inputs(model, ids, attention_mask, pixels)
     place_images(ids, attention_mask, (IMAGE_SIZE // PATCH_SIZE) ** 2)
     return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
 

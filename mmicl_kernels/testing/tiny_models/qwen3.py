@@ -155,15 +155,25 @@ def _minicpmv4_6_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]
     }
 
 
+# Random routes near a tie, experts that add nothing, and a memory that ignores its input would hide errors.
+_SCALED = (
+    "mlp.gate.weight",
+    "mlp.shared_expert_gate.weight",
+    "mlp.experts.gate_up_proj",
+    "linear_attn.in_proj_qkv.weight",
+    "linear_attn.in_proj_a.weight",
+    "linear_attn.in_proj_b.weight",
+    "linear_attn.conv1d.weight",
+)
+
+
 def _sharpen(model: PreTrainedModel) -> None:
     """Let norms, routers and recurrences matter: their initial values make them all but uniform."""
     for name, parameter in model.named_parameters():
         # These norms undo the scale of q_proj and k_proj; some weights count from 0, some from 1.
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.add_(0.5)
-        if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
-            parameter.mul_(8.0)
-        if ".linear_attn.in_proj_" in name or name.endswith("conv1d.weight"):
+        if name.endswith(_SCALED):
             parameter.mul_(8.0)
         # Initially the state decays by up to e^-20 a token, and nothing is remembered.
         if name.endswith("A_log"):
