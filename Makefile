@@ -7,17 +7,28 @@ PYTHON ?= python3
 DEVICE ?= cpu
 OUT    ?= benchmarks/results
 
+OLDEST := .venv-oldest
+SUPPORT := mmicl_kernels/integration/support.json
+MATRIX := tests/integration/test_support_matrix.py
+
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint gpu gpu-test gpu-ops gpu-e2e bench clean
+.PHONY: demo test test-families lint gpu gpu-test gpu-ops gpu-e2e bench clean
 
 demo: $(STAMP)
 	$(BIN)/mmicl demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
+
+# The support matrix, on the newest and the oldest transformers; it says what SUPPORT.md says.
+test-families: $(STAMP) $(OLDEST)/.installed
+	for bin in $(BIN) $(OLDEST)/bin; do \
+	  $$bin/python -m pytest -n 2 --dist loadgroup --support-matrix $(SUPPORT) $(MATRIX) || exit 1; \
+	done
+	$(BIN)/mmicl support --markdown > mmicl_kernels/integration/SUPPORT.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -56,7 +67,7 @@ gpu-e2e:
 	  exit $$status
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: the extension is compiled against it, so the build sees the environment
@@ -67,4 +78,12 @@ $(STAMP): $(SOURCES)
 	$(PIP) -c constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[all]"
 	$(BIN)/python -c "from mmicl_kernels import _extension; print('C++ kernels:', _extension.status())"
+	touch $@
+
+# The environment above with another transformers before it.
+$(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-oldest.txt
+	base=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	  echo "import site; site.addsitedir('$$base')" > $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
 	touch $@

@@ -12,6 +12,7 @@ _LAZY = {
     "load": "mmicl_kernels.integration",
     "load_official": "mmicl_kernels.integration",
     "Handle": "mmicl_kernels.integration",
+    "AdaptedModel": "mmicl_kernels.integration",
     "PromptBuilder": "mmicl_kernels.integration",
     "UnsupportedModelError": "mmicl_kernels.integration",
     "save_official": "mmicl_kernels.library",

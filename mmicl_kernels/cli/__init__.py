@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from mmicl_kernels.cli import bank, library
+from mmicl_kernels.cli import bank, library, support
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     library.add_parser(commands)
     bank.add_parser(commands)
+    support.add_parser(commands)
 
     parsed = parser.parse_args(arguments)
     if parsed.command == "env":
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return library.run(parsed)
     if parsed.command == "bank":
         return bank.run(parsed)
+    if parsed.command == "support":
+        return support.run(parsed)
     from mmicl_kernels.cli.demo import run
 
     return run(task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)

@@ -1,5 +1,6 @@
 """HuggingFace models: where things are (anchors), how they are patched (attention, residual, attach)."""
 
+from mmicl_kernels.integration.adapted_model import AdaptedModel
 from mmicl_kernels.integration.anchors import UnsupportedModelError
 from mmicl_kernels.integration.attach import attach
 from mmicl_kernels.integration.create import create, load, load_official
@@ -7,6 +8,7 @@ from mmicl_kernels.integration.handle import Handle
 from mmicl_kernels.integration.prompts import PromptBuilder
 
 __all__ = [
+    "AdaptedModel",
     "Handle",
     "PromptBuilder",
     "UnsupportedModelError",

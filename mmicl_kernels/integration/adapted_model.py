@@ -12,8 +12,9 @@ class AdaptedModel(nn.Module):
     """``model`` with ``adapter`` attached, as DistributedDataParallel and trainers expect it.
 
     Its parameters are the model's, frozen from now on, and the adapter's, which a state dict has under
-    ``adapter.``. It is called as the model is. ``handle`` is that of :func:`attach`; while it is disabled or
-    other rows are chosen, some parameters have no gradient, for which DDP needs ``find_unused_parameters``.
+    ``adapter.``. It is called as the model is. ``handle`` is that of :func:`attach`. DDP leaves the model
+    alone, which must be the same in all processes: it broadcasts and averages the adapter's parameters only,
+    so the model may be sharded (``fully_shard``).
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, *, impl: str = "auto") -> None:
@@ -21,6 +22,8 @@ class AdaptedModel(nn.Module):
         super().__init__()
         self.handle = attach(model, adapter, impl=impl)
         self.model, self.adapter = model.requires_grad_(False), adapter
+        states = (*model.named_parameters(), *model.named_buffers())
+        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name, _ in states]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

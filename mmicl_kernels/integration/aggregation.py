@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.methods import AIMAdapter
@@ -56,8 +57,13 @@ def last_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states ``[B, T, C]`` in eval mode, after the final norm, without the language head.
 
     Raises:
-        ValueError: they are not one per token of ``input_ids``.
+        ValueError: they are not one per token of ``input_ids``. NotImplementedError: ``model`` is sharded.
     """
+    if isinstance(model, FSDPModule):
+        # Its weights are gathered when the whole of it is called, language head and all.
+        raise NotImplementedError(
+            "the model is sharded by fully_shard, expected a whole one: aggregate before"
+        )
     with evaluating(model):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     if hidden.shape[:2] != inputs["input_ids"].shape:

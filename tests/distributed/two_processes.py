@@ -1,10 +1,13 @@
 """A check in two processes that are joined by gloo."""
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,7 +27,10 @@ def in_two_processes(check: Callable[..., None], *args: object) -> None:
     Both have a process group, the same seed and one thread. A process that waits for one that raised is
     ended.
     """
-    mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forkserver.set_forkserver_preload(PRELOADED)
+    # Until Python 3.13 the server is not told where this process imports from.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _run,

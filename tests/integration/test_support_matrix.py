@@ -195,8 +195,9 @@ def cases():
 
 @pytest.mark.parametrize("name, method, cell", cases())
 def test_cell(name, method, cell, record_property):
+    record_property("cell", (name, type(model_of(name)).__name__, method, cell))
     empty = show_empty(name, method, cell)
-    record_property("cell", (name, method, cell, empty))
+    record_property("empty", empty)
     if not empty:
         CELLS[cell](name, method)
 

@@ -1,0 +1,40 @@
+"""``--support-matrix FILE``: what the cells of ``test_support_matrix.py`` showed, as JSON."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import transformers
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support-matrix", type=Path, help="JSON file to write the support matrix into")
+
+
+def pytest_configure(config):
+    path = config.getoption("--support-matrix")
+    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to this process
+        config.pluginmanager.register(SupportMatrix(path))
+
+
+class SupportMatrix:
+    """Of the installed transformers; what the file has of other versions stays."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._families: dict[str, dict] = defaultdict(lambda: {"class": "", "cells": defaultdict(dict)})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = dict(report.user_properties)
+        if report.when != "call" or "cell" not in told:
+            return
+        family, class_name, method, cell = told["cell"]
+        self._families[family]["class"] = class_name
+        outcome = "passed" if report.passed else "failed"
+        self._families[family]["cells"][method][cell] = told.get("empty") or outcome
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        versions = json.loads(self._path.read_text()) if self._path.exists() else {}
+        versions[transformers.__version__] = self._families
+        self._path.write_text(json.dumps(versions, indent=1, sort_keys=True) + "\n")
