@@ -13,6 +13,7 @@ MATRIX := tests/integration/test_support_matrix.py
 
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SITE    := import sysconfig; print(sysconfig.get_path('purelib'))
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-families lint gpu gpu-test gpu-ops gpu-e2e bench clean
@@ -84,6 +85,6 @@ $(STAMP): $(SOURCES)
 $(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
 	$(BIN)/python -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-oldest.txt
-	base=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	  echo "import site; site.addsitedir('$$base')" > $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	base="$$($(BIN)/python -c "$(SITE)")"; \
+	  echo "import site; site.addsitedir('$$base')" > "$$($(OLDEST)/bin/python -c "$(SITE)")/newest.pth"
 	touch $@

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig
 
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.methods import AIMAdapter
@@ -15,7 +16,8 @@ from mmicl_kernels.methods import AIMAdapter
 Collate = Callable[[Sequence[Demonstration]], tuple[Mapping[str, Tensor], Tensor | None]]
 
 # Ids of these names in a configuration stand for images or frames, not for text.
-VISUAL = ("image", "video", "vision", "boi", "eoi")
+VISUAL = ("image", "video", "vision", "visual", "boi", "eoi")
+_IDS = ("_token_id", "_token_ids", "_token_index", "_patch_id")
 
 
 def text_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -40,12 +42,18 @@ def special_ids(config: object, name: str) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def named_ids(config: object) -> Iterator[tuple[str, int]]:
+    """Every id that a configuration, or one within it, names."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from named_ids(value)
+        elif name.endswith(_IDS):
+            yield from ((name, token) for token in special_ids(config, name))
+
+
 def visual_tokens(model: nn.Module, ids: Tensor) -> Tensor:
     """Where ``ids`` stand for images or frames, or begin or end them, as the configuration names them."""
-    names = [name for name in vars(model.config) if name.endswith(("_token_id", "_token_index"))]
-    return _among(
-        ids, [x for name in names if name.startswith(VISUAL) for x in special_ids(model.config, name)]
-    )
+    return _among(ids, [token for name, token in named_ids(model.config) if name.startswith(VISUAL)])
 
 
 def _among(ids: Tensor, values: list[int]) -> Tensor:

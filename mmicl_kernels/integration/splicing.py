@@ -7,7 +7,7 @@ from itertools import accumulate, cycle
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.integration.aggregation import special_ids, visual_tokens
+from mmicl_kernels.integration.aggregation import named_ids, special_ids, visual_tokens
 from mmicl_kernels.integration.anchors import family_of
 from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.layout import Plan, grow, lay_out
@@ -186,15 +186,8 @@ def check_placeholders(placeholder_ids: object, embedding: nn.Module) -> None:
 
 def choose_placeholders(model: nn.Module) -> tuple[int, int]:
     """The two largest ids of the input embedding that the configuration gives no meaning to."""
-    configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-    special = {
-        token
-        for config in configs
-        if config is not None
-        for name in vars(config)
-        if name.endswith(("_token_id", "_token_index"))
-        for token in special_ids(config, name)
-    }
+    configs = (model.config, getattr(model, "generation_config", None))
+    special = {token for config in configs if config is not None for _, token in named_ids(config)}
     size = model.get_input_embeddings().weight.shape[0]
     free = (token for token in reversed(range(size)) if token not in special)
     return next(free), next(free)
