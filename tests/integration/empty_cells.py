@@ -15,7 +15,7 @@ REFUSED = {("gemma4", "aim"): "every layer looks up an embedding of its own by t
 
 @dataclass(frozen=True)
 class Failure:
-    """The unpatched model fails at the same call: it raises ``error``, or has wrong logits if that is None."""
+    """The unpatched model fails at the same call: it raises ``error``, or if that is None is wrong."""
 
     reason: str
     error: type[Exception] | None = None
