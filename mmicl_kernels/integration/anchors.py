@@ -54,10 +54,24 @@ class Anchor:
 
 def compute_device(module: nn.Module) -> torch.device:
     """Where ``module`` computes: offloaded weights are elsewhere until accelerate's hook brings them."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        device = next(module.parameters()).device
-    return torch.device(device)
+    for part in module.modules():  # of peft's layers, the one inside may have the hook
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):  # several are one that has them
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return next(module.parameters()).device
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of what peft, ``torch.compile`` and DistributedDataParallel make of one."""
+    while True:
+        children = dict(model.named_children())
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif list(children) in (["_orig_mod"], ["module"]):
+            (model,) = children.values()
+        else:
+            return model
 
 
 def family_of(model: nn.Module) -> Family:

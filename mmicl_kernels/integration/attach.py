@@ -26,9 +26,10 @@ def attach(
 ) -> Handle:
     """Patch ``model``, an instance of a supported HuggingFace LVLM, so that ``adapter`` acts in it.
 
-    A single adapter acts on every batch row. Of a dict of adapters, which may be of different methods,
-    each row uses those that :meth:`Handle.rows` names. Nothing is registered on the model: its
-    parameters, state dict and ``save_pretrained`` stay as they are, and no other instance is touched.
+    What peft, ``torch.compile`` or DistributedDataParallel made of one may be given too. A single adapter
+    acts on every batch row. Of a dict of adapters, which may be of different methods, each row uses those
+    that :meth:`Handle.rows` names. Nothing is registered on the model: its parameters, state dict and
+    ``save_pretrained`` stay as they are, and no other instance is touched.
 
     Args:
         impl: implementation of :func:`mmicl_kernels.ops.shifted_attention`, ``residual_shift`` and

@@ -31,6 +31,10 @@ class PatchedLayer(SlotStack):
         self._config._attn_implementation_internal = hf_attention.NAME
         self._config.mmicl_layer = self
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        hf_attention.register()  # a model unpickled in another process names it
+        self.__dict__.update(state)
+
     def install(self) -> None:
         self._module.config = self._config
 
@@ -52,7 +56,7 @@ class PatchedLayer(SlotStack):
 
     def parameters(self, B: int, H: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Weight, bias, shift and adapter ids for a batch of B rows and the H heads of this process."""
-        self._handle.check_recomputation()
+        self._handle.check_recomputation(self._anchor.layer)
         refuse_reentrant_checkpointing(self._handle.model, self._anchor)
         ids = self._handle.adapter_ids
         if ids is None:

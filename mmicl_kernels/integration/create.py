@@ -7,9 +7,11 @@ from torch import nn
 from mmicl_kernels.integration.anchors import (
     Anchor,
     check_backbone,
+    compute_device,
     describe_backbone,
     find_anchors,
     refuse_method,
+    unwrap,
 )
 from mmicl_kernels.library import read_adapter, read_official
 from mmicl_kernels.methods import (
@@ -31,6 +33,7 @@ def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIM
         UnsupportedModelError: unknown family, or the method cannot apply to it. TypeError: ``config`` is of
         no known method.
     """
+    model = unwrap(model)
     anchors = find_anchors(model)
     for adapter_class in ADAPTERS.values():
         if isinstance(config, adapter_class.config_class):
@@ -47,6 +50,7 @@ def load(folder: str | os.PathLike, model: nn.Module) -> Adapter:
         UnsupportedModelError, FileNotFoundError. CheckpointError: an unreadable file, or an adapter of
         another backbone.
     """
+    model = unwrap(model)
     anchors = find_anchors(model)
     adapter = read_adapter(folder)
     check_backbone(adapter, describe_backbone(model, anchors))
@@ -58,13 +62,14 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
 
     Raises: as :func:`load`. The file does not say which model it belongs to: only shapes are checked.
     """
+    model = unwrap(model)
     anchors = find_anchors(model)
     return _place(read_official(path, describe_backbone(model, anchors)), model, anchors)
 
 
 def _place(adapter: Adapter, model: nn.Module, anchors: list[Anchor]) -> Adapter:
     if isinstance(adapter, AIMAdapter):
-        return adapter.to(model.get_input_embeddings().weight.device)
+        return adapter.to(compute_device(model.get_input_embeddings()))
     for anchor in anchors:
         if str(anchor.index) in adapter.layers:
             adapter.layers[str(anchor.index)].to(anchor.device)

@@ -16,8 +16,10 @@ from mmicl_kernels.integration.anchors import (
     find_anchors,
     find_mixers,
     refuse_method,
+    unwrap,
 )
 from mmicl_kernels.integration.attention import PatchedLayer
+from mmicl_kernels.integration.recomputation import repeats_reentrant
 from mmicl_kernels.integration.report import Report, report
 from mmicl_kernels.integration.residual import ResidualHook, SiteShift
 from mmicl_kernels.integration.slots import Entry, check_products, check_strength, parse_rows
@@ -51,6 +53,7 @@ class Handle:
         bank_bytes: int,
         placeholder_ids: tuple[int, int] | None,
     ) -> None:
+        model = unwrap(model)
         self.model, self.impl, self.normalizer = model, impl, "visible"
         self.anchors = find_anchors(model)
         self.adapter_ids: Tensor | None = None
@@ -77,6 +80,12 @@ class Handle:
             self._remove_patches()
             raise
         _attached[id(self.anchors[0].layer)] = self
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy's model, made by deepcopy or pickle, is patched by the copy."""
+        self.__dict__.update(state)
+        if self._is_attached:
+            _attached[id(self.anchors[0].layer)] = self
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -328,13 +337,13 @@ class Handle:
         strength = self._strength_tensor.to(scale.device)
         return torch.where(strength == 0, 0.0, scale * strength)
 
-    def check_recomputation(self) -> None:
+    def check_recomputation(self, layer: nn.Module) -> None:
         """Raise RuntimeError where checkpointing repeats a forward pass in another state than it was in.
 
         The state is compared with that of the last forward pass that built a graph: of several before one
         backward pass, the earlier ones must have had the same.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or repeats_reentrant(layer)):
             return
         state = (self._strength, self._rows)
         if torch._C._current_graph_task_id() == -1:  # not in a backward pass

@@ -52,6 +52,9 @@ def attention_forward(
     if attention_mask is None and base == "sdpa" and is_causal and 1 < T < key.shape[2]:
         # A static cache that is being filled: sdpa means top-left causal, and rows beyond T are unused.
         key, value = key[:, :, :T], value[:, :, :T]
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        # Flash's: shorter than a static cache, whose rows beyond it are unused.
+        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     causal = is_causal and _leaves_causality_out(attention_mask, base)
     mask = _four_dimensional(attention_mask, query, key)
     weight, bias, shift, adapter_ids = layer.parameters(*query.shape[:2])

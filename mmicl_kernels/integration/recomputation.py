@@ -13,7 +13,7 @@ def refuse_reentrant_checkpointing(model: nn.Module, anchor: Anchor) -> None:
     ones; and where none of that needs gradients, as behind a frozen embedding, it computes none at all.
     """
     layer = anchor.layer
-    if torch.compiler.is_compiling() or not (layer.training and _is_reentrant(layer)):
+    if torch.compiler.is_compiling() or not repeats_reentrant(layer):
         return
     if anchor.decoder.shares_kv or not _embedding_needs_gradients(model):
         raise RuntimeError(
@@ -23,8 +23,9 @@ def refuse_reentrant_checkpointing(model: nn.Module, anchor: Anchor) -> None:
         )
 
 
-def _is_reentrant(layer: nn.Module) -> bool:
-    if not getattr(layer, "gradient_checkpointing", False):
+def repeats_reentrant(layer: nn.Module) -> bool:
+    """Whether reentrant checkpointing runs ``layer``, without gradients at first and again with them."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return False
     keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
     return bool(keywords.get("use_reentrant", False))

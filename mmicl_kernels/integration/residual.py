@@ -69,7 +69,7 @@ class LayerShift(SlotStack):
         """``x [B, T, C]`` shifted as the handle says."""
         if x.dim() == 2:  # mixtures of experts return tokens in one row
             return self(x[:, None])[:, 0]
-        self._handle.check_recomputation()
+        self._handle.check_recomputation(self._anchor.layer)
         refuse_reentrant_checkpointing(self._handle.model, self._anchor)
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._handle.impl}
         if self._rows.ids is None:

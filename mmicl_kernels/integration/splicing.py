@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmicl_kernels.integration.aggregation import named_ids, special_ids, visual_tokens
-from mmicl_kernels.integration.anchors import family_of
+from mmicl_kernels.integration.anchors import compute_device, family_of
 from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.layout import Plan, grow, lay_out
 from mmicl_kernels.library import DemonstrationBank, FusedTokens
@@ -83,7 +83,7 @@ class Splicer:
         """``bank_bytes`` bounds what of the bank is kept on the device; unused on the CPU, which maps it."""
         self.bank, self._model = bank, model
         embedding = model.get_input_embeddings()
-        self.device = embedding.weight.device
+        self.device = compute_device(embedding)
         ids = choose_placeholders(model) if placeholder_ids is None else placeholder_ids
         check_placeholders(ids, embedding)
         on_cpu = bank is None or self.device.type == "cpu"

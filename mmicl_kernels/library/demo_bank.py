@@ -140,6 +140,10 @@ class DemonstrationBank:
         create_files(Path(folder), description)
         return cls(folder)
 
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """Copies and pickles open the folder again."""
+        return type(self), (self.folder,)
+
     def __len__(self) -> int:
         return len(self._state.records)
 

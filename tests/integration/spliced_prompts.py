@@ -14,9 +14,10 @@ def ordinary_tokens(model, *, trained=False):
     """The bank as the embeddings of ``DEMONSTRATIONS``, with gradients to them if ``trained``."""
     lengths = [len(x) for x in DEMONSTRATIONS]
     ids = torch.tensor([token for x in DEMONSTRATIONS for token in x])
+    embedding = model.get_input_embeddings()
     with torch.set_grad_enabled(trained):
-        rows = model.get_input_embeddings()(ids)
-    return FusedTokens(rows, torch.tensor([0, *lengths]).cumsum(0), None)
+        rows = embedding(ids.to(embedding.weight.device))
+    return FusedTokens(rows, torch.tensor([0, *lengths]).cumsum(0).to(rows.device), None)
 
 
 def longer(inputs, chosen, begins=()):
