@@ -4,18 +4,55 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+import mmicl_kernels as mk
 from mmicl_kernels.integration import hf_attention
-from mmicl_kernels.testing.tiny_models import tiny_model
+from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_model
 
 EPS = torch.finfo(torch.float32).eps
+# Of each way in which the stream, the masks and the tower differ, one, in `make test`.
+QUICK = ("blip2", "cohere2_vision", "gemma4", "glm4v", "llama4", "mllama", "molmo2-norm_after", "qwen3_5")
+# Positions of three dimensions.
+M_ROPE = ("glm4v", "glm4v_moe", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe")
+M_ROPE += ("qwen3_vl", "qwen3_vl_moe")
+
+
+def families(*names, quick=QUICK):
+    """Those of ``names`` that the installed transformers has, all by default; slow but for ``quick``."""
+    marks = {name: [] if name in quick else [pytest.mark.slow] for name in names or ALL_MODELS}
+    for name, x in marks.items():
+        if not is_available(name):
+            x.append(pytest.mark.skip(reason=f"transformers {transformers.__version__} has no {name}"))
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=x) for name, x in marks.items()])
 
 
 def frozen(name: str, base: str = "sdpa") -> nn.Module:
     return tiny_model(name, attn_implementation=base).requires_grad_(False)
+
+
+@torch.no_grad()
+def logits(model, inputs, **options):
+    return model(**inputs, **options).logits
+
+
+def zero_shift(model):
+    adapter = mk.create(model, mk.M2IVConfig()).requires_grad_(False)
+    for name, x in adapter.named_parameters():
+        x.fill_(1.0 if name.endswith("scale") else 0.0)
+    return adapter
+
+
+def cross_attentions(model, name):
+    """The layers of cross-attention and their attentions."""
+    if name == "idefics":
+        return [(layer, layer.cross_attn) for layer in model.model.gated_cross_attn_layers]
+    layers = model.model.language_model.layers
+    return [(layer, layer.cross_attn) for layer in layers if hasattr(layer, "cross_attn")]
 
 
 @dataclass
@@ -119,7 +156,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_by_hand(call: AttentionCall, layer: nn.Module, visible: Tensor, **options) -> Callable[..., float]:
-    """``call`` is no further from the formula than twice two sums in fp32; returns how far another form is."""
+    """``call`` is the formula but for fp32; returns what tells how many budgets away another form is."""
     exact = by_hand(call, layer, visible, **options)
     budget = 4 * relative_error(by_hand(call, layer, visible, dtype=torch.float32, **options), exact)
     assert relative_error(call.out, exact) <= budget
