@@ -11,7 +11,10 @@ from mmicl_kernels.testing.tiny_models.common import (
     PATCH_SIZE,
     TEXT,
     VISION,
+    patches,
     place_images,
+    use_batched_experts,
+    vary_norms,
 )
 
 # Gemma4 pools each 2 x 2 square of patches into one image token.
@@ -80,14 +83,12 @@ def _gemma4_moe(implementation: str) -> PreTrainedModel:
 def _gemma4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     side = IMAGE_SIZE // _GEMMA4_PATCH
     place_images(ids, attention_mask, (side // _GEMMA4_POOL) ** 2, IMAGE_ID + 1, IMAGE_ID + 2)
-    patches = pixels.unfold(2, _GEMMA4_PATCH, _GEMMA4_PATCH).unfold(3, _GEMMA4_PATCH, _GEMMA4_PATCH)
-    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
     positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)
     return {
         "input_ids": ids,
         "attention_mask": attention_mask,
         "mm_token_type_ids": (ids == IMAGE_ID).int(),
-        "pixel_values": patches,
+        "pixel_values": patches(pixels, _GEMMA4_PATCH),
         "image_position_ids": positions.expand(pixels.shape[0], -1, -1).clone(),
     }
 
@@ -132,15 +133,8 @@ def _paligemma_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     }
 
 
-def _vary_norms(model: PreTrainedModel) -> None:
-    """Norm weights start as the identity, which would hide a norm that is left out."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith(".weight"):
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-
-
 def _prepare_gemma4(model: PreTrainedModel) -> None:
-    _vary_norms(model)
+    vary_norms(model)
     # Ones at the start, as are the scalars: no patch would know its place.
     model.model.vision_tower.patch_embedder.position_embedding_table.normal_()
     for scale, layer in zip((0.5, 1.5, 0.75, 1.25), model.model.language_model.layers, strict=True):
@@ -149,12 +143,11 @@ def _prepare_gemma4(model: PreTrainedModel) -> None:
 
 def _prepare_gemma4_moe(model: PreTrainedModel) -> None:
     _prepare_gemma4(model)
-    # The default, grouped_mm, has no fp64, which references need.
-    model.set_experts_implementation("batched_mm")
+    use_batched_experts(model)
 
 
 def _prepare_paligemma2(model: PreTrainedModel) -> None:
-    _vary_norms(model)
+    vary_norms(model)
     # Attention logits that reach a fair part of the cap.
     for layer in model.model.language_model.layers:
         layer.self_attn.q_proj.weight.mul_(4.0)
@@ -170,6 +163,6 @@ INPUTS = {"gemma4": _gemma4_inputs, "paligemma": _paligemma_inputs}
 PREPARE = {
     "gemma4": _prepare_gemma4,
     "gemma4-moe": _prepare_gemma4_moe,
-    "paligemma": _vary_norms,
+    "paligemma": vary_norms,
     "paligemma2": _prepare_paligemma2,
 }

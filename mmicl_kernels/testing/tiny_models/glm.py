@@ -1,10 +1,16 @@
 """GLM-4.1V and GLM-4.5V: positions of three dimensions on part of each head, interleaved in pairs."""
 
-import transformers
 from transformers import PreTrainedModel
 
 from mmicl_kernels.testing.tiny_models import qwen
-from mmicl_kernels.testing.tiny_models.common import IMAGE_ID, IMAGE_SIZE, PATCH_SIZE, TEXT
+from mmicl_kernels.testing.tiny_models.common import (
+    IMAGE_ID,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    TEXT,
+    built,
+    use_batched_experts,
+)
 
 _IDS = {
     "image_token_id": IMAGE_ID,
@@ -42,21 +48,20 @@ _EXPERTS = {
 }
 
 
-def _glm4v(implementation: str) -> PreTrainedModel:
-    config = transformers.Glm4vConfig(
-        text_config=_TEXT, vision_config=_VISION, **_IDS, attn_implementation=implementation
-    )
-    return transformers.Glm4vForConditionalGeneration(config)
+_glm4v = built(
+    "Glm4v",
+    text_config=_TEXT,
+    vision_config=_VISION,
+    **_IDS,
+)
 
 
-def _glm4v_moe(implementation: str) -> PreTrainedModel:
-    config = transformers.Glm4vMoeConfig(
-        text_config={**_TEXT, **_EXPERTS},
-        vision_config=_VISION,
-        **_IDS,
-        attn_implementation=implementation,
-    )
-    return transformers.Glm4vMoeForConditionalGeneration(config)
+_glm4v_moe = built(
+    "Glm4vMoe",
+    text_config={**_TEXT, **_EXPERTS},
+    vision_config=_VISION,
+    **_IDS,
+)
 
 
 def _sharpen(model: PreTrainedModel) -> None:
@@ -71,8 +76,7 @@ def _sharpen(model: PreTrainedModel) -> None:
 
 def _sharpen_experts(model: PreTrainedModel) -> None:
     _sharpen(model)
-    # The default, grouped_mm, has no fp64, which references need.
-    model.set_experts_implementation("batched_mm")
+    use_batched_experts(model)
 
 
 BUILDERS = {"glm4v": _glm4v, "glm4v_moe": _glm4v_moe}

@@ -5,13 +5,24 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmicl_kernels.testing.tiny_models.common import IMAGE_ID, IMAGE_SIZE, TEXT, VISION, place_images
+from mmicl_kernels.testing.tiny_models.common import (
+    IMAGE_ID,
+    IMAGE_SIZE,
+    TEXT,
+    VISION,
+    built,
+    image_inputs,
+    patches,
+    place_images,
+    vary_norms,
+)
 
 _LAYERS = 4
 _MLLAMA_TILES = 2
 # Cohere2 Vision and LFM2-VL merge each 2 x 2 square of patches into one image token.
 _PATCH_SIZE = 2
 _MERGE = 2
+_MERGED_INPUTS = image_inputs((IMAGE_SIZE // _PATCH_SIZE // _MERGE) ** 2, IMAGE_ID + 1, IMAGE_ID + 2)
 
 
 def _mllama(implementation: str) -> PreTrainedModel:
@@ -60,86 +71,61 @@ def _mllama_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     }
 
 
-def _cohere2_vision(implementation: str) -> PreTrainedModel:
-    config = transformers.Cohere2VisionConfig(
-        text_config={
-            **TEXT,
-            "model_type": "cohere2",
-            "num_hidden_layers": _LAYERS,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-        },
-        vision_config={
-            **VISION,
-            "model_type": "siglip_vision_model",
-            "patch_size": _PATCH_SIZE,
-            "vision_use_head": False,
-        },
-        downsample_factor=_MERGE,
-        alignment_intermediate_size=32,
-        image_token_id=IMAGE_ID,
-        attn_implementation=implementation,
-    )
-    return transformers.Cohere2VisionForConditionalGeneration(config)
+_cohere2_vision = built(
+    "Cohere2Vision",
+    text_config={
+        **TEXT,
+        "model_type": "cohere2",
+        "num_hidden_layers": _LAYERS,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    vision_config={
+        **VISION,
+        "model_type": "siglip_vision_model",
+        "patch_size": _PATCH_SIZE,
+        "vision_use_head": False,
+    },
+    downsample_factor=_MERGE,
+    alignment_intermediate_size=32,
+    image_token_id=IMAGE_ID,
+)
 
 
-def _place_merged_images(ids, attention_mask) -> None:
-    side = IMAGE_SIZE // _PATCH_SIZE // _MERGE
-    place_images(ids, attention_mask, side * side, IMAGE_ID + 1, IMAGE_ID + 2)
-
-
-def _cohere2_vision_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    _place_merged_images(ids, attention_mask)
-    return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
-
-
-def _lfm2_vl(implementation: str) -> PreTrainedModel:
-    config = transformers.Lfm2VlConfig(
-        text_config={
-            **TEXT,
-            "model_type": "lfm2",
-            "num_hidden_layers": _LAYERS,
-            "layer_types": ["conv", "full_attention", "full_attention", "conv"],
-            "block_auto_adjust_ff_dim": False,
-        },
-        vision_config={
-            **{key: value for key, value in VISION.items() if key != "image_size"},
-            "model_type": "siglip2_vision_model",
-            "patch_size": _PATCH_SIZE,
-            "num_patches": (IMAGE_SIZE // _PATCH_SIZE) ** 2,
-            "vision_use_head": False,
-        },
-        downsample_factor=_MERGE,
-        projector_hidden_size=24,
-        image_token_id=IMAGE_ID,
-        attn_implementation=implementation,
-    )
-    return transformers.Lfm2VlForConditionalGeneration(config)
+_lfm2_vl = built(
+    "Lfm2Vl",
+    text_config={
+        **TEXT,
+        "model_type": "lfm2",
+        "num_hidden_layers": _LAYERS,
+        "layer_types": ["conv", "full_attention", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    vision_config={
+        **{key: value for key, value in VISION.items() if key != "image_size"},
+        "model_type": "siglip2_vision_model",
+        "patch_size": _PATCH_SIZE,
+        "num_patches": (IMAGE_SIZE // _PATCH_SIZE) ** 2,
+        "vision_use_head": False,
+    },
+    downsample_factor=_MERGE,
+    projector_hidden_size=24,
+    image_token_id=IMAGE_ID,
+)
 
 
 def _lfm2_vl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    _place_merged_images(ids, attention_mask)
     side = IMAGE_SIZE // _PATCH_SIZE
-    patches = pixels.unfold(2, _PATCH_SIZE, _PATCH_SIZE).unfold(3, _PATCH_SIZE, _PATCH_SIZE)
-    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    packed = patches(pixels, _PATCH_SIZE)
     return {
-        "input_ids": ids,
-        "attention_mask": attention_mask,
-        "pixel_values": patches,
+        **_MERGED_INPUTS(model, ids, attention_mask, packed),
         "spatial_shapes": torch.tensor([[side, side]] * ids.shape[0]),
-        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+        "pixel_attention_mask": torch.ones(packed.shape[:2], dtype=torch.long),
     }
 
 
-def _vary_norms(model: PreTrainedModel) -> None:
-    """Norm weights start as the identity, which would hide a norm that is left out."""
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith(".weight"):
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-
-
 def _prepare_mllama(model: PreTrainedModel) -> None:
-    _vary_norms(model)
+    vary_norms(model)
     for name, parameter in model.named_parameters():
         # Gates start (almost) closed: no image would reach the text.
         if "gate" in name.rpartition(".")[2]:
@@ -150,7 +136,7 @@ def _prepare_mllama(model: PreTrainedModel) -> None:
 
 
 def _prepare_lfm2_vl(model: PreTrainedModel) -> None:
-    _vary_norms(model)
+    vary_norms(model)
     for layer in model.model.language_model.layers:
         if hasattr(layer, "conv"):
             # Its output is a product of four small factors, lost beside the stream.
@@ -158,5 +144,5 @@ def _prepare_lfm2_vl(model: PreTrainedModel) -> None:
 
 
 BUILDERS = {"mllama": _mllama, "cohere2_vision": _cohere2_vision, "lfm2_vl": _lfm2_vl}
-INPUTS = {"mllama": _mllama_inputs, "cohere2_vision": _cohere2_vision_inputs, "lfm2_vl": _lfm2_vl_inputs}
-PREPARE = {"mllama": _prepare_mllama, "cohere2_vision": _vary_norms, "lfm2_vl": _prepare_lfm2_vl}
+INPUTS = {"mllama": _mllama_inputs, "cohere2_vision": _MERGED_INPUTS, "lfm2_vl": _lfm2_vl_inputs}
+PREPARE = {"mllama": _prepare_mllama, "cohere2_vision": vary_norms, "lfm2_vl": _prepare_lfm2_vl}

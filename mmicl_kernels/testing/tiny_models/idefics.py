@@ -2,13 +2,6 @@
 
 import torch
 from torch import Tensor
-from transformers import (
-    Idefics2Config,
-    Idefics2ForConditionalGeneration,
-    IdeficsConfig,
-    IdeficsForVisionText2Text,
-    PreTrainedModel,
-)
 
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
@@ -16,27 +9,26 @@ from mmicl_kernels.testing.tiny_models.common import (
     PATCH_SIZE,
     TEXT,
     VISION,
+    built,
     place_images,
 )
 
-
-def _idefics(implementation: str) -> PreTrainedModel:
-    config = IdeficsConfig(
-        **{**TEXT, "num_key_value_heads": None, "num_hidden_layers": 4},
-        cross_layer_interval=2,
-        use_resampler=False,
-        additional_vocab_size=2,
-        vision_config={
-            "embed_dim": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": IMAGE_SIZE,
-            "patch_size": PATCH_SIZE,
-        },
-        attn_implementation=implementation,
-    )
-    return IdeficsForVisionText2Text(config)
+_idefics = built(
+    "Idefics",
+    model_class="IdeficsForVisionText2Text",
+    **{**TEXT, "num_key_value_heads": None, "num_hidden_layers": 4},
+    cross_layer_interval=2,
+    use_resampler=False,
+    additional_vocab_size=2,
+    vision_config={
+        "embed_dim": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    },
+)
 
 
 def _idefics_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -49,22 +41,20 @@ def _idefics_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     }
 
 
-def _idefics2(implementation: str) -> PreTrainedModel:
-    config = Idefics2Config(
-        text_config={**TEXT, "model_type": "mistral", "sliding_window": None},
-        vision_config=VISION,
-        perceiver_config={
-            "hidden_size": TEXT["hidden_size"],
-            "resampler_n_latents": 2,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 8,
-            "num_key_value_heads": 1,
-        },
-        image_token_id=IMAGE_ID,
-        attn_implementation=implementation,
-    )
-    return Idefics2ForConditionalGeneration(config)
+_idefics2 = built(
+    "Idefics2",
+    text_config={**TEXT, "model_type": "mistral", "sliding_window": None},
+    vision_config=VISION,
+    perceiver_config={
+        "hidden_size": TEXT["hidden_size"],
+        "resampler_n_latents": 2,
+        "resampler_depth": 1,
+        "resampler_n_heads": 2,
+        "resampler_head_dim": 8,
+        "num_key_value_heads": 1,
+    },
+    image_token_id=IMAGE_ID,
+)
 
 
 def _idefics2_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:

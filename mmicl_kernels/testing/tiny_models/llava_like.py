@@ -1,11 +1,7 @@
 """LVLMs that put image features among the tokens of an ordinary text decoder, as LLaVA does."""
 
-from collections.abc import Callable
-
 import torch
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
@@ -13,6 +9,9 @@ from mmicl_kernels.testing.tiny_models.common import (
     PATCH_SIZE,
     TEXT,
     VISION,
+    built,
+    image_inputs,
+    place,
     place_images,
 )
 from mmicl_kernels.testing.tiny_models.text import prepare
@@ -32,19 +31,12 @@ _BREAK_ID, _END_ID = IMAGE_ID + 1, IMAGE_ID + 2
 _OVIS_INDICATORS = [IMAGE_ID - 4, IMAGE_ID - 3, IMAGE_ID + 1, IMAGE_ID + 2, IMAGE_ID + 3]
 
 
-def _idefics3_like(family: str, vision: dict) -> Callable[[str], PreTrainedModel]:
-    def build(implementation: str) -> PreTrainedModel:
-        config = getattr(transformers, f"{family}Config")(
-            text_config={**TEXT, "model_type": "llama"},
-            vision_config=vision,
-            image_token_id=IMAGE_ID,
-            pad_token_id=TEXT["pad_token_id"],
-            scale_factor=2,
-            attn_implementation=implementation,
-        )
-        return getattr(transformers, f"{family}ForConditionalGeneration")(config)
-
-    return build
+_IDEFICS3 = {
+    "text_config": {**TEXT, "model_type": "llama"},
+    "image_token_id": IMAGE_ID,
+    "pad_token_id": TEXT["pad_token_id"],
+    "scale_factor": 2,
+}
 
 
 def _crop_inputs(ids, attention_mask, crops: Tensor, tokens_per_crop: int) -> dict[str, Tensor]:
@@ -66,28 +58,24 @@ def _smolvlm_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     return _crop_inputs(ids, attention_mask, torch.stack([pixels, pixels.flip(-1)], 1), 1)
 
 
-def _llava_next(implementation: str) -> PreTrainedModel:
-    config = transformers.LlavaNextConfig(
-        text_config=_MISTRAL,
-        vision_config={**_COARSE_VISION, "model_type": "clip_vision_model"},
-        image_token_index=IMAGE_ID,
-        image_grid_pinpoints=_PINPOINTS,
-        image_seq_length=1,
-        attn_implementation=implementation,
-    )
-    return transformers.LlavaNextForConditionalGeneration(config)
+_llava_next = built(
+    "LlavaNext",
+    text_config=_MISTRAL,
+    vision_config={**_COARSE_VISION, "model_type": "clip_vision_model"},
+    image_token_index=IMAGE_ID,
+    image_grid_pinpoints=_PINPOINTS,
+    image_seq_length=1,
+)
 
 
-def _llava_onevision(implementation: str) -> PreTrainedModel:
-    config = transformers.LlavaOnevisionConfig(
-        text_config=_QWEN2,
-        vision_config={**_COARSE_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-        image_token_index=IMAGE_ID,
-        video_token_index=IMAGE_ID + 1,
-        image_grid_pinpoints=_PINPOINTS,
-        attn_implementation=implementation,
-    )
-    return transformers.LlavaOnevisionForConditionalGeneration(config)
+_llava_onevision = built(
+    "LlavaOnevision",
+    text_config=_QWEN2,
+    vision_config={**_COARSE_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    image_token_index=IMAGE_ID,
+    video_token_index=IMAGE_ID + 1,
+    image_grid_pinpoints=_PINPOINTS,
+)
 
 
 def _llava_next_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -106,45 +94,34 @@ def _llava_onevision_inputs(model, ids, attention_mask, pixels) -> dict[str, Ten
     return {**inputs, "batch_num_images": torch.ones(ids.shape[0], dtype=torch.long)}
 
 
-def _internvl(implementation: str) -> PreTrainedModel:
-    config = transformers.InternVLConfig(
-        text_config=_QWEN2,
-        vision_config=_FINE_VISION,
-        image_token_id=IMAGE_ID,
-        image_seq_length=4,
-        tie_word_embeddings=False,
-        attn_implementation=implementation,
-    )
-    return transformers.InternVLForConditionalGeneration(config)
+_internvl = built(
+    "InternVL",
+    text_config=_QWEN2,
+    vision_config=_FINE_VISION,
+    image_token_id=IMAGE_ID,
+    image_seq_length=4,
+    tie_word_embeddings=False,
+)
 
 
-def _internvl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    place_images(ids, attention_mask, 4, IMAGE_ID + 1, IMAGE_ID + 2)
-    return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
+_mistral3 = built(
+    "Mistral3",
+    text_config=_PIXTRAL_TEXT,
+    vision_config={**_PIXTRAL_VISION, "patch_size": PATCH_SIZE // 2},
+    image_token_index=IMAGE_ID,
+    spatial_merge_size=2,
+    tie_word_embeddings=False,
+)
 
 
-def _mistral3(implementation: str) -> PreTrainedModel:
-    config = transformers.Mistral3Config(
-        text_config=_PIXTRAL_TEXT,
-        vision_config={**_PIXTRAL_VISION, "patch_size": PATCH_SIZE // 2},
-        image_token_index=IMAGE_ID,
-        spatial_merge_size=2,
-        tie_word_embeddings=False,
-        attn_implementation=implementation,
-    )
-    return transformers.Mistral3ForConditionalGeneration(config)
-
-
-def _llava_pixtral(implementation: str) -> PreTrainedModel:
-    config = transformers.LlavaConfig(
-        text_config=_PIXTRAL_TEXT,
-        vision_config=_PIXTRAL_VISION,
-        image_token_index=IMAGE_ID,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        attn_implementation=implementation,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
+_llava_pixtral = built(
+    "Llava",
+    text_config=_PIXTRAL_TEXT,
+    vision_config=_PIXTRAL_VISION,
+    image_token_index=IMAGE_ID,
+    vision_feature_layer=-1,
+    vision_feature_select_strategy="full",
+)
 
 
 def pixtral_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -153,10 +130,7 @@ def pixtral_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     That is Mistral3, and the LLaVA whose ``config.model_type`` is "llava" like any other's. The 2 x 2
     tokens of an image are written as rows, the first closed by a break and the last by an end.
     """
-    tokens = torch.tensor([IMAGE_ID, IMAGE_ID, _BREAK_ID, IMAGE_ID, IMAGE_ID, _END_ID])
-    for row in range(ids.shape[0]):
-        start = int(attention_mask[row].argmax()) + 1
-        ids[row, start : start + len(tokens)] = tokens
+    place(ids, attention_mask, [IMAGE_ID, IMAGE_ID, _BREAK_ID, IMAGE_ID, IMAGE_ID, _END_ID])
     return {
         "input_ids": ids,
         "attention_mask": attention_mask,
@@ -165,28 +139,21 @@ def pixtral_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     }
 
 
-def _ovis2(implementation: str) -> PreTrainedModel:
-    config = transformers.Ovis2Config(
-        text_config=_QWEN2,
-        vision_config={**_FINE_VISION, "hidden_stride": 2, "vocab_size": 32},
-        image_token_id=IMAGE_ID,
-        visual_indicator_token_ids=_OVIS_INDICATORS,
-        vocab_size=TEXT["vocab_size"],
-        hidden_size=TEXT["hidden_size"],
-        tie_word_embeddings=False,
-        attn_implementation=implementation,
-    )
-    return transformers.Ovis2ForConditionalGeneration(config)
-
-
-def _ovis2_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    place_images(ids, attention_mask, 4, _OVIS_INDICATORS[0], _OVIS_INDICATORS[-1])
-    return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
+_ovis2 = built(
+    "Ovis2",
+    text_config=_QWEN2,
+    vision_config={**_FINE_VISION, "hidden_stride": 2, "vocab_size": 32},
+    image_token_id=IMAGE_ID,
+    visual_indicator_token_ids=_OVIS_INDICATORS,
+    vocab_size=TEXT["vocab_size"],
+    hidden_size=TEXT["hidden_size"],
+    tie_word_embeddings=False,
+)
 
 
 BUILDERS = {
-    "idefics3": _idefics3_like("Idefics3", _FINE_VISION),
-    "smolvlm": _idefics3_like("SmolVLM", VISION),
+    "idefics3": built("Idefics3", **_IDEFICS3, vision_config=_FINE_VISION),
+    "smolvlm": built("SmolVLM", **_IDEFICS3, vision_config=VISION),
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
@@ -199,8 +166,8 @@ INPUTS = {
     "smolvlm": _smolvlm_inputs,
     "llava_next": _llava_next_inputs,
     "llava_onevision": _llava_onevision_inputs,
-    "internvl": _internvl_inputs,
+    "internvl": image_inputs(4, IMAGE_ID + 1, IMAGE_ID + 2),
     "mistral3": pixtral_inputs,
-    "ovis2": _ovis2_inputs,
+    "ovis2": image_inputs(4, _OVIS_INDICATORS[0], _OVIS_INDICATORS[-1]),
 }
 PREPARE = {"llava_onevision": prepare, "internvl": prepare, "ovis2": prepare}

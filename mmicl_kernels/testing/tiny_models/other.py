@@ -14,48 +14,51 @@ from mmicl_kernels.testing.tiny_models.common import (
     PATCH_SIZE,
     TEXT,
     VISION,
+    built,
+    image_inputs,
+    patches,
+    place,
     place_images,
 )
 
 _START_ID, _END_ID, _LOW_RES_START_ID = IMAGE_ID + 1, IMAGE_ID + 2, IMAGE_ID + 3
 # Two crops of 2 x 2 patches, each pooled into one token: a small view of the image, then the image.
-_MOLMO2_IMAGE = torch.tensor([_LOW_RES_START_ID, IMAGE_ID, _END_ID, _START_ID, IMAGE_ID, _END_ID])
+_MOLMO2_IMAGE = [_LOW_RES_START_ID, IMAGE_ID, _END_ID, _START_ID, IMAGE_ID, _END_ID]
 _MULTI_HEAD = {**TEXT, "num_key_value_heads": TEXT["num_attention_heads"]}
 
 
-def _phi4_multimodal(implementation: str) -> PreTrainedModel:
-    config = transformers.Phi4MultimodalConfig(
-        **TEXT,
-        sliding_window=8,
-        original_max_position_embeddings=128,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 1e4,
-            # Three quarters of a head's 8 dimensions turn: 3 pairs.
-            "partial_rotary_factor": 0.75,
-            "short_factor": [1.0, 1.25, 1.5],
-            "long_factor": [1.0, 2.0, 4.0],
-        },
-        vision_config={
-            **VISION,
-            "crop_size": IMAGE_SIZE,
-            "image_token_id": IMAGE_ID,
-        },
-        audio_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_blocks": 2,
-            "num_attention_heads": 2,
-            "ext_pw_out_channel": 16,
-            "depthwise_separable_out_channel": 16,
-            "input_size": 16,
-            "nemo_conv_channels": 16,
-            "bias_max_distance": 8,
-            "audio_token_id": IMAGE_ID + 1,
-        },
-        attn_implementation=implementation,
-    )
-    return transformers.Phi4MultimodalForCausalLM(config)
+_phi4_multimodal = built(
+    "Phi4Multimodal",
+    model_class="Phi4MultimodalForCausalLM",
+    **TEXT,
+    sliding_window=8,
+    original_max_position_embeddings=128,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        # Three quarters of a head's 8 dimensions turn: 3 pairs.
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.25, 1.5],
+        "long_factor": [1.0, 2.0, 4.0],
+    },
+    vision_config={
+        **VISION,
+        "crop_size": IMAGE_SIZE,
+        "image_token_id": IMAGE_ID,
+    },
+    audio_config={
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_blocks": 2,
+        "num_attention_heads": 2,
+        "ext_pw_out_channel": 16,
+        "depthwise_separable_out_channel": 16,
+        "input_size": 16,
+        "nemo_conv_channels": 16,
+        "bias_max_distance": 8,
+        "audio_token_id": IMAGE_ID + 1,
+    },
+)
 
 
 def _phi4_multimodal_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -63,15 +66,15 @@ def _phi4_multimodal_inputs(model, ids, attention_mask, pixels) -> dict[str, Ten
     place_images(ids, attention_mask, 5)
     views = torch.stack([pixels.flip(-1), pixels], 1)
     side = IMAGE_SIZE // PATCH_SIZE
-    patches = torch.ones(*views.shape[:2], side, side)
+    own = torch.ones(*views.shape[:2], side, side)
     # The crop's right half is padding. Without any, SDPA makes the vision tower causal, and eager does not.
-    patches[:, 1, :, -1] = 0
+    own[:, 1, :, -1] = 0
     return {
         "input_ids": ids,
         "attention_mask": attention_mask,
         "image_pixel_values": views,
         "image_sizes": torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * ids.shape[0]),
-        "image_attention_mask": patches,
+        "image_attention_mask": own,
     }
 
 
@@ -142,19 +145,15 @@ _MOLMO2_OLMO = {
 
 
 def _molmo2_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    for row in range(ids.shape[0]):
-        start = int(attention_mask[row].argmax()) + 1
-        ids[row, start : start + len(_MOLMO2_IMAGE)] = _MOLMO2_IMAGE
-    crops = torch.stack([pixels.flip(-1), pixels], 1).flatten(0, 1)
-    patches = crops.unfold(2, PATCH_SIZE, PATCH_SIZE).unfold(3, PATCH_SIZE, PATCH_SIZE)
-    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    place(ids, attention_mask, _MOLMO2_IMAGE)
+    crops = patches(torch.stack([pixels.flip(-1), pixels], 1).flatten(0, 1), PATCH_SIZE)
     return {
         "input_ids": ids,
         "attention_mask": attention_mask,
         # Markers count as part of an image.
         "mm_token_type_ids": (ids >= IMAGE_ID).long(),
-        "pixel_values": patches,
-        "image_token_pooling": torch.arange(patches.shape[0] * patches.shape[1]).view(len(patches), -1),
+        "pixel_values": crops,
+        "image_token_pooling": torch.arange(crops.shape[0] * crops.shape[1]).view(len(crops), -1),
         "image_grids": torch.ones(ids.shape[0], 4, dtype=torch.long),
         "image_num_crops": torch.full((ids.shape[0],), 2),
     }
@@ -170,41 +169,35 @@ def _prepare_molmo2(model: PreTrainedModel) -> None:
         model.model.language_model.embed_tokens.weight.mul_(50.0)
 
 
-def _deepseek_vl(implementation: str) -> PreTrainedModel:
-    config = transformers.DeepseekVLConfig(
-        text_config={**_MULTI_HEAD, "model_type": "llama"},
-        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-        image_token_id=IMAGE_ID,
-        tie_word_embeddings=False,
-        attn_implementation=implementation,
-    )
-    return transformers.DeepseekVLForConditionalGeneration(config)
+_deepseek_vl = built(
+    "DeepseekVL",
+    text_config={**_MULTI_HEAD, "model_type": "llama"},
+    vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    image_token_id=IMAGE_ID,
+    tie_word_embeddings=False,
+)
 
 
-def _deepseek_vl_hybrid(implementation: str) -> PreTrainedModel:
-    config = transformers.DeepseekVLHybridConfig(
-        text_config={**_MULTI_HEAD, "model_type": "llama"},
-        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-        high_res_vision_config={
-            **VISION,
-            "model_type": "sam_vision_model",
-            "image_size": 2 * IMAGE_SIZE,
-            "output_channels": 8,
-            "mlp_dim": VISION["intermediate_size"],
-            "window_size": 2,
-            "global_attn_indexes": [1],
-            "initializer_range": 0.02,
-        },
-        image_token_id=IMAGE_ID,
-        tie_word_embeddings=False,
-        attn_implementation=implementation,
-    )
-    return transformers.DeepseekVLHybridForConditionalGeneration(config)
+_deepseek_vl_hybrid = built(
+    "DeepseekVLHybrid",
+    text_config={**_MULTI_HEAD, "model_type": "llama"},
+    vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    high_res_vision_config={
+        **VISION,
+        "model_type": "sam_vision_model",
+        "image_size": 2 * IMAGE_SIZE,
+        "output_channels": 8,
+        "mlp_dim": VISION["intermediate_size"],
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "initializer_range": 0.02,
+    },
+    image_token_id=IMAGE_ID,
+    tie_word_embeddings=False,
+)
 
 
-def _image_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    place_images(ids, attention_mask, (IMAGE_SIZE // PATCH_SIZE) ** 2)
-    return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
+_image_inputs = image_inputs((IMAGE_SIZE // PATCH_SIZE) ** 2)
 
 
 def _deepseek_vl_hybrid_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -218,42 +211,35 @@ def _prepare_deepseek_vl_hybrid(model: PreTrainedModel) -> None:
     model.model.high_res_vision_alpha.fill_(0.5)
 
 
-def _llama4(implementation: str) -> PreTrainedModel:
-    config = transformers.Llama4Config(
-        text_config={
-            **TEXT,
-            "num_hidden_layers": 4,
-            "head_dim": 16,
-            "intermediate_size_mlp": 40,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            # Each kind of attention with each kind of feed-forward.
-            "moe_layers": [1, 3],
-            "no_rope_layers": [1, 1, 0, 0],
-            "attention_chunk_size": 8,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        },
-        vision_config={
-            **VISION,
-            "patch_size": PATCH_SIZE // 2,
-            # Shuffling lays the 2 x 2 patches of a token side by side.
-            "intermediate_size": 4 * VISION["hidden_size"],
-            "projector_input_dim": 24,
-            "projector_output_dim": 24,
-            "vision_output_dim": 24,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        },
-        image_token_index=IMAGE_ID,
-        boi_token_index=_START_ID,
-        eoi_token_index=_END_ID,
-        attn_implementation=implementation,
-    )
-    return transformers.Llama4ForConditionalGeneration(config)
-
-
-def _llama4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    place_images(ids, attention_mask, 4, _START_ID, _END_ID)
-    return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
+_llama4 = built(
+    "Llama4",
+    text_config={
+        **TEXT,
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        # Each kind of attention with each kind of feed-forward.
+        "moe_layers": [1, 3],
+        "no_rope_layers": [1, 1, 0, 0],
+        "attention_chunk_size": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    vision_config={
+        **VISION,
+        "patch_size": PATCH_SIZE // 2,
+        # Shuffling lays the 2 x 2 patches of a token side by side.
+        "intermediate_size": 4 * VISION["hidden_size"],
+        "projector_input_dim": 24,
+        "projector_output_dim": 24,
+        "vision_output_dim": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    image_token_index=IMAGE_ID,
+    boi_token_index=_START_ID,
+    eoi_token_index=_END_ID,
+)
 
 
 def _prepare_llama4(model: PreTrainedModel) -> None:
@@ -326,7 +312,7 @@ INPUTS = {
     "molmo2": _molmo2_inputs,
     "deepseek_vl": _image_inputs,
     "deepseek_vl_hybrid": _deepseek_vl_hybrid_inputs,
-    "llama4": _llama4_inputs,
+    "llama4": image_inputs(4, _START_ID, _END_ID),
     "blip-2": _image_inputs,
 }
 PREPARE = {

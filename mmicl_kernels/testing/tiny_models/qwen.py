@@ -2,40 +2,43 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mmicl_kernels.testing.tiny_models.common import IMAGE_ID, IMAGE_SIZE, PATCH_SIZE, TEXT, place_images
+from mmicl_kernels.testing.tiny_models.common import (
+    IMAGE_ID,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    TEXT,
+    built,
+    place_images,
+)
 
-
-def _qwen2_5_vl(implementation: str) -> PreTrainedModel:
-    config = Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [1, 1, 2],
-                "rope_theta": 1e4,
-            },
+_qwen2_5_vl = built(
+    "Qwen2_5_VL",
+    text_config={
+        **TEXT,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "rope_theta": 1e4,
         },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": TEXT["hidden_size"],
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": 1,
-            "temporal_patch_size": 1,
-            "window_size": IMAGE_SIZE,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=IMAGE_ID,
-        video_token_id=IMAGE_ID + 1,
-        vision_start_token_id=IMAGE_ID + 2,
-        vision_end_token_id=IMAGE_ID + 3,
-        attn_implementation=implementation,
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    },
+    vision_config={
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": TEXT["hidden_size"],
+        "patch_size": PATCH_SIZE,
+        "spatial_merge_size": 1,
+        "temporal_patch_size": 1,
+        "window_size": IMAGE_SIZE,
+        "fullatt_block_indexes": [1],
+    },
+    image_token_id=IMAGE_ID,
+    video_token_id=IMAGE_ID + 1,
+    vision_start_token_id=IMAGE_ID + 2,
+    vision_end_token_id=IMAGE_ID + 3,
+)
 
 
 def _qwen2_5_vl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Qwen2-VL and the Qwen3 generation: deepstack, experts, hybrids of linear and gated attention."""
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
@@ -13,7 +12,9 @@ from mmicl_kernels.testing.tiny_models.common import (
     PATCH_SIZE,
     TEXT,
     VISION,
+    built,
     place_images,
+    use_batched_experts,
 )
 
 _IDS = {
@@ -65,78 +66,69 @@ _HYBRID_TEXT = {
 }
 
 
-def _qwen2_vl(implementation: str) -> PreTrainedModel:
-    config = transformers.Qwen2VLConfig(
-        text_config={
-            **TEXT,
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 16,
-            "hidden_size": TEXT["hidden_size"],
-            "mlp_ratio": 2,
-            "num_heads": 2,
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": 1,
-            "temporal_patch_size": 1,
-        },
-        **_IDS,
-        attn_implementation=implementation,
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config)
+_qwen2_vl = built(
+    "Qwen2VL",
+    text_config={
+        **TEXT,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    },
+    vision_config={
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": TEXT["hidden_size"],
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": PATCH_SIZE,
+        "spatial_merge_size": 1,
+        "temporal_patch_size": 1,
+    },
+    **_IDS,
+)
 
 
-def _qwen3_vl(implementation: str) -> PreTrainedModel:
-    config = transformers.Qwen3VLConfig(
-        text_config=_QWEN3_TEXT,
-        vision_config=_DEEPSTACK_VISION,
-        **_IDS,
-        attn_implementation=implementation,
-    )
-    return transformers.Qwen3VLForConditionalGeneration(config)
+_qwen3_vl = built(
+    "Qwen3VL",
+    text_config=_QWEN3_TEXT,
+    vision_config=_DEEPSTACK_VISION,
+    **_IDS,
+)
 
 
-def _qwen3_vl_moe(implementation: str) -> PreTrainedModel:
-    config = transformers.Qwen3VLMoeConfig(
-        text_config={**_QWEN3_TEXT, **_EXPERTS},
-        vision_config=_DEEPSTACK_VISION,
-        **_IDS,
-        attn_implementation=implementation,
-    )
-    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+_qwen3_vl_moe = built(
+    "Qwen3VLMoe",
+    text_config={**_QWEN3_TEXT, **_EXPERTS},
+    vision_config=_DEEPSTACK_VISION,
+    **_IDS,
+)
 
 
-def _qwen3_5(implementation: str) -> PreTrainedModel:
-    config = transformers.Qwen3_5Config(
-        text_config=_HYBRID_TEXT, vision_config=_VISION, **_IDS, attn_implementation=implementation
-    )
-    return transformers.Qwen3_5ForConditionalGeneration(config)
+_qwen3_5 = built(
+    "Qwen3_5",
+    text_config=_HYBRID_TEXT,
+    vision_config=_VISION,
+    **_IDS,
+)
 
 
-def _qwen3_5_moe(implementation: str) -> PreTrainedModel:
-    config = transformers.Qwen3_5MoeConfig(
-        text_config={**_HYBRID_TEXT, **_EXPERTS, "shared_expert_intermediate_size": 24},
-        vision_config=_VISION,
-        **_IDS,
-        attn_implementation=implementation,
-    )
-    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+_qwen3_5_moe = built(
+    "Qwen3_5Moe",
+    text_config={**_HYBRID_TEXT, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    vision_config=_VISION,
+    **_IDS,
+)
 
 
-def _minicpmv4_6(implementation: str) -> PreTrainedModel:
-    config = transformers.MiniCPMV4_6Config(
-        text_config={**_HYBRID_TEXT, "model_type": "qwen3_5_text"},
-        vision_config=VISION,
-        insert_layer_id=0,
-        image_token_id=IMAGE_ID,
-        video_token_id=IMAGE_ID + 1,
-        attn_implementation=implementation,
-    )
-    return transformers.MiniCPMV4_6ForConditionalGeneration(config)
+_minicpmv4_6 = built(
+    "MiniCPMV4_6",
+    text_config={**_HYBRID_TEXT, "model_type": "qwen3_5_text"},
+    vision_config=VISION,
+    insert_layer_id=0,
+    image_token_id=IMAGE_ID,
+    video_token_id=IMAGE_ID + 1,
+)
 
 
 def _minicpmv4_6_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -182,8 +174,7 @@ def _sharpen(model: PreTrainedModel) -> None:
 
 def _sharpen_experts(model: PreTrainedModel) -> None:
     _sharpen(model)
-    # The default, grouped_mm, has no fp64, which references need.
-    model.set_experts_implementation("batched_mm")
+    use_batched_experts(model)
 
 
 BUILDERS = {

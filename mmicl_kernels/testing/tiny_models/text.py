@@ -1,12 +1,9 @@
 """Text-only causal language models: the decoders inside the LVLMs, without an image."""
 
-from collections.abc import Callable
-
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmicl_kernels.testing.tiny_models.common import TEXT
+from mmicl_kernels.testing.tiny_models.common import TEXT, built
 
 # Shorter than a prompt of 12 tokens; the first layer attends to all of it, the others do not.
 _SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -17,16 +14,6 @@ _OPTIONS = {
     "Qwen2": _SLIDING,
     "Qwen3": {**_SLIDING, "head_dim": 16},
 }
-
-
-def _causal_lm(family: str) -> Callable[[str], PreTrainedModel]:
-    def build(implementation: str) -> PreTrainedModel:
-        config = getattr(transformers, f"{family}Config")(
-            **TEXT, **_OPTIONS[family], attn_implementation=implementation
-        )
-        return getattr(transformers, f"{family}ForCausalLM")(config)
-
-    return build
 
 
 def _text_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -45,7 +32,9 @@ def prepare(model: PreTrainedModel) -> None:
             nn.init.uniform_(module.weight, 0.5, 2.0)
 
 
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-BUILDERS = {name: _causal_lm(name.capitalize()) for name in _FAMILIES}
-INPUTS = dict.fromkeys(_FAMILIES, _text_inputs)
+BUILDERS = {
+    prefix.lower(): built(prefix, model_class=f"{prefix}ForCausalLM", **TEXT, **options)
+    for prefix, options in _OPTIONS.items()
+}
+INPUTS = dict.fromkeys(BUILDERS, _text_inputs)
 PREPARE = {"qwen2": prepare, "qwen3": prepare}
