@@ -12,9 +12,10 @@ class AdaptedModel(nn.Module):
     """``model`` with ``adapter`` attached, as DistributedDataParallel and trainers expect it.
 
     Its parameters are the model's, frozen from now on, and the adapter's, which a state dict has under
-    ``adapter.``. It is called as the model is. ``handle`` is that of :func:`attach`. DDP leaves the model
-    alone, which must be the same in all processes: it broadcasts and averages the adapter's parameters only,
-    so the model may be sharded (``fully_shard``).
+    ``adapter.``. Of the model's a state dict has only those that train all the same, as LoRA's may, so that
+    checkpoints are small and weights may be tied or quantised. It is called as the model is. ``handle`` is
+    that of :func:`attach`. DDP leaves the model alone, which must be the same in all processes: it broadcasts
+    and averages the adapter's parameters only, so the model may be sharded (``fully_shard``).
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, *, impl: str = "auto") -> None:
@@ -24,6 +25,21 @@ class AdaptedModel(nn.Module):
         self.model, self.adapter = model.requires_grad_(False), adapter
         states = (*model.named_parameters(), *model.named_buffers())
         self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name, _ in states]
+        self.register_state_dict_post_hook(_leave_frozen_out)
+        self.register_load_state_dict_post_hook(_miss_nothing_frozen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+
+def _leave_frozen_out(adapted: AdaptedModel, state: dict[str, Any], prefix: str, _: object) -> None:
+    trained = {f"{prefix}model.{name}" for name, x in adapted.model.named_parameters() if x.requires_grad}
+    for key in [key for key in state if key.startswith(f"{prefix}model.") and key not in trained]:
+        del state[key]
+
+
+def _miss_nothing_frozen(adapted: AdaptedModel, keys: Any) -> None:
+    parameters = adapted.model.named_parameters(remove_duplicate=False)
+    frozen = [name for name, x in (*parameters, *adapted.model.named_buffers()) if not x.requires_grad]
+    ends = tuple(f"model.{name}" for name in frozen)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(ends)]
