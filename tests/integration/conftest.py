@@ -2,10 +2,14 @@
 
 import json
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import pytest
 import transformers
+
+from mmicl_kernels.cli.support import CELLS, METHODS
+from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available
 
 
 def pytest_addoption(parser):
@@ -35,6 +39,15 @@ class SupportMatrix:
         self._families[family]["cells"][method][cell] = told.get("empty") or outcome
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        missing = [
+            (family, method, cell)
+            for family, method, cell in product(filter(is_available, ALL_MODELS), METHODS, CELLS.values())
+            if cell not in self._families[family]["cells"][method]
+        ]
+        if missing:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+            print(f"\n{len(missing)} cells were not run, {missing[0]} first: {self._path} is as it was")
+            return
         versions = json.loads(self._path.read_text()) if self._path.exists() else {}
         versions[transformers.__version__] = self._families
         self._path.write_text(json.dumps(versions, indent=1, sort_keys=True) + "\n")
