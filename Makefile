@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/mmicl demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not families"
 
 # The support matrix, on the newest and the oldest transformers; it says what SUPPORT.md says.
 test-families: $(STAMP) $(OLDEST)/.installed

@@ -28,7 +28,9 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Shifted attention in the interface of transformers.
@@ -47,8 +49,6 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     base, T = layer.base_implementation, query.shape[2]
-    if cu_seq_lens_q is not None and "flash" in base:
-        raise NotImplementedError("cu_seq_lens_q: packed sequences need sdpa or eager, whose masks part them")
     if attention_mask is None and base == "sdpa" and is_causal and 1 < T < key.shape[2]:
         # A static cache that is being filled: sdpa means top-left causal, and rows beyond T are unused.
         key, value = key[:, :, :T], value[:, :, :T]
@@ -57,13 +57,20 @@ def attention_forward(
         key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
     causal = is_causal and _leaves_causality_out(attention_mask, base)
     mask = _four_dimensional(attention_mask, query, key)
+    if "flash" in base and not is_causal and sliding_window is not None:
+        mask = _near(sliding_window, mask, query, key)
     weight, bias, shift, adapter_ids = layer.parameters(*query.shape[:2])
+    packed = {}
+    if attention_mask is None and "flash" in base:
+        packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    if packed and adapter_ids is not None:
+        adapter_ids = adapter_ids.expand(len(packed["cu_seqlens_q"]) - 1)
     out = shifted_attention(
         query, key, value, weight, bias, shift,
         scale=scaling, softcap=softcap, mask=mask,
         causal=causal and T > 1, window=sliding_window if causal else None,
         kv_end=_used_keys(mask, query, key) if layer.normalizer == "all_keys" else None,
-        adapter_ids=adapter_ids, normalizer=layer.normalizer, impl=layer.impl,
+        adapter_ids=adapter_ids, normalizer=layer.normalizer, impl=layer.impl, **packed,
     )  # fmt: skip
     return out.transpose(1, 2), None
 
@@ -75,6 +82,39 @@ def _leaves_causality_out(mask: Tensor | BlockMask | None, base: str) -> bool:
     attend to whatever the mask leaves.
     """
     return (mask is None and base == "sdpa") or (not isinstance(mask, BlockMask) and "flash" in base)
+
+
+def _near(window: int, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """``mask`` of the keys fewer than ``window`` tokens away: flash's windows reach both ways."""
+    T, S = query.shape[2], key.shape[2]
+    near = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T + window - 1)
+    near = near.triu(S - T - window + 1)[None, None]
+    return near if mask is None else near & mask
+
+
+def _packed(
+    query: Tensor, position_ids: Tensor | None, starts_q: Tensor | None, starts_k: Tensor | None
+) -> dict[str, Any]:
+    """What parts sequences in one row, as flash is told without a mask: ``cu_seq_lens``, or positions.
+
+    The other implementations have them in their masks. Positions are read on the host, as flash's are.
+    """
+    B, _, T, _ = query.shape
+    if starts_q is None:
+        if B > 1 or T == 1 or position_ids is None or position_ids.shape != (1, T):
+            return {}
+        first = (position_ids[0] == position_ids.min()).nonzero().flatten()
+        if len(first) == 1:
+            return {}
+        starts_q = torch.cat([first, first.new_tensor([T])])
+    starts_q = starts_q.int()
+    starts_k = starts_q if starts_k is None else starts_k.int()
+    return {
+        "cu_seqlens_q": starts_q,
+        "cu_seqlens_k": starts_k,
+        "max_seqlen_q": int(starts_q.diff().max()),
+        "max_seqlen_k": int(starts_k.diff().max()),
+    }
 
 
 def _four_dimensional(mask: Tensor | BlockMask | None, query: Tensor, key: Tensor) -> Tensor | None:

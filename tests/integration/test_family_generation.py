@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import pytest
 import torch
 from compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo  # noqa: F401
-from empty_cells import REFUSED, UNPATCHED_FAILS
+from empty_cells import REFUSED, UNPATCHED_FAILS, VERSION
 from family_oracles import METHODS, adapter_of, attached, independent
 from published import doubled, logits, random_adapter
 from residuals import random_shift
@@ -21,14 +21,28 @@ from transformers import CompileConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import mmicl_kernels as mk
-from mmicl_kernels.testing.tiny_models import IMAGE_ID, VOCABULARY, tiny_inputs, tiny_model
+from mmicl_kernels.testing.tiny_models import IMAGE_ID, VOCABULARY, is_available, tiny_inputs, tiny_model
 
 NEW_TOKENS = 6
+WINDOW = 8
+# Their layers' windows, all or some of them, are 8 tokens; Llama4's chunks are.
+SLIDING = (
+    "cohere2_vision",
+    "gemma3",
+    "gemma4",
+    "llama4",
+    "mistral",
+    "paligemma2",
+    "phi4_multimodal",
+    "qwen2",
+    "qwen2_vl",
+)
 
 
 def cases(names, methods=METHODS, quick=()):
     """Every method that applies to every family; slow but for those named quick."""
-    found = [(name, method) for name in names for method in methods if (name, method) not in REFUSED]
+    found = [(name, method) for name in filter(is_available, names) for method in methods]
+    found = [x for x in found if x not in REFUSED]
     slow = pytest.mark.slow
     return [pytest.param(*x, marks=() if x in quick else slow, id="-".join(x)) for x in found]
 
@@ -86,18 +100,16 @@ def compiled(model, inputs):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(
-    "name, method", cases(GRAPHS, ("mimic", "m2iv", "aim"), quick=[("idefics2", "mimic")])
-)
+@pytest.mark.parametrize("name, method", cases(GRAPHS, ("mimic", "m2iv", "aim")))
 def test_compiled(name, method):
     skip_where_unpatched_fails(name, "static cache")
     model, adapter = model_of(name), adapter_of(model_of(name), method)
-    inputs = tiny_inputs(model, padding="left")
+    inputs, budget = tiny_inputs(model, padding="left"), logit_budget(name, method)
     with independent(model, method, adapter) as prompts:
         expected = generated(model, prompts(inputs))
     with attached(model, method, adapter) as prompts:
         for _ in range(2):  # AIM's placeholders are others the second time
-            assert_same(compiled(model, prompts(inputs)), expected, logit_budget(name, method))
+            assert_same(compiled(model, prompts(inputs)), expected, budget)
             assert_graphs(GRAPHS[name])
 
 
@@ -108,14 +120,14 @@ def test_switching_rows_of_a_compiled_model(name):
     skip_where_unpatched_fails(name, "static cache")
     model = model_of(name)
     inputs = tiny_inputs(model, padding="left")
+    choices = [["mimic", "m2iv"], ["live", None], ["m2iv", ("mimic", "live")], ["mimic", "mimic"]]
+    expected = [by_rows(model, rows, lambda: generated(model, inputs)[1]) for rows in choices]
+    budgets = [rows_budget(name, tuple(rows)) for rows in choices]
     graphs = []
     with mk.attach(model, mixed_adapters(model)) as handle:
-        for rows in (["mimic", "m2iv"], ["live", None], ["m2iv", ("mimic", "live")], ["mimic", "mimic"]):
-            with handle.disabled():
-                expected = by_rows(model, rows, lambda: generated(model, inputs)[1])
+        for rows, steps, budget in zip(choices, expected, budgets, strict=True):
             with handle.rows(rows):
-                _, steps, _ = compiled(model, inputs)
-            assert relative_error(steps, expected) <= rows_budget(name, tuple(rows)), rows
+                assert relative_error(compiled(model, inputs)[1], steps) <= budget, rows
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [GRAPHS[name]] * len(graphs)
     assert_no_breaks()
@@ -134,7 +146,7 @@ SAMPLED_OPTIONS = {
 
 
 @pytest.mark.parametrize("options", SAMPLED_OPTIONS)
-@pytest.mark.parametrize("name, method", cases(SAMPLED, quick=[("qwen3_vl", "mimic"), ("mllama", "m2iv")]))
+@pytest.mark.parametrize("name, method", cases(SAMPLED, quick=[("mllama", "m2iv")]))
 def test_samples(name, method, options):
     """From the same seed the same tokens are drawn."""
     if "returned" in options or "beams" in options:  # both repeat the prompts
@@ -165,6 +177,9 @@ ASSISTANTS = {
     "phi4_multimodal": (),  # fails unpatched: it loses its images
     "qwen3_vl": ("qwen3_vl",),
 }
+if VERSION == "5.17":  # an assistant is given the images, and its windows are not cut back
+    ASSISTANTS = {name: [name] * (name not in SLIDING and name in of) for name, of in ASSISTANTS.items()}
+    del ASSISTANTS["phi4_multimodal"]  # fails unpatched: it takes one new token at a time
 # Always so many candidates, whatever the assistant thinks of them.
 CANDIDATES = {
     "num_assistant_tokens": 4,
@@ -219,10 +234,14 @@ def test_assisted(name, method):
 @pytest.mark.parametrize("name", ["llava-llama", "gemma3", "qwen3_vl", "llama"])
 def test_patched_assistant(name, method):
     """An assistant with the model's own weights and adapter proposes what the model would say."""
+    if name not in ASSISTANTS.get(name, [name]):
+        pytest.skip(f"transformers {VERSION} fails unpatched: an assistant's windows are not cut back")
     model, assistant = model_of(name), tiny_model(name)
     assistant.generation_config.update(**CANDIDATES)
     adapter = adapter_of(model, method)
     expected = greedy_alone(model, method, adapter)
+
+    budget = logit_budget(name, method)
 
     def passes(form, of_assistant):
         """How many the model needs for 10 tokens."""
@@ -232,13 +251,16 @@ def test_patched_assistant(name, method):
             inputs = tiny_inputs(model, batch=1)
             actual = generated(model, inputs, new_tokens=10, assistant_model=assistant)
         hook.remove()
-        assert_same(actual, expected, logit_budget(name, method))
+        assert_same(actual, expected, budget)
         return len(calls)
 
     def plain(*_):
         return nullcontext()
 
-    assert passes(attached, attached) == passes(independent, independent) < passes(attached, plain)
+    both = passes(attached, attached)
+    assert both == passes(independent, independent)
+    # LIVE keeps the norm of what it moves, and may leave greedy tokens as they are.
+    assert both < passes(attached, plain) or method == "live"
 
 
 @pytest.mark.parametrize("name", ["minicpmv4_6", "qwen3_5"])
@@ -256,31 +278,16 @@ def test_no_assistant_where_states_cannot_be_taken_back(name):
 # Windows shorter than the text ---------------------------------------------------------------------------
 
 
-WINDOW = 8
-# Their layers' windows, all or some of them, are 8 tokens; Llama4's chunks are.
-SLIDING = (
-    "cohere2_vision",
-    "gemma3",
-    "gemma4",
-    "llama4",
-    "mistral",
-    "paligemma2",
-    "phi4_multimodal",
-    "qwen2",
-    "qwen2_vl",
-)
-
-
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize(
-    "name, method", cases(SLIDING, quick=[("mistral", "mimic"), ("gemma4", "mimic"), ("qwen2_vl", "m2iv")])
-)
+@pytest.mark.parametrize("name, method", cases(SLIDING, quick=[("mistral", "mimic"), ("qwen2_vl", "m2iv")]))
 def test_beyond_the_window(name, method, padding):
     """Cached, cut to the window, the keys give what all tokens at once give without any cache."""
     model, adapter = model_of(name), adapter_of(model_of(name), method)
     inputs, budget = tiny_inputs(model, padding=padding), logit_budget(name, method)
     with independent(model, method, adapter) as prompts:
         expected = generated(model, prompts(inputs), new_tokens=WINDOW + 4)
+        # In 5.17 PaliGemma takes for its prefix what it said itself, where it has no cache.
+        plain_uncached = generated(model, prompts(inputs), new_tokens=WINDOW + 4, use_cache=False)
     with attached(model, method, adapter) as prompts:
         given = prompts(inputs)
         dynamic = generated(model, given, new_tokens=WINDOW + 4)
@@ -288,7 +295,7 @@ def test_beyond_the_window(name, method, padding):
         assert_same(dynamic, expected, budget)
         assert relative_error(without_cache(model, given, dynamic[0]), expected[1]) <= budget
         uncached = generated(model, given, new_tokens=WINDOW + 4, use_cache=False)
-        assert_same(uncached, expected, budget)
+        assert_same(uncached, plain_uncached, budget)
         if (name, "static cache") not in UNPATCHED_FAILS:
             given = prompts(inputs)
             static = generated(model, given, new_tokens=WINDOW + 4, cache_implementation="static")

@@ -1,0 +1,284 @@
+"""What a decoder's own attention implementation hands to a patched layer, on families beyond ``TINY_MODELS``.
+
+Packed sequences, bases in bf16 and fp16, and masks of flash and flex attention, which no CPU computes: a
+decoder is told that it has them, so it makes their masks, and the patched layers need no kernel of theirs.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from empty_cells import REFUSED
+from family_oracles import METHODS, adapter_of, attached, independent
+from published import doubled, in_double, logits, published, random_adapter, text_config
+from test_support_matrix import base_of, generated, logit_budget, model_of, relative_error
+from transformers import DynamicCache
+
+import mmicl_kernels as mk
+from mmicl_kernels.testing.budgets import assert_within_budget
+from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
+
+FLASH = "flash_attention_2"
+
+
+def some_slow(values, but=()):
+    return [pytest.param(x, marks=() if x in but else pytest.mark.slow) for x in values]
+
+
+def with_base(name, base):
+    """A model of its own, whose decoder makes the masks of ``base``, whether or not it could run."""
+    model = tiny_model(name, attn_implementation=base_of(name)).requires_grad_(False)
+    for config in (model.config, text_config(model)):  # generate() asks the first
+        config._attn_implementation_internal = base
+    return model
+
+
+# Packed sequences ----------------------------------------------------------------------------------------
+
+
+# Longer and shorter than the window of 8 that all but Llama's have.
+LENGTHS = (11, 1, 5, 13)
+PACKED = ("llama", "llava-llama", "mistral", "qwen2", "qwen3")
+
+
+@functools.cache
+def sequences():
+    """Token ids ``[1, T]`` each, without an image."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, 50, (1, length), generator=generator) for length in LENGTHS]
+
+
+@torch.no_grad()
+def alone(model):
+    return torch.cat([model(input_ids=ids, use_cache=False).logits for ids in sequences()], 1)
+
+
+@torch.no_grad()
+def packed(model, **options):
+    ids = torch.cat(sequences(), 1)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return model(input_ids=ids, position_ids=positions, use_cache=False, **options).logits
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["mimic", *some_slow(["m2iv", "live"])])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed(name, method, base):
+    """Positions that start again part the sequences of one row."""
+    model = model_of(name, base)
+    adapter, budget = adapter_of(model, method), logit_budget(name, method)
+    with independent(model, method, adapter):
+        expected = alone(model)
+    with attached(model, method, adapter):
+        actual = packed(model)
+        assert relative_error(actual, expected) <= budget
+        assert relative_error(alone(model), expected) <= budget
+    assert relative_error(packed(model), expected) > 1000 * budget
+    with mk.attach(model, {"a": adapter, "b": adapter_of(model, method)}) as handle, handle.rows("a"):
+        assert relative_error(packed(model), expected) <= budget
+
+
+@pytest.mark.parametrize("told_by", ["positions", "lengths"])
+@pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_on_flash(name, normalizer, told_by):
+    """There is no mask, and flash reads positions, or lengths that a collator counted."""
+    adapter = random_adapter(model_of(name), normalizer=normalizer)
+    with published(model_of(name), adapter):
+        expected = alone(model_of(name))
+    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = max(LENGTHS)
+    lengths = {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    options = lengths if told_by == "lengths" else {}
+    model = with_base(name, FLASH)
+    with mk.attach(model, adapter):
+        assert relative_error(packed(model, **options), expected) <= logit_budget(name, "mimic")
+    with mk.attach(model, {"a": adapter}) as handle, handle.rows("a"):
+        assert relative_error(packed(model, **options), expected) <= logit_budget(name, "mimic")
+
+
+def test_packed_with_all_keys_counts_the_other_sequences():
+    """As the official gate counts all there is in a row: sdpa's and eager's rows are not what flash's are."""
+    model = model_of("llama")
+    adapter = random_adapter(model, normalizer="all_keys")
+    with published(model, adapter):
+        expected, separate = packed(model), alone(model)
+    assert relative_error(expected, separate) > 0.01
+    with mk.attach(model, adapter):
+        assert relative_error(packed(model), expected) <= logit_budget("llama", "mimic")
+
+
+# Bases of low precision ----------------------------------------------------------------------------------
+
+
+LOW = (
+    "blip2",
+    "cohere2_vision",
+    "gemma3",
+    "gemma4",
+    "glm4v",
+    "internvl",
+    "lfm2_vl",
+    "llama4",
+    "mistral",
+    "mllama",
+    "molmo2",
+    "paligemma2",
+    "phi4_multimodal",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_vl",
+)
+QUICK_LOW = (("gemma4", "live"), ("phi4_multimodal", "mimic"), ("qwen3_vl", "m2iv"))
+
+
+def low_cases():
+    for name in filter(is_available, LOW):
+        for method in METHODS:
+            if (name, method) not in REFUSED:
+                marks = () if (name, method) in QUICK_LOW else pytest.mark.slow
+                yield pytest.param(name, method, marks=marks, id=f"{name}-{method}")
+
+
+@functools.lru_cache(maxsize=2)
+def low_and_double(name, dtype):
+    model = copy.deepcopy(model_of(name)).to(dtype)
+    return model, in_double(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name, method", list(low_cases()))
+def test_low_precision(name, method, dtype):
+    """The adapter stays in fp32 beside a model in bf16 or fp16."""
+    model, double = low_and_double(name, dtype)
+    inputs = tiny_inputs(model, padding="left")
+    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    adapter = adapter_of(model, method)
+    with torch.no_grad():
+        for parameter_name, parameter in adapter.named_parameters():
+            if parameter_name.endswith("vector"):
+                parameter.mul_(0.1)  # of longer ones nothing but the direction would matter
+    assert {x.dtype for x in adapter.parameters()} == {torch.float32}
+    with independent(model, method, adapter) as prompts:
+        low = logits(model, prompts(inputs))
+    with independent(double, method, copy.deepcopy(adapter).double()) as prompts:
+        exact = logits(double, doubled(prompts(inputs)))
+    with attached(model, method, adapter) as prompts:
+        actual = logits(model, prompts(inputs))
+    assert actual.dtype == dtype
+    assert_within_budget(f"logits of {name}", actual, low, exact)
+
+
+# Masks of flash and flex ---------------------------------------------------------------------------------
+
+
+FLASH_FAMILIES = ("cohere2_vision", "gemma3", "gemma4", "mistral", "phi4_multimodal", "qwen2_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", some_slow(FLASH_FAMILIES, but=("gemma4", "mistral")))
+def test_flash(name, padding, cache):
+    """The mask is of the padding alone, windows are an argument, and a static cache is longer than both."""
+    adapter = random_adapter(model_of(name))
+    inputs = tiny_inputs(model_of(name), padding=padding)
+    with published(model_of(name), adapter):
+        expected = logits(model_of(name), inputs)
+        tokens, steps = generated(model_of(name), inputs)
+    model, budget = with_base(name, FLASH), logit_budget(name, "mimic")
+    with mk.attach(model, adapter):
+        assert relative_error(logits(model, inputs), expected) <= budget
+        options = {"cache_implementation": "static"} if cache == "static" else {}
+        actual = generated(model, inputs, **options)
+    assert torch.equal(actual[0], tokens)
+    assert relative_error(actual[1], steps) <= budget
+
+
+def test_flash_forgets_that_images_are_attended_in_both_directions():
+    """Its masks cannot say so: as in an unpatched Gemma3, the tokens of an image see those before alone."""
+    adapter = random_adapter(model_of("gemma3"))
+    inputs = tiny_inputs(model_of("gemma3"))
+    inputs["token_type_ids"][:, 2:7] = 1  # as if an image had five tokens
+    model = model_of("gemma3")
+    with published(model, adapter):
+        both = logits(model, inputs)
+        causal = logits(model, {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])})
+    budget = logit_budget("gemma3", "mimic")
+    assert relative_error(causal, both) > 1000 * budget
+    with mk.attach(model, adapter):
+        assert relative_error(logits(model, inputs), both) <= budget
+    model = with_base("gemma3", FLASH)
+    with mk.attach(model, adapter):
+        assert relative_error(logits(model, inputs), causal) <= budget
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_flash_prefix_is_attended_in_both_directions(padding):
+    """A PaliGemma on flash is not causal at all, and its windows reach as far ahead as back."""
+    model = model_of("paligemma2")
+    adapter = random_adapter(model)
+    inputs = tiny_inputs(model, length=14, padding=padding)
+    position = torch.arange(14)
+    own = inputs["attention_mask"].bool()[:, None, None]
+    near = (position[:, None] - position).abs() < text_config(model).sliding_window
+    masks = {"full_attention": own.expand(-1, 1, 14, -1), "sliding_attention": own & near}
+    masks = {
+        name: torch.zeros(x.shape).masked_fill(~x, torch.finfo(torch.float32).min)
+        for name, x in masks.items()
+    }
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, options: (args, {**options, "attention_mask": masks}), with_kwargs=True
+    )
+    with published(model, adapter):
+        expected = logits(model, inputs)
+    hook.remove()
+    flash = with_base("paligemma2", FLASH)
+    with mk.attach(flash, adapter):
+        assert relative_error(logits(flash, inputs), expected) <= logit_budget("paligemma2", "mimic")
+
+
+@pytest.mark.parametrize("pieces", [(7, 5), (9, 3)])
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_flash_prefill_in_pieces(name, pieces):
+    """Beyond the window too: causal from the bottom right, with the window's keys alone in the cache."""
+    ids = torch.randint(3, 50, (1, sum(pieces)), generator=torch.Generator().manual_seed(3))
+
+    @torch.no_grad()
+    def second(model):
+        cache = DynamicCache(config=text_config(model))
+        model(input_ids=ids[:, : pieces[0]], past_key_values=cache)
+        return model(input_ids=ids[:, pieces[0] :], past_key_values=cache).logits
+
+    adapter = random_adapter(model_of(name))
+    with published(model_of(name), adapter), torch.no_grad():
+        expected = model_of(name)(input_ids=ids).logits[:, pieces[0] :]
+    model = with_base(name, FLASH)
+    with mk.attach(model, adapter):
+        assert relative_error(second(model), expected) <= logit_budget(name, "mimic")
+
+
+FLEX_FAMILIES = ("gemma3", "llama4", "mistral", "paligemma2", "phi4_multimodal", "qwen3_vl")
+
+
+@pytest.mark.slow  # transformers compiles the mask, a minute each time its shape class changes
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("name", FLEX_FAMILIES)
+def test_flex(name, padding):
+    """A BlockMask has all that a mask can say: windows, chunks, prefixes and images in both directions."""
+    adapter = random_adapter(model_of(name))
+    inputs = tiny_inputs(model_of(name), padding=padding)
+    with published(model_of(name), adapter):
+        expected = logits(model_of(name), inputs)
+        tokens, steps = generated(model_of(name), inputs)
+    model, budget = with_base(name, "flex_attention"), logit_budget(name, "mimic")
+    with mk.attach(model, adapter):
+        assert relative_error(logits(model, inputs), expected) <= budget
+        actual = generated(model, inputs)
+    assert torch.equal(actual[0], tokens)
+    assert relative_error(actual[1], steps) <= budget
