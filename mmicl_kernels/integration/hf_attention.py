@@ -49,16 +49,8 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     base, T = layer.base_implementation, query.shape[2]
-    if attention_mask is None and base == "sdpa" and is_causal and 1 < T < key.shape[2]:
-        # A static cache that is being filled: sdpa means top-left causal, and rows beyond T are unused.
-        key, value = key[:, :, :T], value[:, :, :T]
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        # Flash's: shorter than a static cache, whose rows beyond it are unused.
-        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
-    causal = is_causal and _leaves_causality_out(attention_mask, base)
-    mask = _four_dimensional(attention_mask, query, key)
-    if "flash" in base and not is_causal and sliding_window is not None:
-        mask = _near(sliding_window, mask, query, key)
+    key, value = _in_use(attention_mask, base == "sdpa" and is_causal, T, key, value)
+    visible = _visibility(attention_mask, base, is_causal, sliding_window, query, key)
     weight, bias, shift, adapter_ids = layer.parameters(*query.shape[:2])
     packed = {}
     if attention_mask is None and "flash" in base:
@@ -67,21 +59,45 @@ def attention_forward(
         adapter_ids = adapter_ids.expand(len(packed["cu_seqlens_q"]) - 1)
     out = shifted_attention(
         query, key, value, weight, bias, shift,
-        scale=scaling, softcap=softcap, mask=mask,
-        causal=causal and T > 1, window=sliding_window if causal else None,
-        kv_end=_used_keys(mask, query, key) if layer.normalizer == "all_keys" else None,
-        adapter_ids=adapter_ids, normalizer=layer.normalizer, impl=layer.impl, **packed,
+        scale=scaling, softcap=softcap, adapter_ids=adapter_ids, normalizer=layer.normalizer, impl=layer.impl,
+        kv_end=_used_keys(visible["mask"], query, key) if layer.normalizer == "all_keys" else None,
+        **visible, **packed,
     )  # fmt: skip
     return out.transpose(1, 2), None
 
 
-def _leaves_causality_out(mask: Tensor | BlockMask | None, base: str) -> bool:
-    """Whether the decoder's own implementation is causal by itself, beside ``mask``.
+def _in_use(
+    mask: Tensor | BlockMask | None, top_left: bool, T: int, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values without the rows at the end of a static cache that are not filled yet."""
+    S = key.shape[2]
+    if mask is None and top_left and 1 < T < S:  # it is being filled, and sdpa means top-left causal
+        S = T
+    elif isinstance(mask, Tensor) and mask.dim() == 2:  # flash's, which is as long as what is filled
+        S = mask.shape[1]
+    return key[:, :, :S], value[:, :, :S]
 
-    sdpa is without a mask, and flash always, with a mask ``[B, S]`` of the padding alone. Eager and flex
-    attend to whatever the mask leaves.
+
+def _visibility(
+    mask: Tensor | BlockMask | None,
+    base: str,
+    is_causal: bool,
+    window: int | None,
+    query: Tensor,
+    key: Tensor,
+) -> dict[str, Any]:
+    """What ``shifted_attention`` is told: the mask, and what the decoder's own implementation adds to it.
+
+    sdpa is causal without a mask, and flash always, beside a mask ``[B, S]`` of the padding alone. Eager and
+    flex attend to whatever the mask leaves.
     """
-    return (mask is None and base == "sdpa") or (not isinstance(mask, BlockMask) and "flash" in base)
+    whole = _four_dimensional(mask, query, key)
+    flash = "flash" in base and not isinstance(mask, BlockMask)
+    if is_causal and (flash or (mask is None and base == "sdpa")):
+        return {"mask": whole, "causal": query.shape[2] > 1, "window": window}
+    if flash and window is not None:
+        whole = _near(window, whole, query, key)
+    return {"mask": whole}
 
 
 def _near(window: int, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
