@@ -39,7 +39,7 @@ def run(parsed: argparse.Namespace) -> int:
     families, notes = rows(matrix[version])
     print_table(("family", "class", *METHODS.values()), families)
     print()
-    print(f"transformers {version}: {green(matrix[version])} of {len(families)} families green.", legend())
+    print(f"transformers {version}: {green(matrix[version])} of {len(families)} models green.", legend())
     for note in notes:
         print(note)
     return 0
@@ -75,7 +75,7 @@ def letters_of(cells: dict[str, str]) -> str:
 
 
 def green(families: dict) -> int:
-    """Families every cell of which passed, or is empty for a reason that a test showed."""
+    """Tiny models every cell of which passed, or is empty for a reason that a test showed."""
     marks = [[letters_of(family["cells"].get(x, {})) for x in METHODS] for family in families.values()]
     return sum(not any(bad in letters for letters in of for bad in (FAILED, UNKNOWN)) for of in marks)
 
@@ -91,14 +91,15 @@ def markdown(matrix: dict) -> str:
         "# Which models are supported",
         "",
         "Made by `make test-families`; do not edit. A letter is a test that compared a patched tiny model of",
-        "the family, its real classes with random weights, with an independent plain computation:",
+        "the family, its real classes with random weights, with an independent plain computation (D: with",
+        "itself before, bit for bit):",
         legend(),
         "",
     ]
     for version in sorted(matrix, reverse=True):
         families, notes = rows(matrix[version])
         lines += [
-            f"## transformers {version}: {green(matrix[version])} of {len(families)} families green",
+            f"## transformers {version}: {green(matrix[version])} of {len(families)} models green",
             "",
         ]
         lines += ["| " + " | ".join(("family", "class", *METHODS.values())) + " |", "|" + " --- |" * 6]

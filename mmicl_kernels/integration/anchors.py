@@ -1,5 +1,6 @@
 """The places in a model that methods attach to, looked up in the tables of families."""
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class Anchor:
     @property
     def device(self) -> torch.device:
         """Where the layer computes."""
-        return compute_device(next(self.mixer.children(), self.mixer))
+        return compute_device(self.mixer)
 
 
 def compute_device(module: nn.Module) -> torch.device:
@@ -63,8 +64,14 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of what peft, ``torch.compile`` and DistributedDataParallel make of one."""
+    """The model inside of what peft, ``torch.compile`` and DistributedDataParallel make of one.
+
+    Raises:
+        UnsupportedModelError: not a module.
+    """
     while True:
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(f"model is a {type(model).__name__}, expected a HuggingFace model")
         children = dict(model.named_children())
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -76,8 +83,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def family_of(model: nn.Module) -> Family:
     """Raises UnsupportedModelError, which says what was found, if the model's family is not in the table."""
-    name = getattr(getattr(model, "config", None), "model_type", None)
-    if name not in FAMILIES:
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None)
+    if not isinstance(name, str) or name not in FAMILIES or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has config.model_type {name!r}, expected one of "
             f"{', '.join(map(repr, sorted(FAMILIES)))}; found {_survey(model)}. Missing: an entry in "
@@ -111,7 +119,7 @@ def find_mixers(model: nn.Module) -> list[nn.Module]:
 def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, Decoder]:
     family, where = family_of(model), model.config.model_type
     decoder = _decoder_of(model, model.config.get_text_config(), where)
-    layers = _child(model, family.layers, where)
+    layers = _child(model, family.layers, f"{type(model).__name__} ({where})")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise UnsupportedModelError(
             f"{where}: {family.layers} is a {type(layers).__name__} of {len(list(layers.children()))} "
@@ -125,10 +133,23 @@ def refuse_method(model: nn.Module, method: str, anchors: list[Anchor]) -> None:
     option, reason = family_of(model).refuses.get(method, (None, None))
     if option is None or not getattr(model.config.get_text_config(), option, None):
         reason = None
-    if method == "mimic" and not any(anchor.num_heads for anchor in anchors):
+    attentions = [anchor.self_attn for anchor in anchors if anchor.self_attn is not None]
+    if method == "mimic" and not attentions:
         reason = "no layer has softmax attention"
+    deaf = [x for x in attentions if not _asks_interface(x)] if method == "mimic" else []
+    if deaf:
+        reason = (
+            f"the forward of {type(deaf[0]).__name__} does not ask transformers' AttentionInterface which "
+            "function to call, expected one that does"
+        )
     if reason is not None:
         raise UnsupportedModelError(f"method {method!r} cannot apply to {model.config.model_type}: {reason}")
+
+
+def _asks_interface(attention: nn.Module) -> bool:
+    """Whether ``attention`` calls what its config names; a forward of somebody's own may not."""
+    code = getattr(inspect.unwrap(attention.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def describe_backbone(model: nn.Module, anchors: list[Anchor]) -> Backbone:
@@ -196,9 +217,9 @@ def _anchor(index: int, layer: nn.Module, decoder: Decoder, where: str) -> Ancho
 
 def _geometry(attention: nn.Module, projection: str, where: str) -> tuple[int, int]:
     """Heads and their dim, as the output projection has them."""
-    width = _child(attention, projection, where).in_features
+    width = getattr(_child(attention, projection, where), "in_features", None)
     head_dim = getattr(attention, "head_dim", None)
-    if not isinstance(head_dim, int) or head_dim < 1 or width % head_dim != 0:
+    if not isinstance(width, int) or not isinstance(head_dim, int) or head_dim < 1 or width % head_dim != 0:
         raise UnsupportedModelError(
             f"{where}.head_dim is {head_dim!r}, expected a divisor of {projection}.in_features = {width}"
         )

@@ -74,6 +74,7 @@ FAMILIES = {
     "llava_next": _LANGUAGE_MODEL,
     "llava_onevision": _LANGUAGE_MODEL,
     "minicpmv4_6": _LANGUAGE_MODEL,
+    "minicpmv4_7": _LANGUAGE_MODEL,
     "mistral": _FLAT,
     "mistral3": _LANGUAGE_MODEL,
     "mllama": _LANGUAGE_MODEL,
@@ -112,6 +113,7 @@ DECODERS = {
     "lfm2": Decoder(projection="out_proj", mlp="feed_forward", mixers=("conv",)),
     "llama": _PRE_NORM,
     "llama4_text": Decoder(mlp="feed_forward"),
+    "ministral3": _PRE_NORM,
     "mistral": _PRE_NORM,
     "mllama_text_model": Decoder(skipped=("cross_attn",)),
     "molmo2_text": _PRE_NORM,
@@ -127,6 +129,7 @@ DECODERS = {
     "qwen3": _PRE_NORM,
     "qwen3_5_moe_text": _LINEAR_ATTENTION,
     "qwen3_5_text": _LINEAR_ATTENTION,
+    "qwen3_moe": _PRE_NORM,
     "qwen3_vl_moe_text": _PRE_NORM,
     "qwen3_vl_text": _PRE_NORM,
 }

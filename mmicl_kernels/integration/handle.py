@@ -206,7 +206,12 @@ class Handle:
         """
         self._check_attached()
         self._take_slot(name, adapter)
-        self._sync()
+        try:
+            self._sync()
+        except BaseException:
+            self._slots[self._slots.index(self._adapters.pop(name))] = None
+            self._sync()
+            raise
         if self._rows is not None:
             self._copy_parameters()
             self._choose(self._rows)

@@ -31,6 +31,9 @@ def attention_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: object | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Shifted attention in the interface of transformers.
@@ -39,6 +42,13 @@ def attention_forward(
     ``[B, T, H, D]``. Models pass further arguments of their own, which differ between versions and mean
     nothing to attention; those named here are all that do.
     """
+    unknown = {"s_aux": s_aux, "position_bias": position_bias, "cache": cache}
+    given = [name for name, argument in unknown.items() if argument is not None]
+    if given:
+        raise NotImplementedError(
+            f"the model gives its attention {', '.join(given)}, expected none: MimIC has no sinks, no biases "
+            "of positions and no paged cache (continuous batching)"
+        )
     if dropout > 0:
         raise ValueError(f"dropout is {dropout}, expected 0: set attention_dropout=0 or model.eval()")
     layer = getattr(module.config, "mmicl_layer", None)

@@ -62,7 +62,7 @@ def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping
     for index, mixer in enumerate(mixers):
         name = type(mixer).__name__
         if index not in found:
-            layers.append(LayerReport(index, name, skipped="skipped: it attends to images"))
+            layers.append(LayerReport(index, name, skipped="left alone by every method"))
         elif found[index].self_attn is None:
             missing = f"no softmax for {', '.join(gates)} to shift" if gates else ""
             layers.append(LayerReport(index, name, residual=residual, skipped=missing))

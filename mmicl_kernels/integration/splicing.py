@@ -185,9 +185,13 @@ def check_placeholders(placeholder_ids: object, embedding: nn.Module) -> None:
 
 
 def choose_placeholders(model: nn.Module) -> tuple[int, int]:
-    """The two largest ids of the input embedding that the configuration gives no meaning to."""
+    """The two largest ids of the input embedding that the configuration gives no meaning to.
+
+    Nor to their neighbours: Idefics2's marks around images are beside the image's own id, and not named.
+    """
     configs = (model.config, getattr(model, "generation_config", None))
-    special = {token for config in configs if config is not None for _, token in named_ids(config)}
+    named = {token for config in configs if config is not None for _, token in named_ids(config)}
+    special = {token + step for token in named for step in (-1, 0, 1)}
     size = model.get_input_embeddings().weight.shape[0]
     free = (token for token in reversed(range(size)) if token not in special)
     return next(free), next(free)

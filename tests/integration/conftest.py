@@ -22,8 +22,12 @@ def pytest_configure(config):
         config.pluginmanager.register(SupportMatrix(path))
 
 
+def minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
 class SupportMatrix:
-    """Of the installed transformers; what the file has of other versions stays."""
+    """Of the installed transformers; what the file has of other minor versions stays."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,6 +52,8 @@ class SupportMatrix:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
             print(f"\n{len(missing)} cells were not run, {missing[0]} first: {self._path} is as it was")
             return
-        versions = json.loads(self._path.read_text()) if self._path.exists() else {}
-        versions[transformers.__version__] = self._families
+        version = transformers.__version__
+        before = json.loads(self._path.read_text()) if self._path.exists() else {}
+        versions = {x: families for x, families in before.items() if minor(x) != minor(version)}
+        versions[version] = self._families
         self._path.write_text(json.dumps(versions, indent=1, sort_keys=True) + "\n")

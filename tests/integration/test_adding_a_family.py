@@ -61,7 +61,7 @@ def test_the_readmes_example(extended):
         assert str(handle.report()).splitlines() == [
             "layer 0  LlamaAttention: attention of gate; after_attention of vector; layer of vector",
             "layer 1  Sequential: after_attention of vector; layer of vector; no softmax for gate to shift",
-            "layer 2  Sequential: skipped: it attends to images",
+            "layer 2  Sequential: left alone by every method",
         ]
 
 

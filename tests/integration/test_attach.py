@@ -20,6 +20,7 @@ from transformers import GPTNeoXConfig, LlavaConfig, LlavaForConditionalGenerati
 
 import mmicl_kernels as mk
 from mmicl_kernels.integration import hf_attention
+from mmicl_kernels.integration.residual import ResidualHook
 from mmicl_kernels.testing.tiny_models import TEXT, TINY_MODELS, VISION, tiny_inputs, tiny_model
 
 
@@ -407,3 +408,29 @@ def test_refused_options(options, message):
 def test_create_refuses_another_config():
     with pytest.raises(TypeError, match="config is a dict, expected one of MimICConfig"):
         mk.create(tiny_model("llava-llama"), {"normalizer": "visible"})
+
+
+def test_an_interrupted_add_leaves_what_was_there(monkeypatch):
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    plain = logits(model, inputs)
+    with mk.attach(model, {"a": random_adapter(model)}) as handle:
+        with handle.rows("a"):
+            expected = logits(model, inputs)
+        before, installed = snapshot(model), []
+
+        def interrupted(hook):
+            installed.append(hook)
+            if len(installed) == 3:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ResidualHook, "install", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            handle.add("b", mk.create(model, mk.M2IVConfig()))
+        monkeypatch.undo()
+        assert list(handle.adapters) == ["a"]
+        assert_same_objects(snapshot(model), before)
+        with handle.rows("a"):
+            assert torch.equal(logits(model, inputs), expected)
+        handle.add("b", mk.create(model, mk.M2IVConfig()))
+    assert torch.equal(logits(model, inputs), plain)

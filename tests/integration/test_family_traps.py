@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from empty_cells import REFUSED
-from family_oracles import adapter_of, decoder_layers, independent
+from family_oracles import MLPS, MovedWithNorm, adapter_of, decoder_layers, independent, submodule
+from published import random_adapter
 from residuals import random_shift
 from snapshots import snapshot
 from test_support_matrix import base_of, logit_budget
@@ -24,7 +25,8 @@ from trap_tools import (
 )
 
 import mmicl_kernels as mk
-from mmicl_kernels.testing.tiny_models import tiny_inputs
+from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
 
 ATTENTION = re.compile(r"norm|^(self_attn|linear_attn|conv)$")
 
@@ -215,9 +217,9 @@ REPORTS = {
     "llava-llama": "layers 0-2  LlamaAttention: attention of default",
     "mllama": (
         "layer 0  MllamaTextSelfAttention: attention of default\n"
-        "layer 1  MllamaTextCrossAttention: skipped: it attends to images\n"
+        "layer 1  MllamaTextCrossAttention: left alone by every method\n"
         "layer 2  MllamaTextSelfAttention: attention of default\n"
-        "layer 3  MllamaTextCrossAttention: skipped: it attends to images"
+        "layer 3  MllamaTextCrossAttention: left alone by every method"
     ),
     "qwen3_5": (
         "layer 0  Qwen3_5GatedDeltaNet: no softmax for default to shift\n"
@@ -262,3 +264,44 @@ def test_the_report_names_every_method():
         f"layer 2  Qwen3_5GatedDeltaNet: {sites}; no softmax for mimic to shift",
         f"layer 3  Qwen3_5Attention: attention of mimic; {sites}",
     ]
+
+
+ENDS_OF_MLPS = {
+    "gemma3": "post_feedforward_layernorm",
+    "gemma4": "post_feedforward_layernorm",
+    "gemma4-moe": "post_feedforward_layernorm",
+    "glm4v": "post_mlp_layernorm",
+    "molmo2-norm_after": "post_attention_layernorm",
+    "paligemma2": "post_feedforward_layernorm",
+}
+
+
+@pytest.mark.parametrize("name", filter(is_available, ALL_MODELS))
+def test_mlps_end_where_their_branch_joins_the_stream(name):
+    """M2IV's synergy compares what both branches add; before a norm they are several times as large."""
+    for anchor in find_anchors(tiny_model(name)):
+        end = ENDS_OF_MLPS.get(name)
+        assert anchor.after_mlp is (getattr(anchor.layer, end) if end else anchor.mlp)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_the_official_shift_of_mlps_where_some_layers_have_no_gate(name):
+    """Its rows are all layers', those without softmax included."""
+    model = tiny_model(name)
+    inputs = tiny_inputs(model)
+    adapter = random_adapter(model, ffn_shift=True)
+    with torch.no_grad():
+        for layer in adapter.layers.values():  # gates closed: nothing else of the adapter acts
+            layer.weight.zero_()
+            layer.bias.fill_(-1e4)
+    shifts = dict(zip(map(str, adapter.backbone.layers), adapter.ffn_shift, strict=True))
+    mlps = {index: submodule(layer, MLPS) for index, layer in decoder_layers(model).items()}
+    for index, mlp in mlps.items():
+        mlp.forward = MovedWithNorm(mlp.forward, shifts[index])
+    expected = logits(model, inputs)
+    for mlp in mlps.values():
+        del mlp.forward
+    with mk.attach(model, adapter):
+        actual = logits(model, inputs)
+    assert relative_error(expected, logits(model, inputs)) > 1000 * logit_budget(name, "live")
+    assert relative_error(actual, expected) <= logit_budget(name, "live")

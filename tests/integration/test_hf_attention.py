@@ -132,5 +132,8 @@ def test_refused_calls():
         attention_forward(module(parameters, "sdpa"), q, k, v, None, dropout=0.5)
     with pytest.raises(RuntimeError, match=r"'mmicl' is set by mmicl_kernels\.attach"):
         attention_forward(SimpleNamespace(config=SimpleNamespace()), q, k, v, None)
+    for name in ("s_aux", "position_bias", "cache"):
+        with pytest.raises(NotImplementedError, match=f"gives its attention {name}, expected none"):
+            attention_forward(module(parameters, "sdpa"), q, k, v, None, **{name: object()})
     with pytest.raises(ValueError, match="attention_mask has 3 dimensions, expected 2 or 4"):
         attention_forward(module(parameters, "sdpa"), q, k, v, torch.ones(B, 5, 5))

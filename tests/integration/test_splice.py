@@ -243,14 +243,15 @@ def test_bad_attachments_are_named():
 
 
 def test_default_placeholder_has_no_other_meaning():
+    """Ids beside those that the configuration names may be marks of images, as Idefics2's are."""
     model = tiny_model("llava-llama")
     model.config.image_token_index = VOCABULARY - 1
-    model.generation_config.decoder_start_token_id = VOCABULARY - 2
+    model.generation_config.decoder_start_token_id = VOCABULARY - 3
     with mk.attach(model, mk.create(model, mk.AIMConfig())) as handle:
         spliced = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
         again = handle.splice(tiny_inputs(model), [[2], []], tokens=ordinary_tokens(model))
-    assert spliced["input_ids"][0, 0] == VOCABULARY - 3
-    assert again["input_ids"][0, 0] == VOCABULARY - 4
+    assert spliced["input_ids"][0, 0] == VOCABULARY - 5
+    assert again["input_ids"][0, 0] == VOCABULARY - 6
     assert spliced["attention_mask"].tolist() == [[1] * 13, [0] + [1] * 12]
 
 

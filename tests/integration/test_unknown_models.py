@@ -9,6 +9,7 @@ from residuals import random_shift
 from snapshots import assert_same_objects, snapshot
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import TEXT, VISION, tiny_inputs, tiny_model
@@ -169,3 +170,58 @@ def test_llms_without_softmax_refuse_mimic():
     with pytest.raises(mk.UnsupportedModelError, match="'mimic' cannot apply to qwen3_5: no layer"):
         mk.create(model, mk.MimICConfig())
     assert_same_objects(snapshot(model), before)
+
+
+class DeafAttention(LlamaAttention):
+    """Calls sdpa itself, whatever its config says."""
+
+    def forward(self, hidden_states, **_):
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_an_attention_that_never_asks_the_interface(of):
+    """It would be called patched and compute as before; vectors in the stream do not depend on it."""
+    model = tiny_model("llava-llama")
+    attention = model.model.language_model.layers[1].self_attn
+    adapter = mk.create(model, mk.MimICConfig())
+    if of == "class":
+        attention.__class__ = DeafAttention
+    else:
+        attention.forward = DeafAttention.forward.__get__(attention)
+    before = snapshot(model)
+    with pytest.raises(mk.UnsupportedModelError, match="does not ask transformers' AttentionInterface"):
+        mk.attach(model, adapter)
+    with pytest.raises(mk.UnsupportedModelError, match="'mimic' cannot apply to llava: the forward of"):
+        mk.create(model, mk.MimICConfig())
+    assert_same_objects(snapshot(model), before)
+    mk.attach(model, random_shift(model)).detach()
+
+
+def no_width():
+    model = tiny_model("llava-llama")
+    model.model.language_model.layers[0].self_attn.o_proj = nn.Identity()
+    return model, "head_dim is 8, expected a divisor of o_proj.in_features = None"
+
+
+def list_for_a_name():
+    model = tiny_model("llava-llama")
+    model.config.model_type = ["llava"]
+    return model, r"has config.model_type \['llava'\], expected one of"
+
+
+def inner_model():
+    return tiny_model("llava-llama").model, r"LlavaModel \(llava\) has no 'model'"
+
+
+def config_alone():
+    return tiny_model("llava-llama").config, "model is a LlavaConfig, expected a HuggingFace model"
+
+
+@pytest.mark.parametrize("case", [no_width, list_for_a_name, inner_model, config_alone])
+def test_strange_arguments_are_named(case):
+    model, message = case()
+    with pytest.raises(mk.UnsupportedModelError, match=message):
+        mk.create(model, mk.MimICConfig())
+    with pytest.raises(mk.UnsupportedModelError, match=message):
+        mk.attach(model, mk.create(tiny_model("llava-llama"), mk.M2IVConfig()))

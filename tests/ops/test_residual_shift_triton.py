@@ -41,7 +41,14 @@ FOLDER = Path(__file__).parent
 
 
 @compiles
-@pytest.mark.parametrize("name", ("residual_shift", "residual_shift_rms_norm", "residual_shift_triton"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "residual_shift",
+        pytest.param("residual_shift_rms_norm", marks=pytest.mark.slow),
+        "residual_shift_triton",
+    ),
+)
 def test_values_in_the_interpreter(name):
     """Runs every value test of one file on the CPU."""
     at_least = 5 if name.endswith("triton") else 100

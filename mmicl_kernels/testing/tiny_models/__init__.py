@@ -47,7 +47,11 @@ _BUILDERS = {name: builder for module in _MODULES for name, builder in module.BU
 _INPUTS = {model_type: inputs for module in _MODULES for model_type, inputs in module.INPUTS.items()}
 _PREPARE = {name: fn for module in _MODULES for name, fn in getattr(module, "PREPARE", {}).items()}
 # Classes that older versions of transformers lack.
-_NEEDS = {"molmo2": "Molmo2Config", "molmo2-norm_after": "Molmo2Config"}
+_NEEDS = {
+    "minicpmv4_7": "MiniCPMV4_7Config",
+    "molmo2": "Molmo2Config",
+    "molmo2-norm_after": "Molmo2Config",
+}
 # Every family that is supported: the matrix of tests/families.
 ALL_MODELS = tuple(_BUILDERS)
 # Those that every other test runs on: each stands for a way in which families differ.

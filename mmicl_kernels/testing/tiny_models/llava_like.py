@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
@@ -13,13 +14,23 @@ from mmicl_kernels.testing.tiny_models.common import (
     image_inputs,
     place,
     place_images,
+    use_batched_experts,
 )
 from mmicl_kernels.testing.tiny_models.text import prepare
 
 # Pixtral's decoders name their own size of heads; no released LVLM here has Mistral's window.
 _MISTRAL = {**TEXT, "model_type": "mistral", "sliding_window": None}
 _PIXTRAL_TEXT = {**_MISTRAL, "head_dim": 16}
+_MINISTRAL3 = {**_PIXTRAL_TEXT, "model_type": "ministral3"}
 _QWEN2 = {**TEXT, "model_type": "qwen2"}
+_QWEN3_MOE = {
+    **TEXT,
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 # Twice as many patches a side, which a merge of 2 x 2 turns into 4 tokens.
 _FINE_VISION = {**VISION, "patch_size": PATCH_SIZE // 2}
 # Whole crops are one patch, so that a base image, two crops and a newline are 4 tokens.
@@ -94,24 +105,20 @@ def _llava_onevision_inputs(model, ids, attention_mask, pixels) -> dict[str, Ten
     return {**inputs, "batch_num_images": torch.ones(ids.shape[0], dtype=torch.long)}
 
 
-_internvl = built(
-    "InternVL",
-    text_config=_QWEN2,
-    vision_config=_FINE_VISION,
-    image_token_id=IMAGE_ID,
-    image_seq_length=4,
-    tie_word_embeddings=False,
-)
+_INTERNVL = {
+    "vision_config": _FINE_VISION,
+    "image_token_id": IMAGE_ID,
+    "image_seq_length": 4,
+    "tie_word_embeddings": False,
+}
 
 
-_mistral3 = built(
-    "Mistral3",
-    text_config=_PIXTRAL_TEXT,
-    vision_config={**_PIXTRAL_VISION, "patch_size": PATCH_SIZE // 2},
-    image_token_index=IMAGE_ID,
-    spatial_merge_size=2,
-    tie_word_embeddings=False,
-)
+_MISTRAL3 = {
+    "vision_config": {**_PIXTRAL_VISION, "patch_size": PATCH_SIZE // 2},
+    "image_token_index": IMAGE_ID,
+    "spatial_merge_size": 2,
+    "tie_word_embeddings": False,
+}
 
 
 _llava_pixtral = built(
@@ -156,8 +163,10 @@ BUILDERS = {
     "smolvlm": built("SmolVLM", **_IDEFICS3, vision_config=VISION),
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
-    "internvl": _internvl,
-    "mistral3": _mistral3,
+    "internvl": built("InternVL", **_INTERNVL, text_config=_QWEN2),
+    "internvl-qwen3_moe": built("InternVL", **_INTERNVL, text_config=_QWEN3_MOE),
+    "mistral3": built("Mistral3", **_MISTRAL3, text_config=_PIXTRAL_TEXT),
+    "mistral3-ministral3": built("Mistral3", **_MISTRAL3, text_config=_MINISTRAL3),
     "llava-pixtral": _llava_pixtral,
     "ovis2": _ovis2,
 }
@@ -170,4 +179,16 @@ INPUTS = {
     "mistral3": pixtral_inputs,
     "ovis2": image_inputs(4, _OVIS_INDICATORS[0], _OVIS_INDICATORS[-1]),
 }
-PREPARE = {"llava_onevision": prepare, "internvl": prepare, "ovis2": prepare}
+
+
+def _prepare_experts(model: PreTrainedModel) -> None:
+    prepare(model)
+    use_batched_experts(model)
+
+
+PREPARE = {
+    "llava_onevision": prepare,
+    "internvl": prepare,
+    "internvl-qwen3_moe": _prepare_experts,
+    "ovis2": prepare,
+}

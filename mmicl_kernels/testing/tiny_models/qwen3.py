@@ -121,17 +121,16 @@ _qwen3_5_moe = built(
 )
 
 
-_minicpmv4_6 = built(
-    "MiniCPMV4_6",
-    text_config={**_HYBRID_TEXT, "model_type": "qwen3_5_text"},
-    vision_config=VISION,
-    insert_layer_id=0,
-    image_token_id=IMAGE_ID,
-    video_token_id=IMAGE_ID + 1,
-)
+_MINICPMV4 = {
+    "text_config": {**_HYBRID_TEXT, "model_type": "qwen3_5_text"},
+    "vision_config": VISION,
+    "insert_layer_id": 0,
+    "image_token_id": IMAGE_ID,
+    "video_token_id": IMAGE_ID + 1,
+}
 
 
-def _minicpmv4_6_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
+def _minicpmv4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     # Two merges of 2 x 2 patches leave four tokens of the enlarged image.
     pixels = interpolate(pixels, scale_factor=4, mode="bilinear")
     side = pixels.shape[-1] // PATCH_SIZE
@@ -139,7 +138,10 @@ def _minicpmv4_6_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]
     patches = pixels.unfold(2, PATCH_SIZE, PATCH_SIZE).unfold(3, PATCH_SIZE, PATCH_SIZE)
     # All patches of all images lie side by side: [1, 3, patch, images * patches * patch].
     packed = patches.permute(1, 4, 0, 2, 3, 5).flatten(2)[None]
+    # Only 4.7 has positions of three dimensions, and needs to know which tokens they are for.
+    types = {} if model.config.model_type == "minicpmv4_6" else {"mm_token_type_ids": (ids == IMAGE_ID).int()}
     return {
+        **types,
         "input_ids": ids,
         "attention_mask": attention_mask,
         "pixel_values": packed,
@@ -183,7 +185,8 @@ BUILDERS = {
     "qwen3_vl_moe": _qwen3_vl_moe,
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
-    "minicpmv4_6": _minicpmv4_6,
+    "minicpmv4_6": built("MiniCPMV4_6", **_MINICPMV4),
+    "minicpmv4_7": built("MiniCPMV4_7", **_MINICPMV4),
 }
 PREPARE = {
     "qwen3_vl": _sharpen,
@@ -191,8 +194,10 @@ PREPARE = {
     "qwen3_5": _sharpen,
     "qwen3_5_moe": _sharpen_experts,
     "minicpmv4_6": _sharpen,
+    "minicpmv4_7": _sharpen,
 }
 INPUTS = {
-    **dict.fromkeys((name for name in BUILDERS if name != "minicpmv4_6"), qwen.INPUTS["qwen2_5_vl"]),
-    "minicpmv4_6": _minicpmv4_6_inputs,
+    **dict.fromkeys(BUILDERS, qwen.INPUTS["qwen2_5_vl"]),
+    "minicpmv4_6": _minicpmv4_inputs,
+    "minicpmv4_7": _minicpmv4_inputs,
 }
