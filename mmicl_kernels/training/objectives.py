@@ -37,6 +37,7 @@ class MimICObjective:
     def __call__(self, batch: EpisodeBatch) -> Losses:
         """Raises ValueError under gradient checkpointing, which hides what happens inside a layer."""
         refuse_checkpointing(self.handle.model, self.config, "align", "layer")
+        refuse_recorded_checkpoints(self.handle.model, self.handle.anchors[0].layer)
         targets = self._teach(batch)
         with record_outputs(self._sites, batch.student_query) as states:
             logits = self.handle.model(**batch.student).logits
@@ -68,6 +69,19 @@ def refuse_checkpointing(model: nn.Module, config: object, name: str, instead: o
         raise ValueError(
             f"{name} is {getattr(config, name)!r} and gradient checkpointing is on, "
             f"expected {name}={instead!r}, model.eval() or model.gradient_checkpointing_disable()"
+        )
+
+
+def refuse_recorded_checkpoints(model: nn.Module, layer: nn.Module) -> None:
+    """Raise ValueError where gradient checkpointing runs a layer's hooks again: records would be lost.
+
+    Before 5.23, transformers checkpoints the whole call of a layer; since then its forward alone.
+    """
+    checkpointing = model.training and model.is_gradient_checkpointing
+    if checkpointing and type(layer).__call__ is not nn.Module.__call__:
+        raise ValueError(
+            "gradient checkpointing is on, and this version of transformers runs the hooks of layers within "
+            "it: expected model.eval(), model.gradient_checkpointing_disable() or transformers 5.23"
         )
 
 

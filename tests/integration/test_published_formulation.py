@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from empty_cells import UNPATCHED_FAILS
 from published import (
     doubled,
     in_double,
@@ -147,6 +148,8 @@ GENERATE = {
 def test_generate(name, base, normalizer, case):
     """Tokens are equal with a dynamic and a static cache, the published form always on a dynamic one."""
     padding, options = GENERATE[case]
+    if "num_beams" in options and (name, "beams") in UNPATCHED_FAILS:
+        pytest.skip(f"fails unpatched: {UNPATCHED_FAILS[name, 'beams'].reason}")
     model = model_of(name, base)
     adapter = random_adapter(model, normalizer=normalizer)
     inputs = tiny_inputs(model, padding=padding)

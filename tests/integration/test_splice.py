@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from empty_cells import UNPATCHED_FAILS
 from published import logits, random_adapter
 from snapshots import assert_same_objects, snapshot, used_model
 from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
@@ -33,6 +34,8 @@ def test_forward_equals_ordinary_tokens(model, padding):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_equals_ordinary_tokens(model, beams):
+    if beams > 1 and (model.config.model_type, "beams") in UNPATCHED_FAILS:
+        pytest.skip(f"fails unpatched: {UNPATCHED_FAILS[model.config.model_type, 'beams'].reason}")
     inputs = tiny_inputs(model, padding="left")
     options = GenerationConfig(
         max_new_tokens=6,
