@@ -79,8 +79,8 @@ def tiny_model(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -
             # Gemma3 begins with a projection of zeros, which would hide the image.
             if parameter_name.endswith("mm_input_projection_weight"):
                 parameter.normal_()
-        if name in _PREPARE:
-            _PREPARE[name](model)
+        for prepare in _PREPARE.get(name, ()):
+            prepare(model)
     return model
 
 

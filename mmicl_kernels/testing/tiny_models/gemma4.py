@@ -134,20 +134,13 @@ def _paligemma_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
 
 
 def _prepare_gemma4(model: PreTrainedModel) -> None:
-    vary_norms(model)
     # Ones at the start, as are the scalars: no patch would know its place.
     model.model.vision_tower.patch_embedder.position_embedding_table.normal_()
     for scale, layer in zip((0.5, 1.5, 0.75, 1.25), model.model.language_model.layers, strict=True):
         layer.layer_scalar.fill_(scale)
 
 
-def _prepare_gemma4_moe(model: PreTrainedModel) -> None:
-    _prepare_gemma4(model)
-    use_batched_experts(model)
-
-
 def _prepare_paligemma2(model: PreTrainedModel) -> None:
-    vary_norms(model)
     # Attention logits that reach a fair part of the cap.
     for layer in model.model.language_model.layers:
         layer.self_attn.q_proj.weight.mul_(4.0)
@@ -161,8 +154,8 @@ BUILDERS = {
 }
 INPUTS = {"gemma4": _gemma4_inputs, "paligemma": _paligemma_inputs}
 PREPARE = {
-    "gemma4": _prepare_gemma4,
-    "gemma4-moe": _prepare_gemma4_moe,
-    "paligemma": vary_norms,
-    "paligemma2": _prepare_paligemma2,
+    "gemma4": (vary_norms, _prepare_gemma4),
+    "gemma4-moe": (vary_norms, _prepare_gemma4, use_batched_experts),
+    "paligemma": (vary_norms,),
+    "paligemma2": (vary_norms, _prepare_paligemma2),
 }

@@ -74,11 +74,6 @@ def _sharpen(model: PreTrainedModel) -> None:
             parameter.mul_(8.0)
 
 
-def _sharpen_experts(model: PreTrainedModel) -> None:
-    _sharpen(model)
-    use_batched_experts(model)
-
-
 BUILDERS = {"glm4v": _glm4v, "glm4v_moe": _glm4v_moe}
-PREPARE = {"glm4v": _sharpen, "glm4v_moe": _sharpen_experts}
+PREPARE = {"glm4v": (_sharpen,), "glm4v_moe": (_sharpen, use_batched_experts)}
 INPUTS = dict.fromkeys(BUILDERS, qwen.INPUTS["qwen2_5_vl"])

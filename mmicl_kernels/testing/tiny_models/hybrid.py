@@ -125,7 +125,6 @@ def _lfm2_vl_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
 
 
 def _prepare_mllama(model: PreTrainedModel) -> None:
-    vary_norms(model)
     for name, parameter in model.named_parameters():
         # Gates start (almost) closed: no image would reach the text.
         if "gate" in name.rpartition(".")[2]:
@@ -136,7 +135,6 @@ def _prepare_mllama(model: PreTrainedModel) -> None:
 
 
 def _prepare_lfm2_vl(model: PreTrainedModel) -> None:
-    vary_norms(model)
     for layer in model.model.language_model.layers:
         if hasattr(layer, "conv"):
             # Its output is a product of four small factors, lost beside the stream.
@@ -145,4 +143,8 @@ def _prepare_lfm2_vl(model: PreTrainedModel) -> None:
 
 BUILDERS = {"mllama": _mllama, "cohere2_vision": _cohere2_vision, "lfm2_vl": _lfm2_vl}
 INPUTS = {"mllama": _mllama_inputs, "cohere2_vision": _MERGED_INPUTS, "lfm2_vl": _lfm2_vl_inputs}
-PREPARE = {"mllama": _prepare_mllama, "cohere2_vision": vary_norms, "lfm2_vl": _prepare_lfm2_vl}
+PREPARE = {
+    "mllama": (vary_norms, _prepare_mllama),
+    "cohere2_vision": (vary_norms,),
+    "lfm2_vl": (vary_norms, _prepare_lfm2_vl),
+}

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
@@ -181,14 +180,9 @@ INPUTS = {
 }
 
 
-def _prepare_experts(model: PreTrainedModel) -> None:
-    prepare(model)
-    use_batched_experts(model)
-
-
 PREPARE = {
-    "llava_onevision": prepare,
-    "internvl": prepare,
-    "internvl-qwen3_moe": _prepare_experts,
-    "ovis2": prepare,
+    "llava_onevision": (prepare,),
+    "internvl": (prepare,),
+    "internvl-qwen3_moe": (prepare, use_batched_experts),
+    "ovis2": (prepare,),
 }

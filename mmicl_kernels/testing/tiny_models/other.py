@@ -79,7 +79,6 @@ def _phi4_multimodal_inputs(model, ids, attention_mask, pixels) -> dict[str, Ten
 
 
 def _prepare_phi4_multimodal(model: PreTrainedModel) -> None:
-    _vary(model)
     keys = TEXT["num_attention_heads"] + TEXT["num_key_value_heads"]
     for layer in model.model.layers:
         # The rows of the queries and of the keys; those of the values follow.
@@ -160,7 +159,6 @@ def _molmo2_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
 
 
 def _prepare_molmo2(model: PreTrainedModel) -> None:
-    _vary(model)
     # An image is added to the embeddings of its tokens, thousands of times smaller than they are.
     for parameter in model.model.multi_modal_projector.parameters():
         parameter.mul_(16.0)
@@ -206,7 +204,6 @@ def _deepseek_vl_hybrid_inputs(model, ids, attention_mask, pixels) -> dict[str, 
 
 
 def _prepare_deepseek_vl_hybrid(model: PreTrainedModel) -> None:
-    _vary(model)
     # Initially the intermediate layer of the large encoder is weighted with 0.
     model.model.high_res_vision_alpha.fill_(0.5)
 
@@ -243,7 +240,6 @@ _llama4 = built(
 
 
 def _prepare_llama4(model: PreTrainedModel) -> None:
-    _vary(model)
     for layer in model.language_model.model.layers:
         if layer.is_moe_layer:
             layer.feed_forward.router.weight.mul_(8.0)
@@ -279,7 +275,6 @@ def _blip2(implementation: str) -> PreTrainedModel:
 
 
 def _prepare_blip2(model: PreTrainedModel) -> None:
-    _vary(model)
     # Equal queries would make the tokens of an image equal.
     model.query_tokens.normal_()
     for name, parameter in model.qformer.named_parameters():
@@ -316,11 +311,11 @@ INPUTS = {
     "blip-2": _image_inputs,
 }
 PREPARE = {
-    "phi4_multimodal": _prepare_phi4_multimodal,
-    "molmo2": _prepare_molmo2,
-    "molmo2-norm_after": _prepare_molmo2,
-    "deepseek_vl": _vary,
-    "deepseek_vl_hybrid": _prepare_deepseek_vl_hybrid,
-    "llama4": _prepare_llama4,
-    "blip2": _prepare_blip2,
+    "phi4_multimodal": (_vary, _prepare_phi4_multimodal),
+    "molmo2": (_vary, _prepare_molmo2),
+    "molmo2-norm_after": (_vary, _prepare_molmo2),
+    "deepseek_vl": (_vary,),
+    "deepseek_vl_hybrid": (_vary, _prepare_deepseek_vl_hybrid),
+    "llama4": (_vary, _prepare_llama4),
+    "blip2": (_vary, _prepare_blip2),
 }

@@ -174,11 +174,6 @@ def _sharpen(model: PreTrainedModel) -> None:
             parameter.uniform_(-3.0, 0.0)
 
 
-def _sharpen_experts(model: PreTrainedModel) -> None:
-    _sharpen(model)
-    use_batched_experts(model)
-
-
 BUILDERS = {
     "qwen2_vl": _qwen2_vl,
     "qwen3_vl": _qwen3_vl,
@@ -189,12 +184,12 @@ BUILDERS = {
     "minicpmv4_7": built("MiniCPMV4_7", **_MINICPMV4),
 }
 PREPARE = {
-    "qwen3_vl": _sharpen,
-    "qwen3_vl_moe": _sharpen_experts,
-    "qwen3_5": _sharpen,
-    "qwen3_5_moe": _sharpen_experts,
-    "minicpmv4_6": _sharpen,
-    "minicpmv4_7": _sharpen,
+    "qwen3_vl": (_sharpen,),
+    "qwen3_vl_moe": (_sharpen, use_batched_experts),
+    "qwen3_5": (_sharpen,),
+    "qwen3_5_moe": (_sharpen, use_batched_experts),
+    "minicpmv4_6": (_sharpen,),
+    "minicpmv4_7": (_sharpen,),
 }
 INPUTS = {
     **dict.fromkeys(BUILDERS, qwen.INPUTS["qwen2_5_vl"]),

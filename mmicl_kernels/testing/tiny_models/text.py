@@ -37,4 +37,4 @@ BUILDERS = {
     for prefix, options in _OPTIONS.items()
 }
 INPUTS = dict.fromkeys(BUILDERS, _text_inputs)
-PREPARE = {"qwen2": prepare, "qwen3": prepare}
+PREPARE = {"qwen2": (prepare,), "qwen3": (prepare,)}
