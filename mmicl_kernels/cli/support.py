@@ -32,7 +32,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.markdown:
         print(markdown(matrix), end="")
         return 0
-    version = parsed.transformers or newest(matrix)
+    version = parsed.transformers or newest_first(matrix)[0]
     if version not in matrix:
         print(f"--transformers is {version!r}, expected one of {', '.join(sorted(matrix))}")
         return USAGE
@@ -45,8 +45,8 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def newest(matrix: dict) -> str:
-    return max(matrix, key=lambda version: [int(x) for x in version.split(".")])
+def newest_first(matrix: dict) -> list[str]:
+    return sorted(matrix, key=lambda version: [int(x) for x in version.split(".")], reverse=True)
 
 
 def rows(families: dict) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -96,7 +96,7 @@ def markdown(matrix: dict) -> str:
         legend(),
         "",
     ]
-    for version in sorted(matrix, reverse=True):
+    for version in newest_first(matrix):
         families, notes = rows(matrix[version])
         lines += [
             f"## transformers {version}: {green(matrix[version])} of {len(families)} models green",

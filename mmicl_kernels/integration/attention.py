@@ -8,7 +8,6 @@ from torch import Tensor
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import Anchor
 from mmicl_kernels.integration.parallel import local_heads
-from mmicl_kernels.integration.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.integration.slots import SlotStack, for_batch
 from mmicl_kernels.methods import Adapter, MimICAdapter
 
@@ -56,8 +55,7 @@ class PatchedLayer(SlotStack):
 
     def parameters(self, B: int, H: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Weight, bias, shift and adapter ids for a batch of B rows and the H heads of this process."""
-        self._handle.check_recomputation(self._anchor.layer)
-        refuse_reentrant_checkpointing(self._handle.model, self._anchor)
+        self._handle.check_recomputation(self._anchor)
         ids = self._handle.adapter_ids
         if ids is None:
             return *self._local(self._of(self._handle.require_single()), H), None

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.aggregation import Collate, aggregate
 from mmicl_kernels.integration.anchors import (
+    Anchor,
     check_backbone,
     describe_backbone,
     find_anchors,
@@ -19,7 +20,7 @@ from mmicl_kernels.integration.anchors import (
     unwrap,
 )
 from mmicl_kernels.integration.attention import PatchedLayer
-from mmicl_kernels.integration.recomputation import repeats_reentrant
+from mmicl_kernels.integration.recomputation import refuse_reentrant_checkpointing, repeats_reentrant
 from mmicl_kernels.integration.report import Report, report
 from mmicl_kernels.integration.residual import ResidualHook, SiteShift
 from mmicl_kernels.integration.slots import Entry, check_products, check_strength, parse_rows
@@ -342,13 +343,17 @@ class Handle:
         strength = self._strength_tensor.to(scale.device)
         return torch.where(strength == 0, 0.0, scale * strength)
 
-    def check_recomputation(self, layer: nn.Module) -> None:
-        """Raise RuntimeError where checkpointing repeats a forward pass in another state than it was in.
+    def check_recomputation(self, anchor: Anchor) -> None:
+        """Raise RuntimeError where checkpointing would give other gradients than without.
 
-        The state is compared with that of the last forward pass that built a graph: of several before one
-        backward pass, the earlier ones must have had the same.
+        Reentrant it may lose them. Any kind repeats a forward pass, in which the handle's state must be that
+        of the last forward pass that built a graph: of several before one backward pass, the earlier ones
+        must have had the same.
         """
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or repeats_reentrant(layer)):
+        if torch.compiler.is_compiling():
+            return
+        refuse_reentrant_checkpointing(self.model, anchor)
+        if not (torch.is_grad_enabled() or repeats_reentrant(anchor.layer)):
             return
         state = (self._strength, self._rows)
         if torch._C._current_graph_task_id() == -1:  # not in a backward pass

@@ -1,6 +1,5 @@
 """Gradient checkpointing that would give other gradients, refused."""
 
-import torch
 from torch import nn
 
 from mmicl_kernels.integration.anchors import Anchor
@@ -13,7 +12,7 @@ def refuse_reentrant_checkpointing(model: nn.Module, anchor: Anchor) -> None:
     ones; and where none of that needs gradients, as behind a frozen embedding, it computes none at all.
     """
     layer = anchor.layer
-    if torch.compiler.is_compiling() or not repeats_reentrant(layer):
+    if not repeats_reentrant(layer):
         return
     if anchor.decoder.shares_kv or not _embedding_needs_gradients(model):
         raise RuntimeError(

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mmicl_kernels.integration.anchors import Anchor
 from mmicl_kernels.integration.hooks import ForwardHook
-from mmicl_kernels.integration.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.integration.slots import SlotStack, for_batch
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.ops import residual_shift
@@ -69,8 +68,7 @@ class LayerShift(SlotStack):
         """``x [B, T, C]`` shifted as the handle says."""
         if x.dim() == 2:  # mixtures of experts return tokens in one row
             return self(x[:, None])[:, 0]
-        self._handle.check_recomputation(self._anchor.layer)
-        refuse_reentrant_checkpointing(self._handle.model, self._anchor)
+        self._handle.check_recomputation(self._anchor)
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._handle.impl}
         if self._rows.ids is None:
             vector, scale = self._handle.require_single().residual_shift(self._site, self._key)

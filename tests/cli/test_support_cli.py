@@ -6,7 +6,7 @@ import pytest
 from transformers import __version__
 
 from mmicl_kernels.cli import main
-from mmicl_kernels.cli.support import CELLS, MATRIX, METHODS, green, letters_of, markdown, newest
+from mmicl_kernels.cli.support import CELLS, MATRIX, METHODS, green, letters_of, markdown, newest_first
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available
 
 
@@ -23,7 +23,7 @@ def test_every_cell_was_run(matrix):
                 version,
                 name,
             )
-    assert set(matrix[newest(matrix)]) == set(ALL_MODELS)
+    assert set(matrix[newest_first(matrix)[0]]) == set(ALL_MODELS)
     assert set(matrix[__version__]) == set(filter(is_available, ALL_MODELS))
 
 

@@ -3,13 +3,11 @@
 Nothing here reads the package's tables: what ``attach`` finds is compared with what stands here.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from published import published, random_adapter
-from residuals import random_shift
+from residuals import Moved, MovedWithNorm, decoder_layers, random_shift
 from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,9 +16,6 @@ import mmicl_kernels as mk
 from mmicl_kernels.methods import Adapter
 
 METHODS = ("mimic", "m2iv", "live", "aim")
-DECODER_LAYER = re.compile(
-    r"^(?:model|language_model\.model)\.(?:text_model\.|language_model\.|decoder\.)?layers\.(\d+)$"
-)
 # Layers that norm what a branch returned before it joins the stream.
 NORM_OF_ATTENTION = {
     "Gemma2DecoderLayer": "post_attention_layernorm",
@@ -32,14 +27,6 @@ NORM_OF_ATTENTION = {
 LAST_OF_MIXER = ("self_attn.o_proj", "self_attn.out_proj", "linear_attn.out_proj", "conv.out_proj")
 MLPS = ("mlp", "feed_forward", "fc2")
 Prompts = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
-def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Layers by their index; those of cross-attention to images are no method's."""
-    found = {
-        match[1]: module for name, module in model.named_modules() if (match := DECODER_LAYER.match(name))
-    }
-    return {index: layer for index, layer in found.items() if "CrossAttention" not in type(layer).__name__}
 
 
 def submodule(layer: nn.Module, paths: tuple[str, ...]) -> nn.Module:
@@ -94,26 +81,6 @@ def _moved(model: PreTrainedModel, method: str, adapter: Adapter) -> Iterator[No
     finally:
         for module, _, _ in changed:
             del module.forward
-
-
-class Moved:
-    """A forward whose output, or the first of several, is moved by ``vector``."""
-
-    def __init__(self, forward: Callable, vector: Tensor) -> None:
-        self.forward, self.vector = forward, vector
-
-    def __call__(self, *args, **kwargs):
-        out = self.forward(*args, **kwargs)
-        return (self.moved(out[0]), *out[1:]) if isinstance(out, tuple) else self.moved(out)
-
-    def moved(self, x: Tensor) -> Tensor:
-        return x + self.vector.to(x.dtype)
-
-
-class MovedWithNorm(Moved):
-    def moved(self, x: Tensor) -> Tensor:
-        y = super().moved(x)
-        return y * (torch.linalg.norm(x, dim=-1) / torch.linalg.norm(y, dim=-1))[..., None]
 
 
 @contextmanager

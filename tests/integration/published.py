@@ -134,6 +134,10 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
 def text_config(model: PreTrainedModel):
     return model.config.get_text_config()
 

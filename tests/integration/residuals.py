@@ -1,21 +1,27 @@
 """M2IV and LIVE once more, without hooks and ops: biases of linear layers, and wrapped forwards."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from published import SELF_ATTENTIONS, random_adapter
+from published import random_adapter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import mmicl_kernels as mk
 
+DECODER_LAYER = re.compile(
+    r"^(?:model|language_model\.model)\.(?:text_model\.|language_model\.|decoder\.)?layers\.(\d+)$"
+)
+
 
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Layers by their index, found by name."""
-    modules = dict(model.named_modules())
-    matches = [SELF_ATTENTIONS.match(name) for name in modules]
-    return {match[1]: modules[match[0].removesuffix(".self_attn")] for match in matches if match}
+    """Layers by their index; those of cross-attention to images are no method's."""
+    found = {
+        match[1]: module for name, module in model.named_modules() if (match := DECODER_LAYER.match(name))
+    }
+    return {index: layer for index, layer in found.items() if "CrossAttention" not in type(layer).__name__}
 
 
 def random_shift(model: PreTrainedModel, config=None, *, seed: int = 0) -> mk.M2IVAdapter | mk.LIVEAdapter:
@@ -68,22 +74,28 @@ def renormed(model: PreTrainedModel, vectors: dict[str, Tensor], site: str) -> I
     modules = {index: layer.mlp if site == "mlp" else layer for index, layer in layers.items()}
     try:
         for index, module in modules.items():
-            module.forward = _Renormed(module.forward, vectors[index])
+            module.forward = MovedWithNorm(module.forward, vectors[index].detach())
         yield
     finally:
         for module in modules.values():
             del module.forward
 
 
-class _Renormed:
-    def __init__(self, forward, vector):
-        self.forward, self.vector = forward, vector.detach()
+class Moved:
+    """A forward whose output, or the first of several, is moved by ``vector``."""
+
+    def __init__(self, forward: Callable, vector: Tensor) -> None:
+        self.forward, self.vector = forward, vector
 
     def __call__(self, *args, **kwargs):
-        x = self.forward(*args, **kwargs)
-        y = x + self.vector.to(x.dtype)
+        out = self.forward(*args, **kwargs)
+        return (self.moved(out[0]), *out[1:]) if isinstance(out, tuple) else self.moved(out)
+
+    def moved(self, x: Tensor) -> Tensor:
+        return x + self.vector.to(x.dtype)
+
+
+class MovedWithNorm(Moved):
+    def moved(self, x: Tensor) -> Tensor:
+        y = super().moved(x)
         return y * (torch.linalg.norm(x, dim=-1) / torch.linalg.norm(y, dim=-1))[..., None]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())

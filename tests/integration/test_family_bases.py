@@ -190,7 +190,7 @@ def test_flash(name, padding, cache):
     inputs = tiny_inputs(model_of(name), padding=padding)
     with published(model_of(name), adapter):
         expected = logits(model_of(name), inputs)
-        tokens, steps = generated(model_of(name), inputs)
+        tokens, steps, _ = generated(model_of(name), inputs)
     model, budget = with_base(name, FLASH), logit_budget(name, "mimic")
     with mk.attach(model, adapter):
         assert relative_error(logits(model, inputs), expected) <= budget
@@ -275,7 +275,7 @@ def test_flex(name, padding):
     inputs = tiny_inputs(model_of(name), padding=padding)
     with published(model_of(name), adapter):
         expected = logits(model_of(name), inputs)
-        tokens, steps = generated(model_of(name), inputs)
+        tokens, steps, _ = generated(model_of(name), inputs)
     model, budget = with_base(name, "flex_attention"), logit_budget(name, "mimic")
     with mk.attach(model, adapter):
         assert relative_error(logits(model, inputs), expected) <= budget

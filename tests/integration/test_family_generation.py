@@ -15,13 +15,13 @@ from family_oracles import METHODS, adapter_of, attached, independent
 from published import doubled, logits, random_adapter
 from residuals import random_shift
 from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
-from test_support_matrix import base_of, logit_budget, model_in_double, model_of, relative_error
+from test_support_matrix import base_of, generated, logit_budget, model_in_double, model_of, relative_error
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import mmicl_kernels as mk
-from mmicl_kernels.testing.tiny_models import IMAGE_ID, VOCABULARY, is_available, tiny_inputs, tiny_model
+from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
 
 NEW_TOKENS = 6
 WINDOW = 8
@@ -45,25 +45,6 @@ def cases(names, methods=METHODS, quick=()):
     found = [x for x in found if x not in REFUSED]
     slow = pytest.mark.slow
     return [pytest.param(*x, marks=() if x in quick else slow, id="-".join(x)) for x in found]
-
-
-def generated(model, inputs, *, new_tokens=NEW_TOKENS, **options):
-    """New tokens, and the logits that each was chosen from; not of assisted generation's."""
-    torch.manual_seed(0)
-    options = {"do_sample": False, "output_logits": True, **options}
-    if "compile_config" not in options:
-        options["disable_compile"] = True
-    output = model.generate(
-        **inputs,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        suppress_tokens=list(range(IMAGE_ID - 2, VOCABULARY)),
-        **options,
-    )
-    steps = torch.stack(output.logits, 1) if options["output_logits"] else None
-    return output.sequences[:, -new_tokens:], steps, output
 
 
 def assert_same(actual, expected, budget):

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from published import logits, published, random_adapter
-from residuals import biased, decoder_layers, library, random_shift, relative_error
+from published import logits, published, random_adapter, relative_error
+from residuals import biased, decoder_layers, library, random_shift
 from snapshots import assert_same_objects, snapshot, used_model
 from torch import nn
 

@@ -11,6 +11,7 @@ from published import (
     logits,
     published,
     random_adapter,
+    relative_error,
     text_config,
 )
 from transformers import DynamicCache, StaticCache
@@ -40,10 +41,6 @@ def model_of(name, base="sdpa"):
 @functools.cache
 def model_in_double(name, base="sdpa"):
     return in_double(model_of(name, base))
-
-
-def relative_error(actual, expected):
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def generate(model, inputs, **options):

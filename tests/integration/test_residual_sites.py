@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from published import doubled, in_double, random_adapter
-from residuals import biased, decoder_layers, random_shift, relative_error, renormed
+from published import doubled, in_double, random_adapter, relative_error
+from residuals import biased, decoder_layers, random_shift, renormed
 from torch import nn
 
 import mmicl_kernels as mk

@@ -12,7 +12,7 @@ import pytest
 import torch
 from empty_cells import NEEDS_EAGER, REFUSED, UNPATCHED_FAILS
 from family_oracles import METHODS, adapter_of, attached, independent
-from published import doubled, in_double, logits
+from published import doubled, in_double, logits, relative_error
 from snapshots import assert_same_objects, snapshot, used_model
 
 import mmicl_kernels as mk
@@ -44,10 +44,6 @@ def model_of(name, base=None):
 @functools.lru_cache(maxsize=2)
 def model_in_double(name):
     return in_double(model_of(name))
-
-
-def relative_error(actual, expected):
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def expected_and_actual(model, method, compute, inputs):
@@ -96,7 +92,7 @@ def padding(name, method):
 
 def generate(name, method, **options):
     model = model_of(name)
-    (tokens, expected), (actual_tokens, actual) = expected_and_actual(
+    (tokens, expected, _), (actual_tokens, actual, _) = expected_and_actual(
         model, method, functools.partial(generated, model, **options), tiny_inputs(model, padding="left")
     )
     assert torch.equal(actual_tokens, tokens)
@@ -109,28 +105,30 @@ def static_cache(name, method):
     for side in (None, "left"):  # without padding the prefill has no mask
         inputs = tiny_inputs(model, padding=side)
         with independent(model, method, adapter) as prompts:
-            tokens, expected = generated(model, prompts(inputs))
+            tokens, expected, _ = generated(model, prompts(inputs))
         with attached(model, method, adapter) as prompts:
-            actual_tokens, actual = generated(model, prompts(inputs), **OPTIONS["static cache"])
+            actual_tokens, actual, _ = generated(model, prompts(inputs), **OPTIONS["static cache"])
         assert torch.equal(actual_tokens, tokens), side
         assert relative_error(actual, expected) <= logit_budget(name, method), side
 
 
-def generated(model, inputs, **options):
-    """The new tokens, and the logits of every step."""
+def generated(model, inputs, *, new_tokens=NEW_TOKENS, **options):
+    """New tokens, and the logits that each was chosen from; not of assisted generation's."""
+    torch.manual_seed(0)
+    options = {"do_sample": False, "output_logits": True, **options}
+    if "compile_config" not in options:
+        options["disable_compile"] = True
     output = model.generate(
         **inputs,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        disable_compile=True,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         pad_token_id=0,
         return_dict_in_generate=True,
-        output_logits=True,
         suppress_tokens=list(range(IMAGE_ID - 2, VOCABULARY)),
         **options,
     )
-    return output.sequences[:, -NEW_TOKENS:], torch.stack(output.logits, 1)
+    steps = torch.stack(output.logits, 1) if options["output_logits"] else None
+    return output.sequences[:, -new_tokens:], steps, output
 
 
 def training(name, method):

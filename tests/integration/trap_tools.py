@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from published import relative_error
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -149,10 +150,6 @@ def by_hand(
     lse = (scores if capped_gate else raw).logsumexp(-1)
     gate = torch.sigmoid(torch.einsum("bhtd,hd->bht", q, weight) + bias[:, None] - lse)
     return (scores.softmax(-1) @ v + gate[..., None] * shift[:, None]).transpose(1, 2)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 def assert_by_hand(call: AttentionCall, layer: nn.Module, visible: Tensor, **options) -> Callable[..., float]:
