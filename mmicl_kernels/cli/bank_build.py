@@ -151,7 +151,7 @@ def _new_demonstrations(
     counts: Counter[str],
 ) -> Iterator["Demonstration"]:
     """Those of the file that the bank does not have. Bad lines are named on stderr and counted."""
-    from mmicl_kernels.integration.prompts import decode_image
+    from mmicl_kernels.integration.images import decode_image
     from mmicl_kernels.training import read_lines
 
     for number, line in read_lines(file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from itertools import takewhile
 from string import Formatter, ascii_letters
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.library import Demonstration
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import ProcessorMixin
 
 TEMPLATE = "{image}{text} {answer}"
@@ -243,23 +242,6 @@ def parse_template(template: str) -> tuple[str, str]:
         before += literal.replace("{", "{{").replace("}", "}}")
         before += f"{{{field}}}" if field in ("image", "text") else ""
     return before, "".join(literal for literal, _, _, _ in parsed[index + 1 :])
-
-
-def decode_image(data: bytes, name: str) -> Image:
-    """The RGB image of a file's bytes, turned as its EXIF orientation says.
-
-    Raises:
-        ValueError: it cannot be decoded; the text says that it is ``name``.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # the decoders of a damaged file raise what they like
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
 def _shared(x: list[int], y: list[int]) -> int:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.integration.prompts import decode_image
+from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.training.aggregation import AggregationBatch
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import mmicl_kernels as mk
 from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.integration.prompts import decode_image
+from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor

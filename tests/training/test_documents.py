@@ -134,6 +134,20 @@ def test_a_bad_image_costs_its_pair_alone(write):
     assert documents.skipped == {"missing image": 1, "index out of range": 1}
 
 
+def test_images_whose_colours_are_not_known_cost_their_pairs(write):
+    file, images = write(record(("deep.png", 0), ("float.tiff", 1), ("clear.png", 2), ("3.png", 3)))
+    Image.new("I;16", (4, 4), 30000).save(images / "deep.png")
+    Image.new("F", (4, 4), 0.5).save(images / "float.tiff")
+    Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(images / "clear.png")
+    documents = Documents(file, images)
+    (document,) = documents
+    assert [x.answer for x in document] == ["zero", "three"]
+    assert documents.skipped == {"unreadable image": 2}
+    builder = PromptBuilder(tiny_processor("llava"))
+    given, _ = builder.demonstrations([document[0], pair(117, "x")])  # 30000 / 257, rounded
+    assert torch.equal(given["pixel_values"][0], given["pixel_values"][1])
+
+
 def test_long_lines_are_not_kept(write, monkeypatch):
     monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 200)
     long = record(("1.png", 0), sentences=["a" * 1000])
