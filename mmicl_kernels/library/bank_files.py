@@ -7,26 +7,26 @@ What lies after the last sound record, in any file, is what a killed writer left
 
 import hashlib
 import json
-import math
-import mmap
 import os
 import stat
 import struct
-import sys
+import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmicl_kernels.library.entry_file import BAD_VALUES, MAX_DIMENSION, MAX_HEADER_BYTES, parse_json
-from mmicl_kernels.library.index import RETRIES, append, flush, sync_folder
+from mmicl_kernels.library.index import RETRIES
 from mmicl_kernels.library.locking import locked
+from mmicl_kernels.library.mapped import opened
 from mmicl_kernels.methods import Backbone, CheckpointError
+from mmicl_kernels.methods.durable import append, clear_away, flush, sync_folder
 
 FORMAT = "mmicl-demonstration-bank-1"
 DESCRIPTION, INDEX, LOCK = "bank.json", "index.bin", "lock"
@@ -34,6 +34,8 @@ ROWS, SCALES, MEANS, TEXTS = "rows.bin", "scales.bin", "means.bin", "texts.bin"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 RECORD = struct.Struct("<4q32s4I")  # the fields of Record, and the CRC-32 of these bytes
 RECORDS_AT_ONCE = 2**16  # read
+RECORDS_OF_A_PAGE = 2**10  # in memory
+MAX_EXPECTED = 2**24  # records that room is made for because a file is so long
 
 
 class FusedTokens(NamedTuple):
@@ -111,114 +113,147 @@ class Description:
 
 
 class Records:
-    """The sound records of an index, ``raw``, in order.
+    """The first ``count`` records of an index, in order. ``offsets``: int64 ``[count + 1]``, see FusedTokens.
 
-    Raises:
-        CheckpointError: their bounds decrease.
+    Successors share their memory and write behind them. So to follow costs what is new, whatever is there;
+    but ``offsets`` move to twice the room when there is none.
     """
 
     @torch.inference_mode(False)  # or autograd could not save ``offsets``
-    def __init__(self, raw: bytearray, path: Path) -> None:
-        self._raw = raw
+    def __init__(self, count: int, pages: list[bytearray], room: Tensor) -> None:
+        self._count, self._pages, self._room = count, pages, room
+        self.offsets = room[: count + 1]
+
+    @classmethod
+    @torch.inference_mode(False)
+    def none(cls, expected: int) -> "Records":
+        """No records yet, and room for twice as many as are ``expected``."""
+        room = 2 * min(expected, MAX_EXPECTED) + RECORDS_OF_A_PAGE
         # "cpu", here and below: a caller may have set another default device.
-        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-        words = torch.frombuffer(raw, dtype=torch.int64) if raw else zero[:0]
-        words = words.view(-1, RECORD.size // 8)
-        self.offsets = torch.cat([zero, words[:, 0]])
-        self.text_bounds = torch.cat([zero, words[:, 1:3].flatten()])
-        for name, bounds in (("rows", self.offsets), ("texts", self.text_bounds)):
-            if bool((bounds[1:] < bounds[:-1]).any()):
-                raise CheckpointError(f"{path}: the bounds of {name} decrease")
+        offsets = torch.empty(room, dtype=torch.int64, device="cpu")
+        offsets[0] = 0
+        return cls(0, [], offsets)
 
     def __len__(self) -> int:
-        return len(self._raw) // RECORD.size
+        return self._count
 
     def __getitem__(self, number: int) -> Record:
-        return Record(*RECORD.unpack_from(self._raw, number * RECORD.size)[:-1])
+        page, place = divmod(number, RECORDS_OF_A_PAGE)
+        return Record(*RECORD.unpack_from(self._pages[page], place * RECORD.size)[:-1])
 
+    @torch.inference_mode(False)
     def followed_by(self, raw: bytearray, path: Path) -> "Records":
-        return Records(self._raw + raw, path)
+        """These and the sound records ``raw``, of which there is one at least.
 
-    @cached_property
+        Raises:
+            CheckpointError: their bounds decrease.
+        """
+        words = torch.frombuffer(raw, dtype=torch.int64).view(-1, RECORD.size // 8)
+        ends, count = words[:, 0], self._count + len(words)
+        for name, last, bounds in (
+            ("rows", self.num_rows, ends),
+            ("texts", self.num_text_bytes, words[:, 1:3].flatten()),
+        ):
+            if int(bounds[0]) < last or bool((bounds[1:] < bounds[:-1]).any()):
+                raise CheckpointError(f"{path}: the bounds of {name} decrease")
+        self._write_behind(raw)
+        room = self._room
+        if count >= len(room):
+            more = torch.empty(2 * count - self._count, dtype=torch.int64, device="cpu")
+            room = torch.cat([self.offsets, more])
+        # Not by torch, or autograd would take offsets that it has saved for changed.
+        room.numpy()[self._count + 1 : count + 1] = ends.numpy()
+        return Records(count, self._pages, room)
+
+    def _write_behind(self, raw: bytearray) -> None:
+        rest, number = memoryview(raw), self._count
+        while rest:
+            page, place = divmod(number, RECORDS_OF_A_PAGE)
+            if page == len(self._pages):
+                self._pages.append(bytearray(RECORDS_OF_A_PAGE * RECORD.size))
+            part = rest[: (RECORDS_OF_A_PAGE - place) * RECORD.size]
+            begin = place * RECORD.size
+            self._pages[page][begin : begin + len(part)] = part
+            rest, number = rest[len(part) :], number + len(part) // RECORD.size
+
+    @property
     def num_rows(self) -> int:
         return int(self.offsets[-1])
 
-    @cached_property
-    def num_text_bytes(self) -> int:
-        return int(self.text_bounds[-1])
-
-
-class Mapped:
-    """The first numbers of a file as a tensor of ``shape`` on the CPU; none is read before it is used.
-
-    Writing into the tensor changes this process's copy of it, never the file. ``scattered`` says that what
-    is used lies far apart, so that the disk is not asked for the neighbourhood of every page.
-
-    Raises:
-        CheckpointError: the file is shorter, missing, or not a regular one.
-    """
-
-    @torch.inference_mode(False)
-    def __init__(
-        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype, scattered: bool = False
-    ) -> None:
-        self._path, self._memory, count = path, None, math.prod(shape)
-        with opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < count * dtype.itemsize:
-                raise CheckpointError(f"{path} has {size} bytes, expected at least {count * dtype.itemsize}")
-            if count == 0:  # nothing can be mapped
-                self._tensor = torch.empty(shape, dtype=dtype, device="cpu")
-                return
-            self._memory = mmap.mmap(file.fileno(), count * dtype.itemsize, **_COPY_ON_WRITE)
-        if scattered and hasattr(mmap, "MADV_RANDOM"):
-            self._memory.madvise(mmap.MADV_RANDOM)
-        self._tensor = torch.frombuffer(self._memory, dtype=dtype, count=count).view(shape)
-
     @property
-    def tensor(self) -> Tensor:
-        """Raises CheckpointError if the file is shorter by now: to touch what is gone ends the process."""
-        if self._memory is not None and self._memory.size() < len(self._memory):
-            raise CheckpointError(
-                f"{self._path} has {self._memory.size()} bytes, expected at least {len(self._memory)}: "
-                "it was shortened while it was open"
-            )
-        return self._tensor
+    def num_text_bytes(self) -> int:
+        return self[self._count - 1].answer_end if self._count else 0
 
-    def prefetch(self, begin: int, end: int) -> None:
-        """Have the disk read ``tensor[begin:end]`` in one piece, without waiting for it."""
-        if begin < end and hasattr(mmap, "MADV_WILLNEED"):
-            size = len(self._memory) // len(self._tensor)
-            start = begin * size // mmap.PAGESIZE * mmap.PAGESIZE
-            self._memory.madvise(mmap.MADV_WILLNEED, start, end * size - start)
+    def keys(self) -> Tensor:
+        """The first 8 bytes of every digest, as ``key_of`` has them, int64 ``[count]``."""
+        pages = [torch.frombuffer(x, dtype=torch.int64).view(-1, RECORD.size // 8)[:, 4] for x in self._pages]
+        return torch.cat([self.offsets[:0], *pages])[: self._count]
 
 
-_COPY_ON_WRITE: dict[str, Any] = {"access": mmap.ACCESS_COPY}
-if sys.platform == "linux":
-    # Without MAP_NORESERVE, which Python has not always had, no bank larger than the memory could be mapped.
-    _COPY_ON_WRITE = {"flags": mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)}
+class Contents:
+    """Which demonstration has which content: a sorted table of the records that were there at first, a
+    dictionary of those that came later. A dictionary of a million takes ten times the memory and the time.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._count = len(records)
+        self._keys, self._ids = records.keys().sort(stable=True)
+        self._later: dict[bytes, int] = {}
+
+    def follow(self, records: Records) -> None:
+        """Know all of ``records``, the successors of those that are known."""
+        for id in range(self._count, len(records)):
+            self._later.setdefault(records[id].digest, id)
+        self._count = len(records)
+
+    def find(self, digest: bytes, records: Records) -> int | None:
+        """The first id of this content."""
+        key = int.from_bytes(digest[:8], "little", signed=True)
+        for place in range(int(torch.searchsorted(self._keys, key)), len(self._keys)):
+            if int(self._keys[place]) != key:
+                break
+            id = int(self._ids[place])
+            if records[id].digest == digest:
+                return id
+        return self._later.get(digest)
 
 
-def create_files(folder: Path, description: Description) -> None:
-    """Make an empty bank; ``bank.json`` comes last, in one step.
+@contextmanager
+def created(folder: Path, description: Description) -> Iterator[None]:
+    """An empty bank, whose ``bank.json`` comes last, in one step, and goes again if it or the block fails.
 
     Raises:
-        FileExistsError: there is a bank, or what is left of one.
+        FileExistsError: there is a bank, or what is left of one. ValueError: a description that could not be
+        read back.
     """
+    data = _described(description)
+    _parsed(data, "description")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        for name in (DESCRIPTION, INDEX):
-            path = folder / name
-            if path.is_symlink() or (path.exists() and (name == DESCRIPTION or path.stat().st_size > 0)):
+        for path in (folder / DESCRIPTION, folder / INDEX):
+            if _is_taken(path):
                 raise FileExistsError(f"{path} is there already, expected a folder without a bank")
         for name in (INDEX, TEXTS, *description.files):
             (folder / name).touch()
-        temporary = folder / f"{DESCRIPTION}.tmp"
-        temporary.unlink(missing_ok=True)  # of a process killed here
-        append(temporary, _described(description))
-        temporary.replace(folder / DESCRIPTION)
-        sync_folder(folder)
-    sync_folder(folder.parent)
+        clear_away(folder.glob(f"{DESCRIPTION}.*"))  # of a process killed here
+        temporary = folder / f"{DESCRIPTION}.{uuid.uuid4().hex}"
+        try:
+            append(temporary, data)
+            temporary.replace(folder / DESCRIPTION)
+            sync_folder(folder)
+            sync_folder(folder.parent)
+            yield
+        except BaseException:
+            clear_away([folder / DESCRIPTION, temporary])
+            raise
+
+
+def _is_taken(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return path.name == DESCRIPTION or not stat.S_ISREG(found.st_mode) or found.st_size > 0
 
 
 def _described(description: Description) -> bytes:
@@ -231,64 +266,73 @@ def _described(description: Description) -> bytes:
 def read_description(folder: Path) -> Description:
     """Raises FileNotFoundError, CheckpointError."""
     path = folder / DESCRIPTION
-    if not path.exists() and not path.is_symlink():
-        raise FileNotFoundError(f"{path} does not exist, expected the folder of a demonstration bank")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        message = f"{path} does not exist, expected the folder of a demonstration bank"
+        raise FileNotFoundError(message) from error
     with opened(path) as file:
-        data = parse_json(file.read(MAX_HEADER_BYTES), str(path))
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not of a demonstration bank, expected the format {FORMAT!r}")
-    text = data.get("bank")
-    if not isinstance(text, str) or data.get("sha256") != (
+        return _parsed(file.read(MAX_HEADER_BYTES), str(path))
+
+
+def _parsed(data: bytes, source: str) -> Description:
+    """Raises CheckpointError."""
+    if len(data) >= MAX_HEADER_BYTES:
+        raise CheckpointError(f"{source} has {len(data)} bytes or more, expected less")
+    outer = parse_json(data, source)
+    if not isinstance(outer, dict) or outer.get("format") != FORMAT:
+        raise CheckpointError(f"{source} is not of a demonstration bank, expected the format {FORMAT!r}")
+    text = outer.get("bank")
+    if not isinstance(text, str) or outer.get("sha256") != (
         hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
     ):
-        raise CheckpointError(f"{path}: the description is not the one whose checksum the file has")
-    fields = parse_json(text, str(path))
+        raise CheckpointError(f"{source}: the description is not the one whose checksum the file has")
+    fields = parse_json(text, source)
     try:
         backbone = Backbone.from_json(fields["backbone"])
         return Description(**{**fields, "backbone": backbone, "dtype": DTYPES[fields["dtype"]]})
     except BAD_VALUES as error:
-        raise CheckpointError(f"{path} has a bad description: {error!r:.200}") from error
+        raise CheckpointError(f"{source} has a bad description: {error!r:.200}") from error
 
 
 def read_records(folder: Path, known: Records | None = None) -> Records:
     """The records in the index; only those after ``known`` are read. Raises CheckpointError: damage."""
-    path = folder / INDEX
     for attempt in range(RETRIES):
         try:
-            raw = _sound_records(path, 0 if known is None else len(known))
-            break
+            return _sound_records(folder / INDEX, known)
         except CheckpointError:  # a writer that cuts off a torn record between two looks makes it seem so
             if attempt + 1 == RETRIES:
                 raise
-    if known is None:
-        return Records(raw, path)
-    return known.followed_by(raw, path) if raw else known
+    raise AssertionError("not reached")
 
 
-def _sound_records(path: Path, start: int) -> bytearray:
-    """The records from number ``start`` up to the first that is not sound.
+def _sound_records(path: Path, known: Records | None) -> Records:
+    """``known`` and the records after it, up to the first that is not sound.
 
     A call writes its records at once, and power may fail before all are on the disk: that one of them is
     not sound is the end of the index, unless a later call, which came after this one was safe, has some.
     """
-    found, end, number = bytearray(), None, start
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
+        records = Records.none(size // RECORD.size) if known is None else known
+        start = number = len(records)
         if size < start * RECORD.size:
             raise CheckpointError(f"{path} has {size} bytes, expected the {start} records read before")
+        end = None
         file.seek(start * RECORD.size)
-        while part := file.read(RECORDS_AT_ONCE * RECORD.size):
+        while part := file.read(min(RECORDS_AT_ONCE * RECORD.size, size - file.tell())):
             sound = _are_sound(part)
             if end is None:
                 count = sound.index(False) if False in sound else len(sound)
-                found += part[: count * RECORD.size]
+                if count:
+                    records = records.followed_by(bytearray(part[: count * RECORD.size]), path)
                 end = number + count if count < len(sound) else None
             if end is not None:
                 calls = [RECORD.unpack_from(part, i * RECORD.size)[3] for i, x in enumerate(sound) if x]
                 if max(calls, default=0) > end:
                     raise CheckpointError(f"{path} is damaged: record {end} is not sound, later ones are")
             number += len(sound)
-    return found
+    return records
 
 
 def _are_sound(part: bytes) -> list[bool]:
@@ -315,14 +359,3 @@ def write_after(path: Path, size: int, parts: Iterable[Any]) -> None:
         for part in parts:
             file.write(part)
         flush(file)
-
-
-def opened(path: Path, mode: str = "rb") -> BinaryIO:
-    """Raises CheckpointError unless it is a regular file: a pipe would block, a link lead elsewhere."""
-    try:
-        regular = stat.S_ISREG(path.lstat().st_mode)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist, expected a file of a demonstration bank") from error
-    if not regular:
-        raise CheckpointError(f"{path} is not a regular file")
-    return open(path, mode)

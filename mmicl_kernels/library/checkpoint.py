@@ -10,7 +10,8 @@ import torch
 
 from mmicl_kernels.library.entry_file import read_all
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
-from mmicl_kernels.methods.base import check_tensors, read_description, replacing
+from mmicl_kernels.methods.base import check_tensors, is_plain, read_description, stored
+from mmicl_kernels.methods.durable import is_file, replacing
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
 
 # What torch.load's unpicklers trip over in damaged files: found by damaging files at random.
@@ -25,7 +26,7 @@ def read_adapter(folder: str | os.PathLike) -> Adapter:
 
     Raises as ``Adapter.from_pretrained``.
     """
-    if Path(folder).is_file():
+    if is_file(Path(folder)):
         return read_all(Path(folder))[1]
     method = read_description(folder)["method"]
     if method not in ADAPTERS:
@@ -79,7 +80,8 @@ def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: not a MimIC adapter. ValueError: its gate is not the official one
-        (``normalizer="all_keys"``), or its layers differ in shape, which the format cannot hold.
+        (``normalizer="all_keys"``), its layers differ in shape, which the format cannot hold, or its tensors
+        could not be read back, as NaN could not. OSError: the disk. The old file is left then.
     """
     if not isinstance(adapter, MimICAdapter):
         raise TypeError(f"adapter is a {type(adapter).__name__}, expected a MimICAdapter")
@@ -88,34 +90,32 @@ def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
             f"normalizer is {adapter.config.normalizer!r}; the official code always computes "
             "'all_keys', so it would run this adapter as something else"
         )
-    if len(set(adapter.backbone.layers.values())) != 1:
+    heads = set(adapter.backbone.layers.values())
+    if len(heads) != 1 or (0, 0) in heads:
         raise ValueError("layers differ in heads or head dim, expected one shape for all of them")
-    layers = list(adapter.layers.values())
-    encoder = {"attn_shift": torch.stack([layer.shift.detach().cpu() for layer in layers])}
-    for row, layer in enumerate(layers):
-        encoder[f"log_Z1_lin.{row}.weight"] = layer.weight.detach().cpu().clone()
-        encoder[f"log_Z1_lin.{row}.bias"] = layer.bias.detach().cpu().clone()
+    shapes = adapter.tensor_shapes(adapter.config, adapter.backbone)
+    tensors = stored("adapter", adapter.state_dict(), shapes)
+    layers = list(adapter.layers)
+    encoder = {"attn_shift": torch.stack([tensors[f"layers.{index}.shift"] for index in layers])}
+    for row, index in enumerate(layers):
+        for name in ("weight", "bias"):
+            encoder[f"log_Z1_lin.{row}.{name}"] = tensors[f"layers.{index}.{name}"]
     if adapter.config.ffn_shift:
-        encoder["ffn_shift"] = adapter.ffn_shift.detach().cpu().clone()
-    with replacing(Path(path)) as temporary:
-        torch.save(encoder, temporary)
+        encoder["ffn_shift"] = tensors["ffn_shift"]
+    # Opened here, because torch.save takes no path that is not UTF-8.
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(encoder, file)
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist, expected an encoder.pth")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         raise CheckpointError(f"{path} is not a checkpoint of tensors: {error}") from error
     if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and _is_dense(x) for key, x in loaded.items()
+        isinstance(key, str) and is_plain(x) for key, x in loaded.items()
     ):
         raise CheckpointError(f"{path} does not hold a dict of dense tensors")
     return loaded
-
-
-def _is_dense(x: object) -> bool:
-    if not isinstance(x, torch.Tensor):
-        return False
-    return x.layout == torch.strided and not (x.is_meta or x.is_nested or x.is_quantized)

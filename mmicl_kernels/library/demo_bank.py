@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
-import threading
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,20 +23,22 @@ from mmicl_kernels.library.bank_files import (
     ROWS,
     SCALES,
     TEXTS,
+    Contents,
     Description,
     FusedTokens,
-    Mapped,
     Record,
     Records,
-    create_files,
+    created,
     read_description,
     read_records,
     write_after,
 )  # fmt: skip
 from mmicl_kernels.library.index import NUMBERS_AT_ONCE, unit
-from mmicl_kernels.library.locking import locked
+from mmicl_kernels.library.locking import Mutex, locked
+from mmicl_kernels.library.mapped import Mapped
 from mmicl_kernels.library.working_set import WorkingSet
 from mmicl_kernels.methods import AIMAdapter, Backbone, CheckpointError
+from mmicl_kernels.methods.base import is_plain
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
 
 
@@ -91,7 +92,8 @@ class DemonstrationBank:
     Demonstrations are only ever added. Any number of processes may read and write at once: writers take
     turns by an advisory lock, readers need none and see what there was when they opened, added, or called
     ``refresh``. A process killed at any moment leaves every demonstration whole or absent. One object may be
-    shared by threads.
+    shared by threads, and used on in a forked process. What ``add`` reads, writes and copies does not grow
+    with the bank.
 
     Attributes:
         hidden_size: C. dtype: of the stored rows, fp32, fp16, bf16 or int8 (one fp32 scale per row).
@@ -103,19 +105,18 @@ class DemonstrationBank:
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # a pickle may be opened elsewhere
         self._description = read_description(self.folder)
         self.hidden_size: int = self._description.hidden_size
         self.dtype: torch.dtype = self._description.dtype
         self.digest: str = self._description.digest
         self.backbone: Backbone = self._description.backbone
         self.prompt: str = self._description.prompt
-        self._mutex = threading.RLock()
-        self._known: dict[bytes, int] = {}  # content -> id, of the first ``_hashed`` demonstrations
-        self._hashed = 0
+        self._mutex = Mutex()
         self._norms = torch.empty(0, dtype=torch.float64, device="cpu")  # of the means, as far as compared
         self._at_once = max(1, NUMBERS_AT_ONCE // self.hidden_size)  # means, compared
         self._state = self._mapped(read_records(self.folder))
+        self._contents = Contents(self._state.records)
 
     @classmethod
     def create(
@@ -132,13 +133,13 @@ class DemonstrationBank:
 
         Raises:
             FileExistsError: there is a bank. TypeError, ValueError: not an AIM adapter, not a ``dtype`` that
-            a bank can have.
+            a bank can have. OSError: the disk; there is no bank then.
         """
         if not isinstance(adapter, AIMAdapter):
             raise TypeError(f"adapter is a {type(adapter).__name__}, expected an AIMAdapter")
         description = Description(uuid.uuid4().hex, dtype, adapter.digest(), adapter.backbone, prompt)
-        create_files(Path(folder), description)
-        return cls(folder)
+        with created(Path(folder).absolute(), description):
+            return cls(folder)
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         """Copies and pickles open the folder again."""
@@ -160,7 +161,7 @@ class DemonstrationBank:
         """The id of this demonstration, by its content and the bank's adapter; None if it is not there."""
         digest = self._digest_of(demonstration)
         with self._mutex:
-            return self._ids().get(digest)
+            return self._id_of(digest)
 
     def add(self, demonstrations: Sequence[Demonstration], tokens: Sequence[Tensor]) -> list[int]:
         """Store fused tokens; when this returns, the disk has them.
@@ -189,16 +190,15 @@ class DemonstrationBank:
             return []
         with self._mutex, locked(self.folder / LOCK):
             self.refresh()
-            known, new = self._ids(), {}
+            new: dict[bytes, int] = {}
             for i, digest in enumerate(digests):
-                if digest not in known:
+                if self._id_of(digest) is None:
                     new.setdefault(digest, i)
             if new:
                 chosen = new.values()
                 self._write([demonstrations[i] for i in chosen], list(new), [columns[i] for i in chosen])
                 self.refresh()
-            known = self._ids()
-            return [known[digest] for digest in digests]
+            return [self._id_of(digest) for digest in digests]
 
     @property
     def lengths(self) -> Tensor:
@@ -251,12 +251,12 @@ class DemonstrationBank:
     def text(self, id: int) -> Wording:
         """Text and answer of a demonstration. Raises as ``tokens``."""
         id, state = self._checked(id), self._state
-        begin, middle, end = state.records.text_bounds[2 * id : 2 * id + 3].tolist()
-        both = state.texts.tensor[begin:end].numpy().tobytes()
-        if zlib.crc32(both) != state.records[id].text_crc:
+        record, begin = state.records[id], state.records[id - 1].answer_end if id else 0
+        both = state.texts.tensor[begin : record.answer_end].numpy().tobytes()
+        if zlib.crc32(both) != record.text_crc:
             raise CheckpointError(f"{self.folder / TEXTS}: the text of demonstration {id} is damaged")
         try:
-            return Wording(both[: middle - begin].decode(), both[middle - begin :].decode())
+            return Wording(both[: record.text_end - begin].decode(), both[record.text_end - begin :].decode())
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.folder / TEXTS}: demonstration {id} is no text: {error}") from error
 
@@ -334,13 +334,11 @@ class DemonstrationBank:
             digest.update(part)
         return digest.digest()
 
-    def _ids(self) -> dict[bytes, int]:
-        """Content to id. For who holds the mutex."""
+    def _id_of(self, digest: bytes) -> int | None:
+        """For who holds the mutex."""
         records = self._state.records
-        for id in range(self._hashed, len(records)):
-            self._known.setdefault(records[id].digest, id)
-        self._hashed = len(records)
-        return self._known
+        self._contents.follow(records)
+        return self._contents.find(digest, records)
 
     def _columns(self, i: int, x: Tensor) -> dict[str, Tensor]:
         """What each file gets of ``tokens[i]``: rows ``[n, C]``, scales ``[n]``, mean ``[C]``."""
@@ -349,6 +347,8 @@ class DemonstrationBank:
             raise TypeError(f"tokens[{i}] is {found}, expected a floating tensor")
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"tokens[{i}] has shape {list(x.shape)}, expected [n, {self.hidden_size}]")
+        if not is_plain(x):
+            raise ValueError(f"tokens[{i}] is sparse, meta, freed or the like, expected a dense tensor")
         x = x.detach().to("cpu")
         bad = torch.isfinite(x).all(-1).logical_not().nonzero()
         if len(bad):

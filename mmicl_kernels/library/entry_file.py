@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors
+from mmicl_kernels.methods.durable import is_file
 
 FORMAT = "mmicl-vlibrary-entry-1"
 SUFFIX = ".safetensors"
@@ -119,7 +120,7 @@ def pack(entry: Entry, tensors: Mapping[str, Tensor], embedding: Tensor | None) 
         tensors: state dict of the adapter. embedding: ``[D]`` fp32.
 
     Raises:
-        ValueError: what does not fit into a header, or into JSON.
+        ValueError: what does not fit into a header, or into JSON, or could not be read back.
     """
     # Clones, because adapters may hold views of one tensor and safetensors refuses shared memory.
     named = {PREFIX + name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -142,6 +143,7 @@ def pack(entry: Entry, tensors: Mapping[str, Tensor], embedding: Tensor | None) 
         raise ValueError(f"record of {entry.name!r} is too long: the header has {len(header)} bytes, "
                          f"expected at most {MAX_HEADER_BYTES}")  # fmt: skip
     entry = _completed(_entry(json.loads(text)), table)  # as it will be read: JSON has lists for tuples
+    _expected(entry, table, entry.name)
     return entry, digest, len(header).to_bytes(8, "little") + header + data
 
 
@@ -210,7 +212,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # made once: a log
 
 
 def _opened(path: Path) -> BinaryIO:
-    if not path.is_file():  # a pipe would block, a folder raise something else
+    if not is_file(path):  # a pipe would block, a folder raise something else
         raise FileNotFoundError(f"{path} does not exist, expected the file of an entry")
     return open(path, "rb")
 
@@ -268,7 +270,7 @@ def _completed(entry: Entry, table: dict[str, Any]) -> Entry:
     return replace(entry, num_parameters=sum(sizes.values()), embedding_dim=embedding_dim)
 
 
-def _expected(entry: Entry, table: dict[str, Any], path: Path) -> tuple[type[Adapter], Any, dict]:
+def _expected(entry: Entry, table: dict[str, Any], path: Path | str) -> tuple[type[Adapter], Any, dict]:
     """Class, config and tensor shapes of the entry's adapter; the table is held against them."""
     if entry.method not in ADAPTERS:
         raise CheckpointError(f"{path} has method {entry.method!r}, expected one of {sorted(ADAPTERS)}")

@@ -30,7 +30,9 @@ from mmicl_kernels.library.entry_file import (
     read_embedding,
     read_entry,
 )  # fmt: skip
+from mmicl_kernels.library.mapped import Mapped
 from mmicl_kernels.methods import CheckpointError
+from mmicl_kernels.methods.durable import append, clear_away, flush, is_file, is_folder, sync_folder
 
 LOG = "log.jsonl"
 FORMAT_VERSION = 2
@@ -85,15 +87,17 @@ class Index:
 
     The vectors lie in a mapped file; the first search by embedding keeps unit vectors in fp16 beside them.
 
-    ``refresh`` reads what was written since. The methods below it are for who holds the library's lock.
+    ``refresh`` reads what was written since. The methods below ``recover`` are for who holds the lock.
     ``damage`` says why the log could not be used; the rows are then those of a scan of all entries.
+    ``unreadable`` is the error with which an entry could not be read that is needed to know all rows.
     """
 
     def __init__(self, folder: Path) -> None:
         self.entries, self.folder, self.temporary = folder / "entries", folder / "index", folder / "tmp"
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Know nothing, so that the next ``refresh`` reads all."""
         self.rows: dict[str, Row] = {}
         # "cpu", here and below: a caller may have set another default device.
         self.vectors = torch.empty(0, 0, dtype=torch.float32, device="cpu")
@@ -101,6 +105,7 @@ class Index:
         self._halves = torch.empty(0, 0, dtype=torch.float16, device="cpu")  # ``vectors`` over ``_norms``
         self._rounded = 0
         self.damage: str | None = None
+        self.unreadable: OSError | None = None
         self._generation: str | None = None
         self._offset = self._operations = self._slots = 0
         self.dimension: int | None = None
@@ -108,16 +113,30 @@ class Index:
         self._sorted: list[Row] | None = None
         self._sorted_embedded: tuple[list[Row], Tensor] | None = None
 
+    @property
+    def logged(self) -> bool:
+        """Whether there is a log that must follow what is done. Without one, all ask the entries' files."""
+        return self._generation is not None
+
     def refresh(self) -> None:
-        """Bring the rows up to date; scan the entries' files where the log is missing or damaged."""
-        reason = ""
+        """Bring the rows up to date. Raises OSError: an entry that may be one of them could not be read."""
+        self.look()
+        if self.unreadable is not None:
+            raise self.unreadable
+
+    def look(self) -> None:
+        """As ``refresh``, without the rows that are not known because of an error, which is kept.
+
+        Scans the entries' files where the log is missing or damaged.
+        """
+        reason, self.unreadable = "", None
         for _ in range(RETRIES):
             try:
                 self._read_log()
                 return
-            except (CheckpointError, FileNotFoundError) as error:
+            except (CheckpointError, FileNotFoundError, IsADirectoryError) as error:
                 reason = str(error)
-                self._clear()
+                self.clear()
         self._scan(reason)
 
     def sorted_rows(self) -> list[Row]:
@@ -192,11 +211,12 @@ class Index:
 
     def recover(self) -> None:
         """Clear away what a crash left, and settle what it interrupted. Before every write."""
-        for leftover in self.temporary.iterdir():
-            leftover.unlink()
-        self.refresh()
-        if self.damage or self._generation is None:
-            self.rebuild()
+        clear_away(self.temporary.iterdir())
+        self.look()
+        if self.damage or self.unreadable or not self.logged:
+            self.restore()
+        if not self.logged:
+            return
         with open(self.folder / LOG, "r+b") as log:
             log.truncate(self._offset)
         if self._pending is not None:
@@ -206,14 +226,22 @@ class Index:
             self._write_anew(self.sorted_rows())
         self._truncate_matrix()
         keep = {LOG, self._matrix().name}
-        for leftover in self.folder.iterdir():
-            if leftover.name not in keep:
-                leftover.unlink()
+        clear_away(path for path in self.folder.iterdir() if path.name not in keep)
 
     def rebuild(self) -> None:
-        """Write log and matrix anew from the entries' files."""
+        """Write log and matrix anew from the entries' files. Raises OSError: one of them could not be read."""
         self._scan("")
+        if self.unreadable is not None:
+            raise self.unreadable
         self._write_anew(self.sorted_rows())
+
+    def restore(self) -> None:
+        """As ``rebuild``; where an entry cannot be read, by who writes at least, there is no log then."""
+        self._scan("")
+        if self.unreadable is None:
+            self._write_anew(self.sorted_rows())
+        else:
+            self.forget()
 
     def takes(self, name: str, dimension: int) -> bool:
         """Whether an embedding of ``dimension`` can be put beside the others; if not, only ``name`` has one.
@@ -226,13 +254,13 @@ class Index:
         embedded = {row.name for row in self.rows.values() if row.slot is not None}
         if embedded - {name}:
             raise ValueError(f"embedding has dimension {dimension}, the library has {self.dimension}")
-        if not embedded:
+        if not embedded and self.logged:
             self._write_anew(self.sorted_rows())
         return not embedded
 
     def forget(self) -> None:
-        """Remove the log. Until ``rebuild`` makes another, readers and writers ask the entries' files."""
-        (self.folder / LOG).unlink()
+        """Remove the log. Until ``restore`` makes another, readers and writers ask the entries' files."""
+        (self.folder / LOG).unlink(missing_ok=True)
         sync_folder(self.folder)
 
     def announce_put(self, entry: Entry, digest: str, embedding: Tensor | None) -> None:
@@ -258,18 +286,18 @@ class Index:
     def _truncate_matrix(self) -> None:
         """Cut what was appended for an operation that never reached the log."""
         size = self._slots * (self.dimension or 0) * 4
-        if self._matrix().is_file() and self._matrix().stat().st_size > size:
+        if is_file(self._matrix()) and self._matrix().stat().st_size > size:
             os.truncate(self._matrix(), size)
 
     def _read_log(self) -> None:
         path = self.folder / LOG
-        if not path.exists() and not any(_entry_files(self.entries)):
-            return self._clear()
+        if not is_file(path) and not any(_entry_files(self.entries)):
+            return self.clear()
         with open(path, "rb") as log:
             first = log.readline(MAX_LINE_BYTES)
             generation = _generation(first)
             if generation != self._generation:
-                self._clear()
+                self.clear()
                 self._generation, self._offset = generation, len(first)
             log.seek(self._offset)
             new = log.read()
@@ -278,8 +306,11 @@ class Index:
         for line in new[:end].split(b"\n")[:-1]:
             self._follow(_parsed(line))
         self._offset += end
-        if self._pending is not None and self._pending.happened(self.entries):
-            self._apply(self._pending)
+        try:
+            if self._pending is not None and self._pending.happened(self.entries):
+                self._apply(self._pending)
+        except OSError as error:
+            self.unreadable = error
         self._map()
 
     def _follow(self, data: dict[str, Any]) -> None:
@@ -337,23 +368,21 @@ class Index:
         """Map the matrix as far as the log speaks of it. Rows are only ever appended to a mapped file."""
         if self._slots == len(self.vectors):
             return
-        path, count = self._matrix(), self._slots * self.dimension
-        size = path.stat().st_size
-        if size < 4 * count:
-            raise CheckpointError(f"{path} has {size} bytes, expected {4 * count}")
-        mapped = torch.from_file(str(path), shared=False, size=count, dtype=torch.float32)
-        self.vectors = mapped.view(self._slots, self.dimension)
+        self.vectors = Mapped(self._matrix(), (self._slots, self.dimension), torch.float32).tensor
 
     def _scan(self, reason: str) -> None:
         """Rows and vectors from the entries' files, all in memory. What is no entry is passed by."""
-        self._clear()
+        self.clear()
         self.damage = reason
         vectors = []
         for path in _entry_files(self.entries):
             try:
                 entry, digest, embedding = read_embedding(path)
-            except (CheckpointError, OSError):
-                continue  # removed meanwhile, or damaged: `verify` tells
+            except (CheckpointError, FileNotFoundError):
+                continue  # damaged, which `verify` tells, or removed meanwhile
+            except OSError as error:  # of another user, or on a disk that fails: none the less an entry
+                self.unreadable = error
+                continue
             if path.name != file_name(entry.name):
                 continue
             slot = None
@@ -424,29 +453,8 @@ def _within(scores: Tensor, limit: int, dimension: int) -> Tensor:
     return found.indices[found.values.float() >= bound]
 
 
-def append(path: Path, data: bytes) -> None:
-    """Append ``data`` to the file, and wait until the disk has it."""
-    with open(path, "ab") as file:
-        file.write(data)
-        flush(file)
-
-
-def flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in ``folder``."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _entry_files(entries: Path) -> Iterable[Path]:
-    if entries.is_dir():
+    if is_folder(entries):
         yield from (path for path in sorted(entries.iterdir()) if path.name.endswith(SUFFIX))
 
 

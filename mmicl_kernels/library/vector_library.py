@@ -2,16 +2,13 @@
 
 from __future__ import annotations  # a method is called list, as the built-in type in the annotations is
 
-import importlib
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,10 +27,15 @@ from mmicl_kernels.library.entry_file import (
     read_embedding,
     read_entry,
 )  # fmt: skip
-from mmicl_kernels.library.index import RETRIES, Index, Row, append, scaled, sync_folder, unit
-from mmicl_kernels.library.locking import locked
+from mmicl_kernels.library.hub import huggingface_hub
+from mmicl_kernels.library.index import RETRIES, Index, Row, scaled, unit
+from mmicl_kernels.library.locking import Mutex, locked
+from mmicl_kernels.library.mapped import is_hub_link
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
-from mmicl_kernels.methods.base import check_tensors, replacing
+from mmicl_kernels.methods.base import check_tensors
+from mmicl_kernels.methods.durable import append, is_file, is_folder, replacing, sync_folder
+
+REMOVED_IN_USE = ".nfs"  # what NFS calls a file that was removed or replaced while somebody reads it
 
 
 class VLibrary:
@@ -41,19 +43,24 @@ class VLibrary:
 
     Any number of processes may read and write at once: writers take turns by an advisory lock, readers
     need none. A process killed at any moment leaves the library as it was before or after the operation.
-    One object may be shared by threads. The folder is made by the first ``put``.
+    One object may be shared by threads; copies, pickles and forked children open the folder again. The
+    folder is made by the first ``put``.
 
     Raises:
         NotADirectoryError: ``folder`` is a file.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
+        self.folder = Path(folder).absolute()  # a pickle may be opened elsewhere
+        if os.path.lexists(self.folder) and not is_folder(self.folder):
             raise NotADirectoryError(f"{self.folder} is not a folder, expected a library")
         self._entries = self.folder / "entries"
         self._index = Index(self.folder)
-        self._mutex = threading.RLock()
+        self._mutex = Mutex(forget=self._index.clear)
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """Copies and pickles open the folder again."""
+        return type(self), (self.folder,)
 
     def put(
         self,
@@ -134,7 +141,7 @@ class VLibrary:
     def path(self, name: str) -> Path:
         """The entry's file, which ``mk.load`` reads too. Raises KeyError."""
         path = self._entries / file_name(_normal(name))
-        if not path.is_file():
+        if not is_file(path):
             raise KeyError(f"no entry {name!r} in {self.folder}")
         return path
 
@@ -148,21 +155,26 @@ class VLibrary:
         return len(self.list())
 
     def __contains__(self, name: str) -> bool:
-        return (self._entries / file_name(_normal(name))).is_file()
+        return is_file(self._entries / file_name(_normal(name)))
 
     def remove(self, name: str) -> None:
         """Remove an entry. Raises KeyError if there is none."""
         name = _normal(name)
         path = self._entries / file_name(name)
-        if not self._entries.is_dir():
+        if not is_folder(self._entries):
             raise KeyError(f"no entry {name!r} in {self.folder}")
         with self._writing() as index:
-            if not path.exists() and name not in index.rows:
+            if not is_file(path) and name not in index.rows:
                 raise KeyError(f"no entry {name!r} in {self.folder}")
-            index.announce_remove(name)
+            logged = index.logged
+            if logged:
+                index.announce_remove(name)
             path.unlink(missing_ok=True)
             sync_folder(self._entries)
-            index.settle()
+            if logged:
+                index.settle()
+            else:
+                index.restore()
 
     def search(
         self,
@@ -232,20 +244,29 @@ class VLibrary:
 
         What a killed process leaves behind is not damage: the next writer clears it away.
         """
-        if not self._entries.is_dir():
+        if not is_folder(self._entries):
             return []
-        with self._mutex, locked(self.folder / "lock"):
-            self._index.refresh()
+        lock = self.folder / "lock"
+        # Where a lock cannot even be made, in a snapshot of the hub or on a read-only disk, nobody writes.
+        alone = is_file(lock) or os.access(self.folder, os.W_OK)
+        with self._mutex, locked(lock) if alone else nullcontext():
+            self._index.look()
             problems = [f"index: {self._index.damage}"] if self._index.damage else []
             missing = {file_name(row.name): row for row in self._index.sorted_rows()}
             for path in sorted(self._entries.iterdir()):
+                if path.name.startswith(REMOVED_IN_USE):
+                    continue
                 problem = self._problem_of(path, missing.pop(path.name, None))
                 if problem:
                     problems.append(problem)
             return problems + [f"index: {row.name!r} has no file" for row in missing.values()]
 
     def rebuild(self) -> None:
-        """Write the index anew from the entries. Damaged files are left out, and left where they are."""
+        """Write the index anew from the entries. Damaged files are left out, and left where they are.
+
+        Raises:
+            OSError: a file could not be read; the index is as it was.
+        """
         with self._writing() as index:
             index.rebuild()
 
@@ -284,7 +305,7 @@ class VLibrary:
         Raises:
             ModuleNotFoundError: huggingface_hub is not installed. What it raises itself.
         """
-        hub = _hub().HfApi()
+        hub = huggingface_hub("push and pull need").HfApi()
         hub.create_repo(repo_id, exist_ok=True)
         hub.upload_folder(
             repo_id=repo_id,
@@ -298,7 +319,8 @@ class VLibrary:
 
         Without ``overwrite`` nothing is imported if a name is taken. Raises as ``push`` and ``import_file``.
         """
-        folder = _hub().snapshot_download(repo_id, revision=revision, allow_patterns=[f"entries/*{SUFFIX}"])
+        hub = huggingface_hub("push and pull need")
+        folder = hub.snapshot_download(repo_id, revision=revision, allow_patterns=[f"entries/*{SUFFIX}"])
         files = sorted((Path(folder) / "entries").glob(f"*{SUFFIX}"))
         taken = [] if overwrite else [x for x in (read_entry(file)[0].name for file in files) if x in self]
         if taken:
@@ -311,21 +333,21 @@ class VLibrary:
         entry, digest, data = pack(entry, tensors, embedding)
         path = self._entries / file_name(entry.name)
         with self._writing() as index:
-            if path.exists() and not overwrite:
+            if is_file(path) and not overwrite:
                 raise FileExistsError(f"{self.folder} has an entry {entry.name!r}; overwrite replaces it")
-            in_place = embedding is None or index.takes(entry.name, len(embedding))
+            in_place = (embedding is None or index.takes(entry.name, len(embedding))) and index.logged
             temporary = index.temporary / uuid.uuid4().hex
             append(temporary, data)
             if in_place:
                 index.announce_put(entry, digest, embedding)
-            else:  # no matrix holds both the old embedding and the new one
+            else:  # there is no log, or no matrix that holds both the old embedding and the new one
                 index.forget()
             temporary.replace(path)
             sync_folder(self._entries)
             if in_place:
                 index.settle()
             else:
-                index.rebuild()
+                index.restore()
         return entry
 
     def _read(self, name: str, reader: Any) -> tuple:
@@ -366,13 +388,16 @@ class VLibrary:
 
     def _problem_of(self, path: Path, row: Row | None) -> str | None:
         """What is wrong with a file in ``entries``, or with the ``row`` the index has of it."""
-        if not path.name.endswith(SUFFIX) or path.is_symlink() or not path.is_file():
-            return f"{path} is not an entry's file"
         try:
+            linked = path.is_symlink() and not is_hub_link(path)
+            if not path.name.endswith(SUFFIX) or linked or not is_file(path):
+                return f"{path} is not an entry's file"
             entry, _, embedding = read_all(path)
             digest = read_entry(path)[1]
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             return str(error)
+        except OSError as error:
+            return f"{path} could not be read: {error}"
         if path.name != file_name(entry.name):
             return f"{path} holds the entry {entry.name!r}, expected in {file_name(entry.name)}"
         if row is None:
@@ -389,7 +414,7 @@ class VLibrary:
     def _writing(self) -> Iterator[Index]:
         """The index, for the one writer at a time, after what a killed one left is cleared away."""
         folders = (self._entries, self._index.folder, self._index.temporary)
-        if not all(folder.is_dir() for folder in folders):
+        if not all(is_folder(folder) for folder in folders):
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder)
@@ -426,13 +451,3 @@ def _embedding(values: Tensor | Sequence[float]) -> Tensor:
     if not bool(torch.isfinite(vector).all()) or not bool(vector.any()):
         raise ValueError("embedding is all zeros or not finite in fp32, so it has no cosine with anything")
     return vector
-
-
-def _hub() -> ModuleType:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ModuleNotFoundError as error:
-        if error.name != "huggingface_hub":
-            raise
-        message = "push and pull need huggingface_hub: pip install huggingface_hub"
-        raise ModuleNotFoundError(message, name=error.name) from error

@@ -3,19 +3,17 @@
 import json
 import math
 import os
-import secrets
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from mmicl_kernels.methods.durable import is_file, replacing
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
 
 FORMAT_VERSION = 1
@@ -140,23 +138,30 @@ class Adapter(nn.Module):
         """Write ``mmicl_adapter.json`` and ``mmicl_adapter.safetensors`` into ``folder``.
 
         Both are written beside their predecessors first and then take their places, so an error leaves
-        the old ones.
+        the old ones. Tensors that share memory, a tied one for instance, are stored apart.
+
+        Raises:
+            CheckpointError: what could not be read back, such as NaN or the placeholder of a parameter that
+            is elsewhere; nothing is written then. OSError: the disk.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        tensors = stored("adapter", self.state_dict(), self.tensor_shapes(self.config, self.backbone))
         description = {
             "format_version": FORMAT_VERSION,
             "method": self.method,
             "config": asdict(self.config),
             "backbone": asdict(self.backbone),
         }
+        text = json.dumps(description, indent=2)
+        _read_config(self.config_class, json.loads(text), "adapter")
+        _read_backbone(json.loads(text), "adapter")
+        folder.mkdir(parents=True, exist_ok=True)
         with (
             replacing(folder / TENSORS_FILE) as tensors_file,
             replacing(folder / CONFIG_FILE) as config_file,
         ):
             save_file(tensors, tensors_file)
-            config_file.write_text(json.dumps(description, indent=2))
+            config_file.write_text(text)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Adapter":
@@ -172,8 +177,8 @@ class Adapter(nn.Module):
             raise CheckpointError(
                 f"{folder} holds an adapter of method {description['method']!r}, expected {cls.method!r}"
             )
-        config = _read_config(cls.config_class, description, folder)
-        backbone = _read_backbone(description, folder)
+        config = _read_config(cls.config_class, description, str(folder / CONFIG_FILE))
+        backbone = _read_backbone(description, str(folder / CONFIG_FILE))
         tensors = _read_tensors(folder / TENSORS_FILE, cls.tensor_shapes(config, backbone))
         return cls.from_tensors(config, backbone, tensors)
 
@@ -189,10 +194,10 @@ class Adapter(nn.Module):
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     """The JSON of an adapter's folder, its format checked. Raises as ``Adapter.from_pretrained``."""
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist, expected an adapter's folder")
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     expected = {"format_version", "method", "config", "backbone"}
@@ -207,41 +212,37 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     return description
 
 
-def _read_config(config_class: type, description: dict[str, Any], folder: Path) -> Any:
+def _read_config(config_class: type, description: dict[str, Any], source: str) -> Any:
     data = description["config"]
     known = {field.name for field in fields(config_class)}
     if not isinstance(data, dict) or not data.keys() <= known:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} has config {data!r}, expected fields among {sorted(known)}"
-        )
+        raise CheckpointError(f"{source} has config {data!r}, expected fields among {sorted(known)}")
     try:
         return config_class(**data)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} has a bad config: {error}") from error
+        raise CheckpointError(f"{source} has a bad config: {error}") from error
 
 
-def _read_backbone(description: dict[str, Any], folder: Path) -> Backbone:
+def _read_backbone(description: dict[str, Any], source: str) -> Backbone:
     try:
         return Backbone.from_json(description["backbone"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} has a bad backbone: {error!r}") from error
+        raise CheckpointError(f"{source} has a bad backbone: {error!r}") from error
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist, expected the tensors of an adapter")
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        tensors = load(path.read_bytes())  # load_file calls every error of the disk a missing file
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     check_tensors(str(path), tensors, expected)
     return tensors
 
 
-def check_tensors(
-    source: str, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]
-) -> None:
-    """Raise CheckpointError unless ``tensors`` are floating, finite and of the expected shapes."""
+def check_tensors(source: str, tensors: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless ``tensors`` are dense, floating, finite and of the expected shapes."""
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:
         raise CheckpointError(
@@ -250,25 +251,38 @@ def check_tensors(
         )
     for name, shape in expected.items():
         tensor = tensors[name]
+        if not is_plain(tensor):
+            raise CheckpointError(
+                f"{source}: {name} is a {type(tensor).__name__} without numbers of its own (meta, sparse, "
+                "sharded, freed or the like), expected a dense tensor"
+            )
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         if tensor.dtype not in FLOAT_DTYPES or not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{source}: {name} is not a tensor of finite floating numbers")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end of the block, or vanishes after an error."""
-    temporary = path.parent / f"{path.name}.{secrets.token_hex(8)}"
-    temporary.touch(exist_ok=False)
-    mode = stat.S_IMODE(temporary.stat().st_mode)  # 0666 less the umask
-    try:
-        yield temporary
-        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink()
-        raise
+def stored(
+    source: str, tensors: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """What is written of ``tensors``: checked, on the CPU, each with memory of its own.
+
+    Raises CheckpointError as ``check_tensors``, which reads them again one day.
+    """
+    check_tensors(source, tensors, expected)
+    return {
+        name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()
+    }
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is a dense tensor whose numbers are all in its memory, and this process has it."""
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+        return False
+    if x.is_meta or x.is_nested or x.is_quantized:
+        return False
+    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.numel() == 0 or (last + 1) * x.element_size() <= x.untyped_storage().nbytes()
 
 
 def check_non_negative(config: Any, *names: str) -> None:

@@ -1,0 +1,92 @@
+"""Files that survive a crash: what saving an adapter, libraries and banks have in common.
+
+An error of the file system is never taken for something else: what could not be read is not damaged, what
+could not be looked at is not missing.
+"""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+# What is answered where a folder cannot be opened, or not be waited for: by CIFS, FUSE, Windows.
+NO_FOLDER_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS,
+    errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR,
+}  # fmt: skip
+NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append ``data`` to the file, and wait until the disk has it."""
+    with open(path, "ab") as file:
+        file.write(data)
+        flush(file)
+
+
+def flush(file: Any) -> None:
+    """Wait until the disk has what was written to ``file``."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in ``folder``, where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place at the end of the block, or vanishes after an error."""
+    temporary = path.parent / f"{path.name}.{secrets.token_hex(8)}"
+    temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # 0666 less the umask
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            flush(file)
+        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        clear_away([temporary])
+        raise
+
+
+def clear_away(leftovers: Iterable[Path]) -> None:
+    """Remove what an interrupted writer left. What cannot be removed stays, and is in nobody's way."""
+    for path in leftovers:
+        with suppress(OSError):
+            path.unlink()
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` leads to a regular file. Raises OSError where that cannot be told."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` leads to a folder. Raises OSError where that cannot be told."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """0 where nothing is. Not ``Path.exists``: which errors it hides depends on Python's version."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno in NOTHING_THERE:
+            return 0
+        raise
