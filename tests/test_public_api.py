@@ -32,7 +32,7 @@ SIGNATURES = {
     "create": "(model, config)",
     "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0, bank=None, bank_bytes=1073741824, "
     "placeholder_ids=None)",
-    "load": "(folder, model)",
+    "load": "(folder, model, *, revision=None)",
     "load_official": "(path, model)",
     "save_official": "(adapter, path)",
     "MimICConfig": "(normalizer='visible', align='mlp', align_weight=1.0, ce_weight=0.5, ffn_shift=False)",

@@ -13,7 +13,7 @@ from mmicl_kernels.integration.anchors import (
     refuse_method,
     unwrap,
 )
-from mmicl_kernels.library import read_adapter, read_official
+from mmicl_kernels.library import adapter_folder, read_adapter, read_official
 from mmicl_kernels.methods import (
     ADAPTERS,
     Adapter,
@@ -43,16 +43,21 @@ def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIM
     raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
 
 
-def load(folder: str | os.PathLike, model: nn.Module) -> Adapter:
+def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = None) -> Adapter:
     """Read an adapter that ``save_pretrained`` wrote, check that it is ``model``'s, and place it.
 
+    Args:
+        folder: or the file of a library's entry, or "owner/name" of a repository of the Hugging Face hub, which
+            is asked where no such folder is, if huggingface_hub is installed. revision: branch, tag or commit
+            there; a folder has none.
+
     Raises:
-        UnsupportedModelError, FileNotFoundError. CheckpointError: an unreadable file, or an adapter of
-        another backbone.
+        UnsupportedModelError. FileNotFoundError: nothing there, or the hub's reason. CheckpointError: an
+        unreadable file, or an adapter of another backbone.
     """
     model = unwrap(model)
     anchors = find_anchors(model)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(adapter_folder(folder, revision))
     check_backbone(adapter, describe_backbone(model, anchors))
     return _place(adapter, model, anchors)
 

@@ -4,6 +4,7 @@ from mmicl_kernels.library.bank_files import FusedTokens
 from mmicl_kernels.library.checkpoint import read_adapter, read_official, save_official
 from mmicl_kernels.library.demo_bank import Demonstration, DemonstrationBank
 from mmicl_kernels.library.entry_file import Entry
+from mmicl_kernels.library.hub import adapter_folder
 from mmicl_kernels.library.vector_library import VLibrary
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Entry",
     "FusedTokens",
     "VLibrary",
+    "adapter_folder",
     "read_adapter",
     "read_official",
     "save_official",

@@ -229,7 +229,7 @@ class Index:
         clear_away(path for path in self.folder.iterdir() if path.name not in keep)
 
     def rebuild(self) -> None:
-        """Write log and matrix anew from the entries' files. Raises OSError: one of them could not be read."""
+        """Write log and matrix anew from the entries' files. Raises OSError: one could not be read."""
         self._scan("")
         if self.unreadable is not None:
             raise self.unreadable
