@@ -1,9 +1,9 @@
 """Losses and a loop. The student and the teacher are one frozen model, shifted and not."""
 
 from mmicl_kernels.training.aggregation import AggregationBatch, AIMObjective
-from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective, ManyShotBatch
+from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
 from mmicl_kernels.training.documents import Documents, document_batches, parse_line, read_image, read_lines
-from mmicl_kernels.training.episodes import EpisodeBatch
+from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.loop import TrainingConfig, train
 from mmicl_kernels.training.objectives import Losses, MimICObjective, trainable
 from mmicl_kernels.training.sampling import Draw, draw_demonstrations, joint_features, split_shots

@@ -10,19 +10,25 @@ from torch import Tensor
 from mmicl_kernels.integration import Handle
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.methods import AIMAdapter
-from mmicl_kernels.training.objectives import Losses, cross_entropy, single_adapter
+from mmicl_kernels.training.answers import answer_loss
+from mmicl_kernels.training.batch import Batch, check_form, label_checks, prompt_shape, raise_first
+from mmicl_kernels.training.objectives import Losses, single_adapter
 
 
 @dataclass(frozen=True)
-class AggregationBatch:
+class AggregationBatch(Batch):
     """Demonstrations, each a prompt of its own, and the queries that they come before.
 
     Attributes:
         demonstrations: inputs of ``model(**inputs)``, N prompts.
         positions: bool ``[N, T]``, the tokens that are fused; None is the text after the last image.
         queries: inputs of R prompts, answers included.
-        labels: int64 ``[R, T]`` of the queries' prompts, -100 where no token is to be predicted.
+        labels: int64 ``[R, T]`` of the queries' prompts: their ids, -100 where no token is to be predicted.
         chosen: for each query its demonstrations, of 0 to N - 1.
+
+    Raises:
+        TypeError, ValueError: ``labels`` or ``positions`` has another dtype or shape, or a label is not the
+        queries' id.
     """
 
     demonstrations: dict[str, Tensor]
@@ -30,6 +36,12 @@ class AggregationBatch:
     queries: dict[str, Tensor]
     labels: Tensor
     chosen: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        shape = prompt_shape("demonstrations", self.demonstrations)
+        if self.positions is not None:
+            check_form("positions", self.positions, torch.bool, shape)
+        raise_first(label_checks(self.labels, "queries", self.queries))
 
 
 class AIMObjective:
@@ -56,6 +68,8 @@ class AIMObjective:
             {**batch.queries, "labels": batch.labels}, batch.chosen, tokens=FusedTokens(rows, offsets, None)
         )
         labels = inputs.pop("labels")
-        ce = cross_entropy(self.handle.model(**inputs).logits, labels)
-        self.handle.unsplice()  # or the graph would live until the next batch
+        try:
+            ce = answer_loss(self.handle.model, inputs, labels)
+        finally:
+            self.handle.unsplice()  # or the graph would live until the next batch
         return Losses(ce, {"ce": ce.detach()})

@@ -1,35 +1,21 @@
 """What LIVE and M2IV minimise: the answer's distribution after demonstrations, without them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
 from mmicl_kernels.methods import LIVEAdapter, M2IVAdapter
-from mmicl_kernels.training.episodes import IGNORE, EpisodeBatch, check_same_tokens
-from mmicl_kernels.training.objectives import Losses, refuse_checkpointing, single_adapter, wide
+from mmicl_kernels.training.answers import (
+    answer_cross_entropy,
+    answer_logits,
+    labelled_tokens,
+    rows_before,
+    wide,
+)
+from mmicl_kernels.training.episodes import EpisodeBatch
+from mmicl_kernels.training.objectives import Losses, refuse_checkpointing, single_adapter
 from mmicl_kernels.training.record import record_outputs
-
-
-@dataclass(frozen=True)
-class ManyShotBatch(EpisodeBatch):
-    """More demonstrations than one prompt holds, split over teacher passes [ours].
-
-    Attributes:
-        further: the passes beside ``teacher``: each one's inputs and its ``teacher_query``. The target is
-            the mean of all passes' probabilities.
-    """
-
-    further: tuple[tuple[dict[str, Tensor], Tensor], ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for _, query in self.further:
-            check_same_tokens(self.student_query, query)
 
 
 class LIVEObjective:
@@ -120,47 +106,13 @@ def teach(handle: Handle, batch: EpisodeBatch, temperature: float) -> Tensor:
     return total.div_(len(passes))
 
 
-def answer_logits(model: nn.Module, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """``model(**inputs).logits`` at ``rows`` (bool ``[B, T]``) alone, ``[N, V]``; others are not computed.
-
-    The hidden states are cut before the language head, and not by ``logits_to_keep``, which keeps the same
-    positions of all batch rows. What the model does to logits after its head, it still does.
-
-    Raises:
-        RuntimeError: the model was compiled before, so that it does not see the cut.
-    """
-    with _head_sees(model, rows):
-        logits = model(**inputs).logits
-    if logits.shape[:2] != (1, int(rows.sum())):
-        raise RuntimeError(
-            f"logits have shape {list(logits.shape)}, expected [1, {int(rows.sum())}, V]: train with a model "
-            "that is not compiled as a whole"
-        )
-    return logits[0]
-
-
-@contextmanager
-def _head_sees(model: nn.Module, rows: Tensor) -> Iterator[None]:
-    def cut(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return args[0][rows.to(args[0].device)][None], *args[1:]
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(cut)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def student_rows(batch: EpisodeBatch) -> Tensor:
     """Bool ``[B, T]``: the student's positions that predict a labelled token.
 
     Raises:
         ValueError: there is none, a labelled token is not one of the query's, or padding is before it.
     """
-    labelled = _labelled(batch)
-    if not labelled.any():
-        raise ValueError("labels marks no token to predict, expected at least one")
-    return _before("labels", labelled, batch.student)
+    return rows_before("labels", _labelled(batch), batch.student)
 
 
 def teacher_rows(batch: EpisodeBatch, inputs: dict[str, Tensor], query: Tensor) -> Tensor:
@@ -173,13 +125,11 @@ def teacher_rows(batch: EpisodeBatch, inputs: dict[str, Tensor], query: Tensor) 
     labelled[query] = _labelled(batch)[batch.student_query].to(query.device)
     if labelled[:, 0].any():
         raise ValueError("teacher_query marks the answer at position 0, expected tokens before it")
-    return _before("teacher_query", labelled, inputs)
+    return rows_before("teacher_query", labelled, inputs)
 
 
 def _labelled(batch: EpisodeBatch) -> Tensor:
-    """The labelled tokens of the student; position 0 is predicted by nothing."""
-    labelled = (batch.labels != IGNORE).to(batch.student_query.device)
-    labelled[:, 0] = False
+    labelled = labelled_tokens(batch.labels).to(batch.student_query.device)
     outside = (labelled & ~batch.student_query).sum(-1)
     if outside.any():
         raise ValueError(
@@ -188,30 +138,10 @@ def _labelled(batch: EpisodeBatch) -> Tensor:
     return labelled
 
 
-def _before(what: str, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The positions before ``tokens``, which ``what`` marks; ValueError if one of them is padding."""
-    before = F.pad(tokens[:, 1:], (0, 1), value=False)
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape == before.shape:
-        padding = (before & (mask == 0).to(before.device)).sum(-1)
-        if padding.any():
-            raise ValueError(
-                f"{what} marks {padding.tolist()} answer tokens per row right after padding, "
-                "expected tokens before them"
-            )
-    return before
-
-
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """``KL(targets || softmax(logits / temperature))`` of ``[N, V]`` each, the mean over N."""
     log_probabilities = F.log_softmax(wide(logits) / temperature, -1)
     return F.kl_div(log_probabilities, targets.to(logits.device), reduction="batchmean")
-
-
-def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of :func:`answer_logits` ``[N, V]`` to the N labels of ``[B, T]``, their mean."""
-    labels = labels[:, 1:].to(logits.device)
-    return F.cross_entropy(wide(logits), labels[labels != IGNORE])
 
 
 def synergy(a: Tensor, m: Tensor, gamma: float) -> Tensor:

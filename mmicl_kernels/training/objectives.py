@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
 from mmicl_kernels.methods import Adapter, MimICAdapter
-from mmicl_kernels.training.episodes import IGNORE, EpisodeBatch
+from mmicl_kernels.training.answers import answer_logits, answer_loss, wide
+from mmicl_kernels.training.episodes import EpisodeBatch
 from mmicl_kernels.training.record import record_outputs
 
 
@@ -40,17 +41,19 @@ class MimICObjective:
         refuse_recorded_checkpoints(self.handle.model, self.handle.anchors[0].layer)
         targets = self._teach(batch)
         with record_outputs(self._sites, batch.student_query) as states:
-            logits = self.handle.model(**batch.student).logits
-        align = alignment(states, targets)
-        ce = cross_entropy(logits, batch.labels)
+            ce = answer_loss(self.handle.model, batch.student, batch.labels)
+        align = alignment(states, targets).to(ce.device)
         total = self.config.align_weight * align + self.config.ce_weight * ce
         return Losses(total, {"align": align.detach(), "ce": ce.detach()})
 
     @torch.no_grad()
     def _teach(self, batch: EpisodeBatch) -> list[Tensor]:
-        """The states to reach. ``base_model`` skips the language head, whose logits nobody reads."""
+        """The states to reach. The language head, whose logits nobody reads, gets one row."""
+        one = torch.zeros_like(batch.teacher_query)
+        one[0, 0] = True
         with self.handle.disabled(), record_outputs(self._sites, batch.teacher_query) as states:
-            self.handle.model.base_model(**batch.teacher)
+            # Not `base_model`, which a sharded model cannot be asked for alone.
+            answer_logits(self.handle.model, batch.teacher, one)
         return states
 
 
@@ -92,21 +95,6 @@ def alignment(states: list[Tensor], targets: list[Tensor]) -> Tensor:
     return sum(loss.to(device) for loss in losses) / len(losses)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Next-token cross-entropy of ``logits [B, T, V]`` at the labelled positions alone.
-
-    Written out because Idefics v1 fails when given ``labels`` (its loss forgets the added vocabulary).
-    """
-    labels = labels[:, 1:].to(logits.device)
-    kept = labels != IGNORE
-    return F.cross_entropy(wide(logits[:, :-1][kept]), labels[kept])
-
-
 def trainable(adapter: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of ``adapter`` that ask for gradients, by name."""
     return {name: x for name, x in adapter.named_parameters() if x.requires_grad}
-
-
-def wide(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,10 +14,11 @@ def record_outputs(modules: Sequence[nn.Module], tokens: Tensor) -> Iterator[lis
     end, also after an error.
     """
     recorded: list[Tensor] = []
+    places = tokens.nonzero(as_tuple=True)  # once: a mask would be counted anew, on the host, at each module
 
     def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        recorded.append(states[tokens.to(states.device)])
+        recorded.append(states[tuple(x.to(states.device) for x in places)])
 
     handles = [module.register_forward_hook(hook) for module in modules]
     try:

@@ -1,10 +1,13 @@
-"""Random episodes for the tiny models: the teacher sees the student's prompt after some more text."""
+"""Random batches for the tiny models, of every objective.
+
+The teacher of an episode sees the student's prompt after some more text.
+"""
 
 import torch
 from torch.nn import functional as F
 
 from mmicl_kernels.testing.tiny_models import tiny_inputs
-from mmicl_kernels.training import EpisodeBatch
+from mmicl_kernels.training import AggregationBatch, EpisodeBatch, ManyShotBatch
 
 DEMONSTRATION = 5  # tokens
 
@@ -39,3 +42,17 @@ def demonstrated(student, generator):
         mask = student["image_attention_mask"]
         teacher["image_attention_mask"] = torch.cat([mask[:, :1].expand(-1, DEMONSTRATION, -1), mask], 1)
     return teacher
+
+
+def many_shot(model, *, passes=3, padding=None):
+    batch = episode(model, padding=padding)
+    generator = torch.Generator().manual_seed(9)
+    further = [(demonstrated(batch.student, generator), batch.teacher_query) for _ in range(passes - 1)]
+    return ManyShotBatch(**vars(batch), further=tuple(further))
+
+
+def aggregation(model, *, padding="left", chosen=((0, 2), (1, 1, 0))):
+    """Three demonstrations, and the prompts of an episode after some of them."""
+    queries = episode(model, padding=padding)
+    demonstrations = tiny_inputs(model, batch=3, padding="right")
+    return AggregationBatch(demonstrations, None, queries.student, queries.labels, chosen)

@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from episode_inputs import demonstrated, episode
+from episode_inputs import episode, many_shot
 from published import in_double, logits
 from residuals import decoder_layers, random_shift
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from watching import Largest
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny_model
 from mmicl_kernels.training import (
     LIVEObjective,
     M2IVObjective,
-    ManyShotBatch,
     TrainingConfig,
     draw_demonstrations,
     joint_features,
@@ -26,14 +24,7 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
-from mmicl_kernels.training.distillation import (
-    answer_logits,
-    divergence,
-    student_rows,
-    synergy,
-    teach,
-    teacher_rows,
-)
+from mmicl_kernels.training.distillation import divergence, student_rows, synergy, teach, teacher_rows
 from mmicl_kernels.training.sampling import nearest_to_centroids
 
 # Some hundreds of fp64 roundings one after another; a wrong token, weight or sign is off by far more.
@@ -58,13 +49,6 @@ def sharp_model(name):
 
 def objective(handle):
     return (LIVEObjective if handle.single.method == "live" else M2IVObjective)(handle)
-
-
-def many_shot(model, *, passes=3, padding=None):
-    batch = episode(model, padding=padding)
-    generator = torch.Generator().manual_seed(9)
-    further = [(demonstrated(batch.student, generator), batch.teacher_query) for _ in range(passes - 1)]
-    return ManyShotBatch(**vars(batch), further=tuple(further))
 
 
 def naive_synergy(a, m, gamma):
@@ -175,21 +159,6 @@ def test_synergy_in_both_forms(N, C):
     assert torch.autograd.gradcheck(synergy, (a, m, 0.25))
 
 
-class Largest(TorchDispatchMode):
-    """The largest number of elements among results of operators that ``of`` picks by their shape."""
-
-    def __init__(self, of):
-        super().__init__()
-        self.of, self.most = of, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in tree_flatten(result)[0]:
-            if torch.is_tensor(x) and self.of(tuple(x.shape)):
-                self.most = max(self.most, x.numel())
-        return result
-
-
 @pytest.mark.parametrize("N, C, largest", [(5, 64, 25), (64, 5, 25)])
 def test_synergy_makes_the_smaller_matrix(N, C, largest):
     a, m = (torch.randn(N, C, requires_grad=True) for _ in range(2))
@@ -205,31 +174,6 @@ def test_synergy_wants_branches_that_agree():
     rolled = a.roll(1, 0)  # M holds 1/4 four times off the diagonal
     assert synergy(a, rolled, 0.5) == pytest.approx(4 + 0.5 * 4 / 16)
     assert synergy(a.bfloat16(), a.bfloat16(), 1.0).dtype == torch.float32
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_no_logits_but_the_answers(name, config):
-    """No result of V columns has more rows than answer tokens: in the teacher, forward and backward."""
-    model = tiny_model(name).requires_grad_(False)
-    batch = many_shot(model, padding="left")
-    V = model(**batch.student).logits.shape[-1]
-    weights = {tuple(x.shape) for x in model.parameters()}
-    transposed = {(x[1], x[0]) for x in weights if len(x) == 2}
-
-    def of(shape):
-        return (
-            bool(shape)
-            and shape[-1] in (V, model.config.get_text_config().vocab_size)
-            and (shape not in weights | transposed)
-        )
-
-    with Largest(of) as full:
-        model(**batch.student)
-    assert full.most == batch.labels.numel() * V, "the counter sees what it should"
-    with mk.attach(model, random_shift(model, CONFIGS[config])) as handle, Largest(of) as cut:
-        objective(handle)(batch).total.backward()
-    assert cut.most == int((batch.labels != -100).sum()) * V
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -413,16 +357,19 @@ def test_labels_must_be_the_querys():
         with pytest.raises(ValueError, match="labels marks no token to predict"):
             loss(replace(batch, labels=torch.full_like(labels, -100)))
         answer = batch.labels != -100
-        first = torch.zeros_like(batch.teacher_query)
-        first[:, :3] = True
+        alone = {"input_ids": batch.labels[answer].view(2, -1)}
+        first = torch.ones(2, 3, dtype=torch.bool)
         with pytest.raises(ValueError, match="teacher_query marks the answer at position 0"):
-            loss(replace(batch, student_query=answer, teacher_query=first))
+            loss(replace(batch, student_query=answer, teacher=alone, teacher_query=first))
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_an_answer_needs_a_token_before_it(who):
     """After padding the first token would be predicted by what is masked."""
     batch = episode(tiny_model("llava-llama"))
+    answer, theirs = batch.student_query.clone(), batch.teacher_query.clone()
+    answer[1, :-3] = theirs[1, :-3] = False
+    batch = replace(batch, student_query=answer, teacher_query=theirs)
     inputs = dict(getattr(batch, who))
     mask = inputs["attention_mask"] = inputs["attention_mask"].clone()
     mask[1, :-3] = 0
@@ -442,14 +389,6 @@ def test_an_answer_needs_a_token_before_it(who):
     assert torch.equal(rows(padded), rows(batch))
 
 
-def test_further_passes_must_match():
-    batch = many_shot(tiny_model("llava-llama"))
-    fewer = batch.teacher_query.clone()
-    fewer[0, -1] = False
-    with pytest.raises(ValueError, match=r"teacher_query marks \[10, 11\] tokens per row"):
-        replace(batch, further=((batch.teacher, fewer),))
-
-
 def test_objectives_need_their_adapter():
     model = tiny_model("llava-llama")
     for config, wrong in ((mk.LIVEConfig(), M2IVObjective), (mk.M2IVConfig(), LIVEObjective)):
@@ -458,22 +397,6 @@ def test_objectives_need_their_adapter():
             pytest.raises(ValueError, match=r"handle holds \['default'\], expected a single"),
         ):
             wrong(handle)
-
-
-def test_a_head_that_is_not_cut_is_an_error(monkeypatch):
-    """As of a model that was compiled before the hook came."""
-    model = tiny_model("llava-llama")
-    batch = episode(model)
-    rows = batch.labels != -100
-    assert torch.equal(answer_logits(model, batch.student, rows), model(**batch.student).logits[rows])
-    hooks = sum(len(x._forward_pre_hooks) for x in model.modules())
-    monkeypatch.setattr(model, "get_output_embeddings", lambda: torch.nn.Identity())
-    with pytest.raises(RuntimeError, match=r"logits have shape \[2, 12, 64\], expected \[1, 6, V\]"):
-        answer_logits(model, batch.student, rows)
-    monkeypatch.undo()
-    with pytest.raises(IndexError):
-        answer_logits(model, {**batch.student, "input_ids": torch.full((2, 12), 10**6)}, rows)
-    assert sum(len(x._forward_pre_hooks) for x in model.modules()) == hooks
 
 
 def test_queries_are_nearest_to_their_centroids():
