@@ -68,7 +68,7 @@ def _refuse_before_it_is_read(image: Image) -> None:
 
 
 def _range(image: Image) -> tuple[int | None, bool]:
-    """Which value is white, or black if inverted, in more than 8 bits; None: it has 8, or no evident range."""
+    """Which value is white, or black if inverted; None with 8 bits or where it is not known."""
     if image.mode.startswith("I;16"):
         bits = _tag(image, 258)
         return 2 ** (bits[0] if bits else 16) - 1, 0 in _tag(image, 262)
