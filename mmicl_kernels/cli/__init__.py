@@ -4,10 +4,19 @@ import argparse
 from collections.abc import Sequence
 
 from mmicl_kernels.cli import bank, library, support
+from mmicl_kernels.cli.shell import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `mmicl` with ``arguments`` (the process's by default) and return its exit code."""
+    """Run `mmicl` with ``arguments`` (the process's by default) and return its exit code.
+
+    Raises:
+        KeyboardInterrupt: where arguments are given, because then it is the caller whom Ctrl-C stops.
+    """
+    return guarded(lambda: _run(arguments), is_program=arguments is None)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="mmicl", description="multimodal in-context learning, shifted")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print what a bug report needs")

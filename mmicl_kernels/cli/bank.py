@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from mmicl_kernels.cli import bank_build
-from mmicl_kernels.cli.printing import FAILED, backbone_name, print_table, printable
+from mmicl_kernels.cli.printing import FAILED, backbone_name, complain, print_table, printable
 
 if TYPE_CHECKING:  # torch is imported when a command runs
     from mmicl_kernels.library import DemonstrationBank
@@ -40,8 +39,10 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         return _ACTIONS[options.action](DemonstrationBank(options.folder), options)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, TypeError, IndexError) as error:
-        print("mmicl bank:", printable(" ".join(str(error).split())), file=sys.stderr)
+        complain("mmicl bank", str(error))
         return FAILED
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mmicl_kernels.cli.printing import FAILED, printable
+from mmicl_kernels.cli.printing import FAILED, complain
 
 if TYPE_CHECKING:  # torch is imported when the command runs
     from tqdm import tqdm
@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     """Build the bank and return the exit code; an error is one line on stderr, so is each bad line."""
     try:
         return _build(options)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, TypeError, ImportError) as error:
         _complain(str(error))
         return FAILED
@@ -77,6 +79,8 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
 
     if not Path(options.model).is_dir():
         raise FileNotFoundError(f"--model: {options.model} does not exist, expected a folder")
+    if not Path(options.adapter).exists():
+        raise FileNotFoundError(f"--adapter: {options.adapter} does not exist, expected a folder")
     processor = AutoProcessor.from_pretrained(options.model, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", local_files_only=True)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +114,8 @@ def _add(handle: "Handle", builder: "PromptBuilder", data: Path, images: Path, b
 
     bank, counts = handle.bank, Counter()
     before = len(bank)
-    bar = tqdm(total=data.stat().st_size, desc="building", unit="B", unit_scale=True)
+    quiet = sys.stderr is None
+    bar = tqdm(total=data.stat().st_size, desc="building", unit="B", unit_scale=True, disable=quiet)
     with data.open("rb") as file, bar:
         new = _new_demonstrations(file, images, bank, builder, bar, counts)
         while batch := list(islice(new, batch_size)):
@@ -189,4 +194,4 @@ def _demonstration(line: bytes, images: Path) -> "Demonstration":
 
 
 def _complain(message: str) -> None:
-    print("mmicl bank build:", printable(" ".join(message.split())), file=sys.stderr)
+    complain("mmicl bank build", message)

@@ -3,14 +3,13 @@
 import argparse
 import json
 import os
-import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmicl_kernels.cli.printing import FAILED, USAGE, backbone_name, print_table, printable
+from mmicl_kernels.cli.printing import FAILED, USAGE, backbone_name, complain, print_table, printable
 
 if TYPE_CHECKING:  # torch is imported when a command runs
     from mmicl_kernels.library import Entry, VLibrary
@@ -82,19 +81,21 @@ def run(options: argparse.Namespace) -> int:
     if not folder:
         return _fail(f"no library given: use --library FOLDER or set {VARIABLE}", USAGE)
     makes_one = options.action in ("add", "combine", "import")
-    if not makes_one and not Path(folder).is_dir():
-        return _fail(f"{folder} does not exist, expected the folder of a library", FAILED)
-    from mmicl_kernels.library import VLibrary
-
     try:
+        if not makes_one and not Path(folder).is_dir():
+            return _fail(f"{folder} does not exist, expected the folder of a library", FAILED)
+        from mmicl_kernels.library import VLibrary
+
         return _ACTIONS[options.action](VLibrary(folder), options)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         # The text of a KeyError is the repr of its argument.
         return _fail(error.args[0] if isinstance(error, KeyError) else str(error), FAILED)
 
 
 def _fail(message: str, code: int) -> int:
-    print("mmicl library:", printable(" ".join(message.split())), file=sys.stderr)
+    complain("mmicl library", message)
     return code
 
 
@@ -110,7 +111,11 @@ def _show(library: "VLibrary", options: argparse.Namespace) -> int:
         return 0
     facts["backbone"] = backbone_name(entry)
     facts["file"] = str(library.path(options.name))
-    rows = [(name, x if isinstance(x, str) else json.dumps(x)) for name, x in facts.items() if x is not None]
+    rows = [
+        (name, printable(x) if isinstance(x, str) else json.dumps(x))
+        for name, x in facts.items()
+        if x is not None
+    ]
     print_table(("", ""), rows)
     return 0
 
@@ -174,7 +179,7 @@ def _verify(library: "VLibrary", options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(problems))
     else:
-        print("\n".join(problems) or f"{len(library)} entries, nothing damaged")
+        print("\n".join(map(printable, problems)) or f"{len(library)} entries, nothing damaged")
     return FAILED if problems else 0
 
 

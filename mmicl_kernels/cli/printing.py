@@ -15,6 +15,12 @@ def printable(text: str) -> str:
     return "".join(x if x.isprintable() else "?" for x in text)
 
 
+def complain(who: str, message: str) -> None:
+    """One line on stderr, if there is one: ``print`` would take stdout instead."""
+    if sys.stderr is not None:
+        print(f"{who}:", printable(" ".join(message.split())), file=sys.stderr)
+
+
 def backbone_name(stored: "Entry | DemonstrationBank") -> str:
     backbone = stored.backbone
     revision = f"@{backbone.revision}" if backbone.revision else ""
@@ -24,7 +30,7 @@ def backbone_name(stored: "Entry | DemonstrationBank") -> str:
 def print_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> None:
     """A rich table on a terminal; lines of tabs in a pipe, or where rich is not installed."""
     rich = None
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         try:
             import rich.console
             import rich.table

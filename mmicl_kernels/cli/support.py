@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    matrix = json.loads(MATRIX.read_text())
+    matrix = json.loads(MATRIX.read_text(encoding="utf-8"))
     if parsed.markdown:
         print(markdown(matrix), end="")
         return 0
