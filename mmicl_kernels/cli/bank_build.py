@@ -25,7 +25,8 @@ def add_parser(actions: Any) -> None:
     build = actions.add_parser(
         "build",
         help="fuse the demonstrations of a file into it; exit code 1 if a line was bad",
-        description="Each line of the data is JSON: image, a file or a list of them, text and answer. "
+        description="Each line of the data is JSON: image, a file or a list of them, text and answer. If the "
+        "text has {image}, once for each of them, they stand there. "
         "Demonstrations that the bank has are not read again, so an interrupted run may be repeated.",
     )
     build.add_argument("folder", help="the bank, made if it does not exist")
@@ -36,6 +37,7 @@ def add_parser(actions: Any) -> None:
     build.add_argument("--dtype", choices=DTYPES, help="of the stored rows (default: bfloat16)")
     build.add_argument("--batch-size", type=int, default=8, metavar="N", help="at once (default: 8)")
     build.add_argument("--template", help='of a prompt (default: "{image}{text} {answer}")')
+    build.add_argument("--image-marker", metavar="TEXT", help="of an image (default: the chat template's)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -63,7 +65,10 @@ def _build(options: argparse.Namespace) -> int:
     device, dtype = model.get_input_embeddings().weight.device, model.dtype
     template = {} if options.template is None else {"template": options.template}
     answer_only = adapter.config.positions == "answer"
-    builder = PromptBuilder(processor, answer_only=answer_only, device=device, dtype=dtype, **template)
+    marker = options.image_marker
+    builder = PromptBuilder(
+        processor, image_marker=marker, answer_only=answer_only, device=device, dtype=dtype, **template
+    )
     bank = _bank(options, adapter, builder.description)
     with attach(model, adapter, bank=bank) as handle:
         return _add(handle, builder, data, images, options.batch_size)

@@ -126,6 +126,19 @@ def test_another_template_is_refused(build, tmp_path):
     assert "{image}{text} {answer}" in mk.DemonstrationBank(tmp_path / "bank").prompt
 
 
+def test_markers_of_images(build, saved, tmp_path):
+    line = {"image": ["red.png", "blue.png"], "text": "a {image} b {image}", "answer": "cat"}
+    one_too_many = {**line, "text": "{image} {image} {image}"}
+    code, out, errors = build("--image-marker", "<image>!", "--dtype", "float32", lines=[line, one_too_many])
+    assert (code, out) == (1, "1 demonstrations: 1 added, 0 known, 1 bad lines\n")
+    assert len(errors) == 1 and "has {image} 3 times" in errors[0] and "its 2 images" in errors[0]
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    assert bank.lengths.tolist() == [2]  # "!" and the answer
+    assert "<image>!<image>!" in bank.prompt
+    code, out, errors = build(lines=[line])
+    assert (code, out) == (1, "") and "prompts are made by" in errors[0]
+
+
 def test_what_cannot_be_aggregated_is_named_and_the_rest_added(build, monkeypatch):
     aggregate = mk.Handle.aggregate
 
