@@ -33,7 +33,7 @@ from mmicl_kernels.library.locking import Mutex, locked
 from mmicl_kernels.library.mapped import is_hub_link
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors
-from mmicl_kernels.methods.durable import append, is_file, is_folder, replacing, sync_folder
+from mmicl_kernels.methods.durable import append, clear_away, is_file, is_folder, replacing, sync_folder
 
 REMOVED_IN_USE = ".nfs"  # what NFS calls a file that was removed or replaced while somebody reads it
 
@@ -333,7 +333,8 @@ class VLibrary:
         entry, digest, data = pack(entry, tensors, embedding)
         path = self._entries / file_name(entry.name)
         with self._writing() as index:
-            if is_file(path) and not overwrite:
+            is_new = not is_file(path)
+            if not is_new and not overwrite:
                 raise FileExistsError(f"{self.folder} has an entry {entry.name!r}; overwrite replaces it")
             in_place = (embedding is None or index.takes(entry.name, len(embedding))) and index.logged
             temporary = index.temporary / uuid.uuid4().hex
@@ -343,7 +344,11 @@ class VLibrary:
             else:  # there is no log, or no matrix that holds both the old embedding and the new one
                 index.forget()
             temporary.replace(path)
-            sync_folder(self._entries)
+            try:
+                sync_folder(self._entries)
+            except OSError:
+                clear_away([path] if is_new else [])
+                raise
             if in_place:
                 index.settle()
             else:
