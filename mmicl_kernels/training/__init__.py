@@ -5,7 +5,8 @@ from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
 from mmicl_kernels.training.documents import Documents, document_batches, parse_line, read_image, read_lines
 from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.loop import TrainingConfig, train
-from mmicl_kernels.training.objectives import Losses, MimICObjective, trainable
+from mmicl_kernels.training.module import TrainedModule
+from mmicl_kernels.training.objectives import Losses, MimICObjective, Objective, trainable
 from mmicl_kernels.training.sampling import Draw, draw_demonstrations, joint_features, split_shots
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "M2IVObjective",
     "ManyShotBatch",
     "MimICObjective",
+    "Objective",
+    "TrainedModule",
     "TrainingConfig",
     "document_batches",
     "draw_demonstrations",

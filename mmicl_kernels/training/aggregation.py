@@ -7,12 +7,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mmicl_kernels.integration import Handle
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.methods import AIMAdapter
 from mmicl_kernels.training.answers import answer_loss
 from mmicl_kernels.training.batch import Batch, check_form, label_checks, prompt_shape, raise_first
-from mmicl_kernels.training.objectives import Losses, single_adapter
+from mmicl_kernels.training.objectives import Losses, Objective
 
 
 @dataclass(frozen=True)
@@ -44,23 +43,19 @@ class AggregationBatch(Batch):
         raise_first(label_checks(self.labels, "queries", self.queries))
 
 
-class AIMObjective:
+class AIMObjective(Objective):
     """``-mean log p(y_t | C_1 .. C_k, query, y_<t)`` over the labelled tokens: AIM (arXiv 2406.07588).
 
     The demonstrations run through the frozen model without a graph; gradients reach the projection alone,
     through the frozen model's second pass, which may use gradient checkpointing. Weight decay pulls the
-    projection to the identity, where it begins (``decay_to_identity`` is for :func:`train`) [ours].
+    projection to the identity, where it begins [ours].
     """
 
+    method, batch = AIMAdapter, AggregationBatch
     decay_to_identity = ("fuser.weight",)
 
-    def __init__(self, handle: Handle) -> None:
-        """``handle`` must hold a single AIM adapter; raises ValueError otherwise."""
-        self.handle = handle
-        single_adapter(handle, AIMAdapter)
-
     def __call__(self, batch: AggregationBatch) -> Losses:
-        """Raises ValueError as ``Handle.aggregate`` and ``Handle.splice``."""
+        """Raises ValueError as ``Handle.aggregate`` and ``Handle.splice``, or if no token is labelled."""
         fused = self.handle.aggregate(batch.demonstrations, batch.positions)
         rows = torch.cat(fused)
         offsets = torch.tensor([0, *accumulate(map(len, fused))], device=rows.device)
@@ -72,4 +67,5 @@ class AIMObjective:
             ce = answer_loss(self.handle.model, inputs, labels)
         finally:
             self.handle.unsplice()  # or the graph would live until the next batch
-        return Losses(ce, {"ce": ce.detach()})
+        # Where no query has a demonstration the projection takes part all the same: DDP waits for it.
+        return self._losses({"ce": (1.0, ce + rows[:0].sum().to(ce.device))})

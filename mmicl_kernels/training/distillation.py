@@ -14,21 +14,22 @@ from mmicl_kernels.training.answers import (
     wide,
 )
 from mmicl_kernels.training.episodes import EpisodeBatch
-from mmicl_kernels.training.objectives import Losses, refuse_checkpointing, single_adapter
+from mmicl_kernels.training.measures import layer_shares
+from mmicl_kernels.training.objectives import Losses, Objective, refuse_checkpointing
 from mmicl_kernels.training.record import record_outputs
 
 
-class LIVEObjective:
+class LIVEObjective(Objective):
     """``T^2 KL(teacher || student)`` of the answer's tokens plus their cross-entropy.
 
     LIVE (arXiv 2406.13185). The teacher is the same frozen model with its adapters off, given the
     demonstrations. Both losses are means over the answer's tokens, which must be among the query's.
-    ``learning_rates`` is for :func:`train`.
     """
 
+    method = LIVEAdapter
+
     def __init__(self, handle: Handle) -> None:
-        """``handle`` must hold a single LIVE adapter; raises ValueError otherwise."""
-        self.handle, self.config = handle, single_adapter(handle, LIVEAdapter).config
+        super().__init__(handle)
         self.learning_rates = {"scale": self.config.scale_learning_rate}
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
@@ -38,23 +39,22 @@ class LIVEObjective:
         logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
         kl = T**2 * divergence(logits, targets, T)
         ce = answer_cross_entropy(logits, batch.labels)
-        total = self.config.kl_weight * kl + self.config.ce_weight * ce
-        return Losses(total, {"kl": kl.detach(), "ce": ce.detach()})
+        return self._losses({"kl": (self.config.kl_weight, kl), "ce": (self.config.ce_weight, ce)})
 
 
-class M2IVObjective:
+class M2IVObjective(Objective):
     """Mimicry of the teacher's answer, synergy of the two branches, and the answer's cross-entropy.
 
     M2IV (arXiv 2504.04633). Mimicry is ``KL(teacher || student)`` at the temperature, without LIVE's
     ``T^2``; it and the cross-entropy are means over the answer's tokens. Synergy is the sum over layers of
     :func:`synergy` of the branches with their vectors, ``a_l + alpha v_a`` and ``m_l + alpha v_m``, where
     every token of the query is one sample [ours]. With ``synergy_weight`` 0 it is not computed.
-    ``learning_rates`` is for :func:`train`.
     """
 
+    method = M2IVAdapter
+
     def __init__(self, handle: Handle) -> None:
-        """``handle`` must hold a single M2IV adapter; raises ValueError otherwise."""
-        self.handle, self.config = handle, single_adapter(handle, M2IVAdapter).config
+        super().__init__(handle)
         self.learning_rates = {"scale": self.config.scale_learning_rate}
         self._anchors = handle.anchors if self.config.synergy_weight > 0 else []
 
@@ -70,24 +70,23 @@ class M2IVObjective:
             logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
         mimicry = divergence(logits, targets, config.temperature)
         ce = answer_cross_entropy(logits, batch.labels)
-        total = config.mimicry_weight * mimicry + config.ce_weight * ce
-        parts = {"mimicry": mimicry.detach(), "ce": ce.detach()}
-        if self._anchors:
-            branches = self._synergy(attention, mlp).to(total.device)
-            total = total + config.synergy_weight * branches
-            parts["synergy"] = branches.detach()
-        return Losses(total, parts)
+        terms = {"mimicry": (config.mimicry_weight, mimicry), "ce": (config.ce_weight, ce)}
+        if not self._anchors:
+            return self._losses(terms)
+        layers = self._synergies(attention, mlp)
+        terms["synergy"] = (config.synergy_weight, sum(x.to(ce.device) for x in layers))
+        indices = [anchor.index for anchor in self._anchors]
+        return self._losses(terms, lambda: layer_shares("synergy", layers, indices))
 
-    def _synergy(self, attention: list[Tensor], mlp: list[Tensor]) -> Tensor:
-        """The sum over layers, one after another: nothing is stacked."""
+    def _synergies(self, attention: list[Tensor], mlp: list[Tensor]) -> list[Tensor]:
+        """Each layer's, one after another: nothing is stacked."""
         losses = []
         for anchor, a, m in zip(self._anchors, attention, mlp, strict=True):
             # The attention's vector is in what was recorded; the MLP's joins at the layer's output.
             shift = self.handle.single.layers[str(anchor.index)].mlp
             shifted = wide(m) + self.handle.scaled(shift.scale) * shift.vector
             losses.append(synergy(a, shifted, self.config.gamma))
-        device = losses[0].device
-        return sum(loss.to(device) for loss in losses)
+        return losses
 
 
 @torch.no_grad()

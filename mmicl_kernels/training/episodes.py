@@ -40,6 +40,7 @@ class EpisodeBatch(Batch):
     def _checks(self) -> list[Check]:
         check_form("student_query", self.student_query, torch.bool, prompt_shape("student", self.student))
         return [
+            (~self.student_query.any(), lambda: "student_query marks no token, expected at least one"),
             _marks_padding("student_query", self.student_query, self.student),
             *self._same_query("teacher", self.teacher, "teacher_query", self.teacher_query),
             *label_checks(self.labels, "student", self.student),

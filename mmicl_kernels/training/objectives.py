@@ -1,15 +1,20 @@
-"""What each method minimises."""
+"""What each method minimises: what all objectives have, and MimIC's."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
+from mmicl_kernels.integration.recomputation import repeats_reentrant
 from mmicl_kernels.methods import Adapter, MimICAdapter
 from mmicl_kernels.training.answers import answer_logits, answer_loss, wide
-from mmicl_kernels.training.episodes import EpisodeBatch
+from mmicl_kernels.training.batch import Batch
+from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
+from mmicl_kernels.training.measures import alignment_shares, gradient_norms
 from mmicl_kernels.training.record import record_outputs
 
 
@@ -21,7 +26,51 @@ class Losses:
     parts: dict[str, Tensor]
 
 
-class MimICObjective:
+class Objective:
+    """What a method minimises: called with a batch it makes all passes and returns :class:`Losses`.
+
+    Attributes:
+        method: the adapter's class. ``batch``: what it is called with.
+        learning_rates: by the last part of a parameter's name, instead of the common one; for :func:`train`.
+        decay_to_identity: square matrices that weight decay pulls to the identity; for :func:`train`.
+        measures: whether the parts say, under keys with a slash, which of them decides: see
+            ``training/measures.py``. Costs a backward pass for each part. Under reentrant gradient
+            checkpointing, which allows no such pass, their gradients are left out.
+    """
+
+    method: type[Adapter]
+    batch: type[Batch] = ManyShotBatch
+    learning_rates: Mapping[str, float] = MappingProxyType({})
+    decay_to_identity: tuple[str, ...] = ()
+    measures = False
+
+    def __init__(self, handle: Handle) -> None:
+        """``handle`` must hold a single adapter, of the objective's method; raises ValueError otherwise."""
+        if not isinstance(handle.single, self.method):
+            name = self.method.__name__.removesuffix("Adapter")
+            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single {name} adapter")
+        self.handle, self.config = handle, handle.single.config
+
+    def __call__(self, batch: Batch) -> Losses:
+        raise NotImplementedError
+
+    def _losses(
+        self,
+        terms: dict[str, tuple[float, Tensor]],
+        shares: Callable[[], dict[str, Tensor]] = dict,
+    ) -> Losses:
+        """Of weights and parts on one device; ``shares`` are measured where they are asked for."""
+        weighted = {name: weight * x for name, (weight, x) in terms.items()}
+        parts = {name: x.detach() for name, (_, x) in terms.items()}
+        if self.measures:
+            parts |= shares()
+            # Reentrant checkpointing refuses to differentiate anything but the whole loss.
+            if not repeats_reentrant(self.handle.anchors[0].layer):
+                parts |= gradient_norms(weighted, trainable(self.handle.single).values())
+        return Losses(sum(weighted.values()), parts)
+
+
+class MimICObjective(Objective):
     """Layer-wise alignment with the demonstrated teacher plus the answer's cross-entropy.
 
     MimIC (arXiv 2504.08851) section 3.3. The teacher is the same frozen model with its adapters off,
@@ -29,40 +78,40 @@ class MimICObjective:
     tokens, as the official code normalises it.
     """
 
+    method = MimICAdapter
+
     def __init__(self, handle: Handle) -> None:
-        """``handle`` must hold a single MimIC adapter; raises ValueError otherwise."""
-        self.handle, self.config = handle, single_adapter(handle, MimICAdapter).config
-        sites = [getattr(anchor, self.config.align) for anchor in handle.anchors]
-        self._sites = [site for site in sites if site is not None]  # a layer may have no softmax attention
+        super().__init__(handle)
+        sites = {anchor.index: getattr(anchor, self.config.align) for anchor in handle.anchors}
+        # A layer may have no softmax attention.
+        self._sites = {index: site for index, site in sites.items() if site is not None}
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
-        """Raises ValueError under gradient checkpointing, which hides what happens inside a layer."""
+        """Raises ValueError under gradient checkpointing, which hides what happens inside a layer, if no
+        token is labelled, or if there are teacher passes beside the first, whose states have no mean."""
+        if getattr(batch, "further", ()):
+            raise ValueError(f"further has {len(batch.further)} teacher passes, expected none for MimIC")
         refuse_checkpointing(self.handle.model, self.config, "align", "layer")
         refuse_recorded_checkpoints(self.handle.model, self.handle.anchors[0].layer)
         targets = self._teach(batch)
-        with record_outputs(self._sites, batch.student_query) as states:
+        with record_outputs(list(self._sites.values()), batch.student_query) as states:
             ce = answer_loss(self.handle.model, batch.student, batch.labels)
         align = alignment(states, targets).to(ce.device)
-        total = self.config.align_weight * align + self.config.ce_weight * ce
-        return Losses(total, {"align": align.detach(), "ce": ce.detach()})
+        return self._losses(
+            {"align": (self.config.align_weight, align), "ce": (self.config.ce_weight, ce)},
+            lambda: alignment_shares(states, targets, batch.student_query, list(self._sites)),
+        )
 
     @torch.no_grad()
     def _teach(self, batch: EpisodeBatch) -> list[Tensor]:
         """The states to reach. The language head, whose logits nobody reads, gets one row."""
         one = torch.zeros_like(batch.teacher_query)
         one[0, 0] = True
-        with self.handle.disabled(), record_outputs(self._sites, batch.teacher_query) as states:
+        sites = list(self._sites.values())
+        with self.handle.disabled(), record_outputs(sites, batch.teacher_query) as states:
             # Not `base_model`, which a sharded model cannot be asked for alone.
             answer_logits(self.handle.model, batch.teacher, one)
         return states
-
-
-def single_adapter(handle: Handle, method: type[Adapter]) -> Adapter:
-    """The adapter of all rows. Raises ValueError unless it is one of ``method``, attached by itself."""
-    if not isinstance(handle.single, method):
-        name = method.__name__.removesuffix("Adapter")
-        raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single {name} adapter")
-    return handle.single
 
 
 def refuse_checkpointing(model: nn.Module, config: object, name: str, instead: object) -> None:

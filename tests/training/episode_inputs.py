@@ -12,9 +12,9 @@ from mmicl_kernels.training import AggregationBatch, EpisodeBatch, ManyShotBatch
 DEMONSTRATION = 5  # tokens
 
 
-def episode(model, *, padding=None, seed=0, length=12):
+def episode(model, *, padding=None, seed=0, length=12, batch=2):
     """Two queries; the last three tokens are the answer, the first is not compared."""
-    student = tiny_inputs(model, length=length, padding=padding)
+    student = tiny_inputs(model, batch=batch, length=length, padding=padding)
     generator = torch.Generator().manual_seed(seed)
     attended = student["attention_mask"].bool()
     text = (student["input_ids"] < 50) & attended  # images and special tokens stay
@@ -44,11 +44,11 @@ def demonstrated(student, generator):
     return teacher
 
 
-def many_shot(model, *, passes=3, padding=None):
-    batch = episode(model, padding=padding)
+def many_shot(model, *, passes=3, padding=None, batch=2):
+    one = episode(model, padding=padding, batch=batch)
     generator = torch.Generator().manual_seed(9)
-    further = [(demonstrated(batch.student, generator), batch.teacher_query) for _ in range(passes - 1)]
-    return ManyShotBatch(**vars(batch), further=tuple(further))
+    further = [(demonstrated(one.student, generator), one.teacher_query) for _ in range(passes - 1)]
+    return ManyShotBatch(**vars(one), further=tuple(further))
 
 
 def aggregation(model, *, padding="left", chosen=((0, 2), (1, 1, 0))):

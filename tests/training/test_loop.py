@@ -27,7 +27,10 @@ def trained(impl, dtype, normalizer, seed):
     start = nn.utils.parameters_to_vector(adapter.parameters()).detach().double()
     batches = (episode(model, seed=i, padding="left") for i in range(STEPS))
     with mk.attach(model, adapter, impl=impl) as handle:
-        log = train(MimICObjective(handle), trainable(adapter), batches, STEPS, model=model, progress=False)
+        log = train(
+            MimICObjective(handle), trainable(adapter), batches, STEPS, model=model,
+            config=TrainingConfig(measure_every=0), progress=False,
+        )  # fmt: skip
     assert [set(losses) for losses in log] == [{"loss", "align", "ce"}] * STEPS
     return nn.utils.parameters_to_vector(adapter.parameters()).detach().double() - start
 
@@ -253,6 +256,8 @@ def test_nothing_to_train():
     model = Toy()
     with pytest.raises(ValueError, match="parameters is empty"):
         train(model.objective, {}, inputs(1), 1, model=model, progress=False)
+    with pytest.raises(TypeError, match="model is None, expected one: the objective is a method"):
+        train(model.objective, model.trained(), inputs(1), 1, progress=False)
 
 
 def test_progress(capsys):

@@ -1,0 +1,40 @@
+"""A model, its adapter and what is minimised as one module, whose forward makes all passes."""
+
+from torch import Tensor, nn
+
+from mmicl_kernels.integration import AdaptedModel
+from mmicl_kernels.methods import Adapter
+from mmicl_kernels.training.aggregation import AIMObjective
+from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
+from mmicl_kernels.training.objectives import MimICObjective, Objective
+
+OBJECTIVES: dict[type[Adapter], type[Objective]] = {
+    objective.method: objective for objective in (MimICObjective, LIVEObjective, M2IVObjective, AIMObjective)
+}
+
+
+class TrainedModule(AdaptedModel):
+    """``model`` with ``adapter`` attached, called with a batch: what DDP, accelerate and a Trainer train.
+
+    DDP averages gradients of what goes through its own ``forward``. An objective calls the model, so its
+    passes and the loss are all in this module's ``forward``. ``objective`` is the method's.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, *, impl: str = "auto") -> None:
+        """Raises as :func:`attach`; TypeError for an adapter whose method has no objective."""
+        kinds = [objective for method, objective in OBJECTIVES.items() if isinstance(adapter, method)]
+        if not kinds:
+            names = ", ".join(method.__name__ for method in OBJECTIVES)
+            raise TypeError(f"adapter is a {type(adapter).__name__}, expected one of {names}")
+        super().__init__(model, adapter, impl=impl)
+        self.objective = kinds[0](self.handle)
+
+    # No **kwargs: a Trainer would take them for a sign that the loss is a sum, which it need not divide by
+    # the steps it accumulates. That `labels` has this name tells it to report the loss of an evaluation.
+    def forward(self, inputs: dict[str, object], labels: Tensor) -> dict[str, Tensor]:
+        """``"loss"``, which is minimised, and its parts without weights or gradients, all ``[]``.
+
+        ``inputs`` and ``labels`` are a batch's ``arguments()``. Raises as the batch and the objective.
+        """
+        losses = self.objective(self.objective.batch(**inputs, labels=labels))
+        return {"loss": losses.total, **losses.parts}
