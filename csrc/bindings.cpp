@@ -117,24 +117,23 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients attention_shift_bwd(const Tensor& dout, const Tensor& lse, const Tensor& q, const Tensor& weight,
                               const Tensor& bias, const Tensor& shift, const std::optional<Tensor>& ids,
-                              const std::optional<Tensor>& out, int64_t gate_power, bool need_dq) {
+                              const std::optional<Tensor>& a, bool need_dq) {
   BackwardParams p;
   fill_gate(p, lse, q, weight, bias, shift, ids);
   check_rows(dout, "dout", shape_of(q), q.scalar_type());
-  if (out) check_rows(*out, "out", shape_of(q), q.scalar_type());
-  STD_TORCH_CHECK(gate_power == 1 || gate_power == 2, "gate_power is ", gate_power, ", expected 1 or 2");
+  if (a) check_rows(*a, "a", shape_of(q), q.scalar_type());
 
   const Tensor dg = torch::stable::new_empty(lse, {p.B, p.H, p.T});
   const Tensor dq = need_dq ? empty_heads_last(q) : torch::stable::new_empty(q, {0});
-  const Tensor base = out ? empty_heads_last(q) : torch::stable::new_empty(q, {0});
+  const Tensor base = a ? empty_heads_last(q) : torch::stable::new_empty(q, {0});
   const Tensor dweight = torch::stable::new_zeros(weight, {p.A, p.H, p.D});
   const Tensor dbias = torch::stable::new_zeros(weight, {p.A, p.H});
   const Tensor dshift = torch::stable::new_zeros(weight, {p.A, p.H, p.D});
   const Tensor partial = torch::stable::new_empty(weight, {tiles(p), 2 * p.D + 1});
 
-  p.dout = rows(dout), p.dg = writable_rows(dg), p.gate_power = gate_power;
+  p.dout = rows(dout), p.dg = writable_rows(dg);
   if (need_dq) p.dq = writable_rows(dq);
-  if (out) p.out = rows(*out), p.base = writable_rows(base);
+  if (a) p.a = rows(*a), p.base = writable_rows(base);
   p.partial = partial.mutable_data_ptr(), p.dweight = dweight.mutable_data_ptr();
   p.dbias = dbias.mutable_data_ptr(), p.dshift = dshift.mutable_data_ptr();
 
@@ -332,7 +331,7 @@ STABLE_TORCH_LIBRARY(mmicl_cpu, m) {
       "Tensor? adapter_ids) -> ()");
   m.def(
       "attention_shift_bwd(Tensor dout, Tensor lse, Tensor q, Tensor weight, Tensor bias, Tensor shift, "
-      "Tensor? adapter_ids, Tensor? out, int gate_power, bool need_dq) -> "
+      "Tensor? adapter_ids, Tensor? a, bool need_dq) -> "
       "(Tensor dg, Tensor dq, Tensor base, Tensor dweight, Tensor dbias, Tensor dshift)");
   m.def("add_gate_grad_(Tensor(a!) dq, Tensor dg, Tensor weight, Tensor? adapter_ids) -> ()");
   m.def(

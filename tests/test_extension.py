@@ -14,6 +14,7 @@ import torch
 
 from mmicl_kernels import _extension
 from mmicl_kernels.ops.prefix_splice import _composed as prefix_splice_composed
+from mmicl_kernels.testing.budgets import assert_base
 
 B, H, T, A = 3, 5, 63, 2  # T is odd and no multiple of the kernel's eight lanes
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -53,23 +54,16 @@ def formula(out, lse, q, weight, bias, shift, ids):
     return out + mu[..., None] * shift_rows(shift, ids)
 
 
-def base_formula(out, lse, q, weight, bias, shift, ids, gate_power):
-    mu = gate(lse, q, weight, bias, ids).to(out.dtype)
-    return out - mu[..., None] ** gate_power * shift_rows(shift, ids)
-
-
-def evaluate(inputs, dout, ids, gate_power, dtype):
+def evaluate(inputs, dout, ids, dtype):
     """Every result of the two operators, by autograd of the formula in `dtype` (lse at least float32)."""
     acc = torch.promote_types(dtype, torch.float32)
     leaves = [inputs[n].to(acc if n == "lse" else dtype).detach().requires_grad_() for n in NAMES]
     value = formula(*leaves, ids)
     _, dlse, dq, dweight, dbias, dshift = torch.autograd.grad(value, leaves, dout.to(dtype))
-    base = base_formula(*leaves, ids, gate_power)
     return {
         "value": value.detach(),
         "dg": -dlse,
         "dq": dq,
-        "base": base.detach(),
         "dgate": torch.cat([dweight, dbias[..., None]], -1),  # bias is the weight of a constant feature
         "dshift": dshift,
     }
@@ -86,11 +80,11 @@ def peer_of(dtype):
     return torch.float32, 3 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
-def assert_within_budget(actual, inputs, dout, ids, gate_power=2):
+def assert_within_budget(actual, inputs, dout, ids):
     dtype = inputs["q"].dtype
-    exact = evaluate(inputs, dout, ids, gate_power, torch.float64)
+    exact = evaluate(inputs, dout, ids, torch.float64)
     peer, times = peer_of(dtype)
-    eager = evaluate(inputs, dout, ids, gate_power, peer)
+    eager = evaluate(inputs, dout, ids, peer)
     for name, result in actual.items():
         error = relative_error(result, exact[name])
         budget = times * relative_error(eager[name], exact[name])
@@ -124,9 +118,9 @@ def make_inputs(dtype, D, layout="heads last"):
     }
 
 
-def backward(ops, inputs, dout, ids, out=None, gate_power=2, need_dq=True):
+def backward(ops, inputs, dout, ids, a=None, need_dq=True):
     args = [inputs[n] for n in NAMES[1:]]
-    dg, dq, base, dweight, dbias, dshift = ops.attention_shift_bwd(dout, *args, ids, out, gate_power, need_dq)
+    dg, dq, base, dweight, dbias, dshift = ops.attention_shift_bwd(dout, *args, ids, a, need_dq)
     dgate = torch.cat([dweight, dbias[..., None]], -1)
     return {"dg": dg, "dq": dq, "base": base, "dgate": dgate, "dshift": dshift}
 
@@ -145,8 +139,10 @@ FIRST = torch.zeros(B, dtype=torch.int32)  # what absent ids mean
 def test_formula(ops, dtype, D, layout, ids):
     inputs, dout = make_inputs(dtype, D, layout), rows(dtype, D, layout)
     value = ops.attention_shift_fwd(*inputs.values(), ids)
-    results = {"value": value, **backward(ops, inputs, dout, ids, out=inputs["out"])}
-    assert_within_budget(results, inputs, dout, FIRST if ids is None else ids)
+    results = {"value": value, **backward(ops, inputs, dout, ids, a=inputs["out"])}
+    compared = {name: x for name, x in results.items() if name != "base"}
+    assert_within_budget(compared, inputs, dout, FIRST if ids is None else ids)
+    assert_base(results["base"], dout, list(inputs.values()), FIRST if ids is None else ids)
 
     for name in ("value", "dq", "base"):
         assert results[name].dtype == dtype and results[name].transpose(1, 2).is_contiguous(), name
@@ -156,16 +152,9 @@ def test_formula(ops, dtype, D, layout, ids):
     assert torch.equal(in_place, value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_formula_gate_power_one(ops, dtype):
-    inputs, dout = make_inputs(dtype, 40), rows(dtype, 40, "heads last")
-    results = backward(ops, inputs, dout, IDS, out=inputs["out"], gate_power=1)
-    assert_within_budget(results, inputs, dout, IDS, gate_power=1)
-
-
 def test_backward_returns_only_what_is_asked_for(ops):
     inputs, dout = make_inputs(torch.float32, 40), rows(torch.float32, 40, "heads last")
-    full = backward(ops, inputs, dout, IDS, out=inputs["out"])
+    full = backward(ops, inputs, dout, IDS, a=inputs["out"])
     lean = backward(ops, inputs, dout, IDS, need_dq=False)
     assert lean["dq"].numel() == lean["base"].numel() == 0
     for name in ("dg", "dgate", "dshift"):
@@ -197,7 +186,7 @@ def test_formula_add_gate_grad(ops, dtype, D):
 
 def test_unshifted_rows_are_untouched_and_contribute_nothing(ops):
     inputs, dout = make_inputs(torch.float32, 40), rows(torch.float32, 40, "heads last")
-    clean = backward(ops, inputs, dout, IDS, out=inputs["out"])
+    clean = backward(ops, inputs, dout, IDS, a=inputs["out"])
     unshifted = torch.isinf(inputs["lse"]) | (IDS < 0)[:, None, None]
     for x in (inputs["q"], dout):
         x[unshifted] = torch.inf
@@ -206,7 +195,7 @@ def test_unshifted_rows_are_untouched_and_contribute_nothing(ops):
     value = ops.attention_shift_fwd(*inputs.values(), IDS)
     assert torch.equal(value[unshifted], inputs["out"][unshifted])
     assert torch.isfinite(value).all()
-    for name, result in backward(ops, inputs, dout, IDS, out=inputs["out"]).items():
+    for name, result in backward(ops, inputs, dout, IDS, a=inputs["out"]).items():
         assert torch.equal(result, clean[name]), name
 
 
@@ -256,7 +245,7 @@ def test_empty(ops, shape):
     parameters = torch.randn(A, h, d), torch.randn(A, h), torch.randn(A, h, d)
     ids = torch.zeros(b, dtype=torch.int32)
     assert ops.attention_shift_fwd(x, lse, x, *parameters, ids).shape == shape
-    dg, dq, base, *gradients = ops.attention_shift_bwd(x, lse, x, *parameters, ids, x, 2, True)
+    dg, dq, base, *gradients = ops.attention_shift_bwd(x, lse, x, *parameters, ids, x, True)
     assert dg.shape == lse.shape and dq.shape == base.shape == shape
     for gradient, parameter in zip(gradients, parameters, strict=True):
         assert gradient.shape == parameter.shape and not gradient.any()
@@ -274,7 +263,7 @@ def test_result_does_not_depend_on_the_number_of_threads(ops):
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             value = ops.attention_shift_fwd(out, lse, x, *parameters, ids)
-            grads = ops.attention_shift_bwd(dout, lse, x, *parameters, ids, out, 2, True)
+            grads = ops.attention_shift_bwd(dout, lse, x, *parameters, ids, out, True)
             results.append([value, *grads])
     finally:
         torch.set_num_threads(threads)
@@ -339,14 +328,14 @@ def test_bad_input(ops, case):
     out = inputs.pop("out")
     dout = torch.zeros(B, H, T, 8)
     if case != "out dims":
-        with pytest.raises(RuntimeError, match=message):
-            ops.attention_shift_bwd(dout, *inputs.values(), out, 2, True)
+        with pytest.raises(RuntimeError, match=message.replace("out has", "a has")):
+            ops.attention_shift_bwd(dout, *inputs.values(), out, True)
 
 
 def test_bad_input_of_one_operator(ops):
     inputs, dout = make_inputs(torch.float32, 8), rows(torch.float32, 8, "heads last")
-    with pytest.raises(RuntimeError, match="gate_power is 3, expected 1 or 2"):
-        backward(ops, inputs, dout, IDS, gate_power=3)
+    with pytest.raises(RuntimeError, match="a has shape"):
+        backward(ops, inputs, dout, IDS, a=dout[:, :, 1:])
     with pytest.raises(RuntimeError, match="dout has shape"):
         backward(ops, inputs, dout[:, :, 1:], IDS)
     with pytest.raises(RuntimeError, match="out is written to, but its elements along dim 0"):
@@ -364,7 +353,7 @@ def test_schemas(ops):
     check = torch.library.opcheck
     check(ops.attention_shift_fwd.default, (*args, IDS), test_utils="test_schema")
     check(ops.attention_shift_fwd_.default, (*args, IDS), test_utils="test_schema")
-    backward_args = (dout, *args[1:], IDS, inputs["out"], 2, True)
+    backward_args = (dout, *args[1:], IDS, inputs["out"], True)
     check(ops.attention_shift_bwd.default, backward_args, test_utils="test_schema")
     gate_args = (dout, torch.randn(B, H, T), inputs["weight"], IDS)
     check(ops.add_gate_grad_.default, gate_args, test_utils="test_schema")

@@ -42,10 +42,9 @@ struct ForwardParams : GateParams {
 };
 
 struct BackwardParams : GateParams {
-  ConstRows dout, out;
+  ConstRows dout, a;     // a: the attention output before the shift
   MutableRows dg;        // acc
-  MutableRows dq, base;  // either may be absent; base = out - mu^gate_power shift
-  int64_t gate_power = 1;
+  MutableRows dq, base;  // either may be absent; dout.base = dout.a + dg
   void* partial = nullptr;  // [tiles(), 2 D + 1] acc: dweight, dshift, dbias of one tile
   void *dweight = nullptr, *dbias = nullptr, *dshift = nullptr;  // like weight, bias, shift
 };

@@ -119,7 +119,61 @@ template <class T>
 MMICL_INLINE void backward_unshifted(const BackwardParams& p, int64_t b, int64_t h, int64_t t) {
   *row<acc_t<T>>(p.dg, b, h, t) = 0;
   if (p.dq.data) __builtin_memset(row<T>(p.dq, b, h, t), 0, p.D * sizeof(T));
-  if (p.base.data) copy(row<T>(p.base, b, h, t), row<T>(p.out, b, h, t), p.D);
+  if (p.base.data) copy(row<T>(p.base, b, h, t), row<T>(p.a, b, h, t), p.D);
+}
+
+template <class T>
+MMICL_INLINE acc_t<T> get(const T* x, int64_t d) {
+  return load_tail(x + d, 1)[0];
+}
+
+template <class T>
+MMICL_INLINE void set(T* x, int64_t d, acc_t<T> value) {
+  store_tail(x + d, vec_t<T>{value}, 1);
+}
+
+// The kCarrying columns in which the row w is largest, the largest first.
+constexpr int64_t kCarrying = 3;
+
+template <class T>
+MMICL_INLINE int64_t largest_columns(int64_t* columns, const T* w, int64_t D) {
+  acc_t<T> sizes[kCarrying];
+  int64_t n = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    const acc_t<T> size = __builtin_fabs(get(w, d));
+    int64_t i = n;
+    for (; i > 0 && size > sizes[i - 1]; --i) {
+      if (i == kCarrying) continue;
+      sizes[i] = sizes[i - 1], columns[i] = columns[i - 1];
+    }
+    if (i == kCarrying) continue;
+    sizes[i] = size, columns[i] = d;
+    if (n < kCarrying) ++n;
+  }
+  return n;
+}
+
+// y = x + a s, rounded, with the product w.y of before rounding: the columns in which w is largest take up
+// what rounding took from it, each what the one before left. A stock backward reads the product alone.
+template <class T>
+MMICL_INLINE void add_scaled_for(const T* w, T* y, const T* x, acc_t<T> a, const acc_t<T>* s, int64_t D) {
+  add_scaled(y, x, a, s, D);
+  if (sizeof(T) == sizeof(acc_t<T>)) return;
+  vec_t<T> lost = {};
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const int64_t n = D - d < kLanes ? D - d : kLanes;
+    lost += load_tail(w + d, n) * (load_tail(x + d, n) + a * load_tail(s + d, n) - load_tail(y + d, n));
+  }
+  acc_t<T> left = sum(lost);
+  int64_t columns[kCarrying];
+  const int64_t n = largest_columns(columns, w, D);
+  for (int64_t i = 0; i < n; ++i) left += get(w, columns[i]) * get(y, columns[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t<T> weight = get(w, columns[i]);
+    if (weight == 0) break;
+    set(y, columns[i], left / weight);
+    left -= weight * get(y, columns[i]);
+  }
 }
 
 template <class T>
@@ -151,8 +205,8 @@ void backward_tile(const BackwardParams& p, const Tile& tile, acc_t<T>* partial)
       accumulate(dshift, mu, dout, p.D);
       if (p.dq.data) scale(row<T>(p.dq, b, h, t), dg, head.weight, p.D);
       if (p.base.data) {
-        const acc factor = p.gate_power == 2 ? mu * mu : mu;
-        add_scaled(row<T>(p.base, b, h, t), row<T>(p.out, b, h, t), -factor, head.shift, p.D);
+        const T* a = row<T>(p.a, b, h, t);
+        add_scaled_for(dout, row<T>(p.base, b, h, t), a, mu * gates.complement[i], head.shift, p.D);
       }
     }
   }

@@ -1,9 +1,11 @@
 """Readable errors for bad arguments. Every message names the argument, its value and what was expected."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,9 +67,22 @@ def check_last_stride(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} has strides {list(tensor.stride())}, expected a contiguous last dimension")
 
 
+def overlaps(x: Tensor) -> bool:
+    """Whether elements of ``x`` may share memory: rows seen twice, or windows that overlap."""
+    steps = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(steps):
+        # What the dimensions of smaller steps reach together must stay below a step of this one.
+        inner = (s * (n - 1) for j, (s, n) in enumerate(steps) if s < stride or (s == stride and j != i))
+        if stride <= sum(inner):
+            return True
+    return False
+
+
 def is_readable(values: Tensor) -> bool:
-    """Whether a check may read them: a CUDA tensor would synchronise, a traced one has no values."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a check may read them: a CUDA tensor would synchronise, a traced or fake one has no values."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(values, FakeTensor):
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
 
 
 def check_range(name: str, values: Tensor, low: int, high: int) -> None:
@@ -77,6 +92,11 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
     smallest, largest = int(values.min()), int(values.max())
     if smallest < low or largest > high:
         raise ValueError(f"{name} has values from {smallest} to {largest}, expected {low} to {high}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an int of any kind, NumPy's and a traced one included; a bool is none."""
+    return type(value) in (int, torch.SymInt) or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -63,6 +63,17 @@ def needs_grad(*tensors: Tensor) -> bool:
     # Forward-mode derivatives must reach the function too, which refuses them; the op would drop them.
     forward_mode = forward_ad._current_level >= 0
     return forward_mode or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def distinct(*inputs: Any) -> tuple[Any, ...]:
+    """``inputs`` of an autograd.Function, each tensor once and then as a view: Dynamo refuses it twice."""
+    if not torch.compiler.is_compiling():
+        return inputs
+    once: list[Any] = []
+    for x in inputs:
+        is_used = isinstance(x, Tensor) and any(x is y for y in once)
+        once.append(x.view_as(x) if is_used else x)
+    return tuple(once)
 
 
 def refuse_vmap(op: str) -> Callable[..., NoReturn]:

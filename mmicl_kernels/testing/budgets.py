@@ -274,6 +274,36 @@ def eager_residual_shift_rms_norm(
     return n.to(h.dtype) * (weight_offset + norm_weight).to(h.dtype), h
 
 
+def assert_base(base: Tensor, dout: Tensor, inputs: Sequence[Tensor], adapter_ids: Tensor | None) -> None:
+    """Fail unless ``dout . base`` of every row is ``dout . a + dg``, and ``base`` no larger than it must be.
+
+    Three columns carry what rounding to ``base``'s dtype took from the product. What is left is what three
+    roundings leave of it (as many as columns), and what its sum over D in the accumulation dtype loses.
+
+    Args:
+        inputs: ``a, lse, q, weight, bias, shift`` of the gate.
+    """
+    a, lse, q, weight, bias, shift = (x.double() for x in inputs)
+    ones = torch.ones_like(shift)
+    leaf = lse.clone().requires_grad_()
+    shifted = eager_attention_shift(a, leaf, q, weight, bias, shift, adapter_ids=adapter_ids)
+    (dlse,) = torch.autograd.grad(shifted, leaf, dout.double())
+    mu = eager_attention_shift(torch.zeros_like(a), lse, q, weight, bias, ones, adapter_ids=adapter_ids)
+    rows = shift[:, None] if adapter_ids is None else shift[adapter_ids.clamp(min=0).long()][:, :, None]
+    exact = a.abs() + mu * (1 - mu) * rows.abs()
+    wanted = (dout.double() * a).sum(-1) - dlse
+
+    D, u = dout.shape[-1], unit_roundoff(base.dtype)
+    columns = min(3, D) if base.dtype != _acc(base) else 1
+    sizes = (dout.double().abs() * exact).sum(-1)
+    bound = (2 * u**columns + (D + GATE_ROUNDINGS) * unit_roundoff(_acc(base))) * sizes
+    error = ((dout.double() * base.double()).sum(-1) - wanted).abs()
+    worst = float((error / bound).nan_to_num().max())
+    assert (error <= bound).all(), f"dout . base is off by {worst:.3g} times its bound"
+    largest = exact.amax(-1) * (columns + D * u + 1)
+    assert (base.double().abs().amax(-1) <= largest).all(), "base is larger than its product needs"
+
+
 def product_error(factor_error: float, a: Tensor, b: Tensor) -> float:
     """Two standard deviations of ``a.b`` where ``a`` has a relative error of random signs, ``factor_error``.
 

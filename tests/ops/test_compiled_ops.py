@@ -37,13 +37,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def op_arguments(name, dtype, impl):
+def op_arguments(name, dtype, impl, training=True):
     sizes = {"B": 1 if name == "packed" else 2, "T": 13, "S": 17}
     inputs = shifted_attention_inputs(
         adapters=2 if name == "ids" else None, dtype=dtype, layout="heads_last", **sizes
     )
     defaults = dict.fromkeys(Options._fields) | {"scale": 0.25, "causal": False, "all_keys": False}
-    return inputs, Options(**{**defaults, **OPTIONS[name], "impl": impl})
+    return inputs, Options(**{**defaults, **OPTIONS[name], "training": training, "impl": impl})
 
 
 # Tracing the backward operators under autograd is left to the compile tests: it is the slow part.
@@ -57,16 +57,16 @@ BACKWARD_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor
         ("plain", torch.bfloat16, "composed"),
         ("blocks", torch.bfloat16, "composed"),
         ("causal", torch.float32, "auto"),
-        ("causal", torch.float32, "auto_training"),
     ],
 )
 def test_opcheck_shifted_attention(name, dtype, impl):
     inputs, options = op_arguments(name, dtype, impl)
-    torch.library.opcheck(OPS.shifted_attention_fwd, (*inputs, *options))
-    outputs = OPS.shifted_attention_fwd(*inputs, *options)
-    out, lse = outputs[:2]
+    for training in (False, True):
+        arguments = (*inputs, *options._replace(training=training))
+        torch.library.opcheck(OPS.shifted_attention_fwd, arguments)
+    out, lse, gate_lse, lse_low, a = OPS.shifted_attention_fwd(*inputs, *options)
     for dlse, need_dqkv in ((None, True), (torch.ones_like(lse), True), (None, False)):
-        saved = (torch.ones_like(out), dlse, *outputs, need_dqkv)
+        saved = (torch.ones_like(out), dlse, a, lse, gate_lse, lse_low, need_dqkv)
         torch.library.opcheck(
             OPS.shifted_attention_bwd, (*saved, *inputs, *options), test_utils=BACKWARD_CHECKS
         )

@@ -32,7 +32,8 @@ def chosen(training=False, *, dtype=BF16, D=128, T=100_000, S=None, device="cuda
         k = torch.empty(2, 2, S, D, dtype=dtype, device=device)
         tensors = {name: make() if callable(make) else make for name, make in options.items()}
         defaults = dict.fromkeys(Options._fields) | {"scale": 0.1, "causal": False, "all_keys": False}
-        return dispatch.choose(q, k, Options(**{**defaults, **tensors, "impl": "auto"}), training)
+        options = Options(**{**defaults, **tensors, "training": training, "impl": "auto"})
+        return dispatch.choose(q, k, options)
 
 
 def row_ints():
@@ -149,9 +150,11 @@ def choices(monkeypatch):
     """What the operators asked of ``choose``, and were answered."""
     noted = []
 
-    def choose(q, k, options, training):
-        answer = dispatch.choose(q, k, options, training)
-        noted.append((answer, training, q.shape, k.shape, options.causal, options.adapter_ids is not None))
+    def choose(q, k, options):
+        answer = dispatch.choose(q, k, options)
+        noted.append(
+            (answer, options.training, q.shape, k.shape, options.causal, options.adapter_ids is not None)
+        )
         return answer
 
     monkeypatch.setattr(_op, "choose", choose)

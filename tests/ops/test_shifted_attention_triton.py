@@ -428,8 +428,8 @@ def test_opcheck(name, device):
     inputs = [x.to(device) for x in inputs]
     options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
     torch.library.opcheck(OPS.shifted_attention_fwd, (*inputs, *options), test_utils=BACKWARD_CHECKS)
-    outputs = OPS.shifted_attention_fwd(*inputs, *options)
-    saved = (torch.ones_like(outputs[0]), torch.ones_like(outputs[1]), *outputs, True)
+    out, lse, gate_lse, lse_low, a = OPS.shifted_attention_fwd(*inputs, *options)
+    saved = (torch.ones_like(out), torch.ones_like(lse), a, lse, gate_lse, lse_low, True)
     torch.library.opcheck(OPS.shifted_attention_bwd, (*saved, *inputs, *options), test_utils=BACKWARD_CHECKS)
 
 

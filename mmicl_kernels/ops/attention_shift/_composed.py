@@ -13,6 +13,10 @@ from torch import Tensor
 
 from mmicl_kernels import _extension
 from mmicl_kernels.ops._impl import uses_triton
+from mmicl_kernels.ops._sums import sum_rows
+
+# Of a rounded row: two of them keep a product to 18 bits in bf16 and 22 in fp16, three to those of fp32.
+CARRYING_COLUMNS = 3
 
 
 def kernels(impl: str, device: torch.device) -> ModuleType:
@@ -72,8 +76,9 @@ def attention_shift_fwd_(
     shift: Tensor,
     adapter_ids: Tensor | None,
 ) -> None:
-    mu = _gate(lse, q, weight, bias, adapter_ids)
-    out.copy_(out + mu[..., None] * _rows(shift, adapter_ids)[:, :, None])
+    mu, _, is_shifted = _gate(lse, q, weight, bias, adapter_ids)
+    shifted = (out + mu[..., None] * _rows(shift, adapter_ids)[:, :, None]).to(out.dtype)
+    out.copy_(torch.where(is_shifted[..., None], shifted, out))
 
 
 def attention_shift_bwd(
@@ -84,32 +89,55 @@ def attention_shift_bwd(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
-    out: Tensor | None,
-    gate_power: int,
+    a: Tensor | None,
     need_dq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything the gate's backward needs, and what a stock attention backward needs from it.
 
-    Returns ``dg [B, H, T]``, ``dq`` (empty unless ``need_dq``), ``base = out - mu**gate_power * shift``
-    (empty without ``out``), ``dweight``, ``dbias``, ``dshift``. With gate power 2 a stock backward that
-    computes ``delta = dout . base`` includes the gradient through lse; with 1 ``base`` is the attention
-    output before the shift.
+    Returns ``dg [B, H, T]``, ``dq`` (empty unless ``need_dq``), ``base`` (empty without ``a``, the
+    attention output before the shift), ``dweight``, ``dbias``, ``dshift``. ``base`` is what a stock
+    backward is given for its ``delta = dout . base`` to be ``dout . a + dg``, which includes the gradient
+    through lse.
     """
-    mu = _gate(lse, q, weight, bias, adapter_ids)
+    mu, dmu, is_shifted = _gate(lse, q, weight, bias, adapter_ids)
     row_shift = _rows(shift, adapter_ids)[:, :, None]
-    dout_acc = dout.to(lse.dtype)
-    dg = mu * (1 - mu) * (dout_acc * row_shift).sum(-1)
-    dweight = _sum_rows(torch.einsum("bht,bhtd->bhd", dg, q.to(lse.dtype)), adapter_ids, weight)
+    # 0 times NaN: a query that is not shifted has no part in any sum.
+    dout_acc = dout.to(lse.dtype).masked_fill(~is_shifted[..., None], 0.0)
+    q = q.to(lse.dtype).masked_fill(~is_shifted[..., None], 0.0)
+    dg = (dmu * (dout_acc * row_shift).sum(-1)).masked_fill(~is_shifted, 0.0)
+    dweight = _sum_rows(torch.einsum("bht,bhtd->bhd", dg, q), adapter_ids, weight)
     dbias = _sum_rows(dg.sum(-1), adapter_ids, bias)
     dshift = _sum_rows(torch.einsum("bht,bhtd->bhd", mu, dout_acc), adapter_ids, shift)
 
-    dq = base = q.new_empty(0)
+    dq, base = dout.new_empty(0), dout.new_empty(0)
     if need_dq:
-        dq = new_output(q).zero_()
+        dq = new_output(dout).zero_()
         add_gate_grad_(dq, dg, weight, adapter_ids)
-    if out is not None:
-        base = new_output(out).copy_(out - mu[..., None] ** gate_power * row_shift)
+    if a is not None:
+        exact = a + dmu[..., None] * row_shift
+        base = torch.where(is_shifted[..., None], _rounded_for(dout_acc, exact, a.dtype), a)
+        base = new_output(a).copy_(base)
     return dg, dq, base, dweight, dbias, dshift
+
+
+def _rounded_for(dout: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """``exact`` in ``dtype`` with the product ``dout . exact`` of every row kept.
+
+    The three columns in which ``dout`` is largest take up what rounding took from the product, the second
+    what is left by the first. Their own values do not matter: a stock backward reads the product alone.
+    """
+    base = exact.to(dtype)
+    if base.dtype == exact.dtype:
+        return base
+    weights, columns = dout.abs().topk(min(CARRYING_COLUMNS, dout.shape[-1]), -1)
+    weights = dout.gather(-1, columns)
+    own = base.gather(-1, columns)
+    left = (dout * (exact - base)).sum(-1) + (weights * own).sum(-1)
+    for i in range(columns.shape[-1]):
+        weight = weights[..., i]
+        own[..., i] = torch.where(weight == 0, own[..., i], left / weight)
+        left = left - weight * own[..., i]
+    return base.scatter(-1, columns, own)
 
 
 def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor | None) -> None:
@@ -117,19 +145,25 @@ def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor |
     dq.copy_(dq + dg[..., None] * _rows(weight, adapter_ids)[:, :, None])
 
 
-def _gate(lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None) -> Tensor:
+def _gate(
+    lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mu``, its derivative ``mu (1 - mu)`` without cancellation, and where there is a shift at all."""
     logit = torch.einsum("bhtd,bhd->bht", q.to(lse.dtype), _rows(weight, adapter_ids, q.shape[0]))
-    mu = torch.sigmoid(logit + _rows(bias, adapter_ids)[:, :, None] - lse)
-    active = ~torch.isinf(lse)
+    x = logit + _rows(bias, adapter_ids)[:, :, None] - lse
+    is_shifted = ~torch.isinf(lse)
     if adapter_ids is not None:
-        active = active & (adapter_ids >= 0)[:, None, None]
-    return mu.masked_fill(~active, 0.0)
+        is_shifted = is_shifted & (adapter_ids >= 0)[:, None, None]
+    mu = torch.sigmoid(x).masked_fill(~is_shifted, 0.0)
+    return mu, mu * torch.sigmoid(-x).masked_fill(~is_shifted, 0.0), is_shifted
 
 
 def _rows(stacked: Tensor, adapter_ids: Tensor | None, B: int = 1) -> Tensor:
     """The parameters of every batch row; ``[1, ...]`` broadcasts where all rows share them."""
     if adapter_ids is None:
         return stacked.expand(B, *stacked.shape[1:])
+    if stacked.shape[0] == 0:
+        return stacked.new_zeros(adapter_ids.shape[0], *stacked.shape[1:])
     inactive = (adapter_ids < 0).view(-1, *[1] * (stacked.dim() - 1))
     return stacked[adapter_ids.clamp(min=0).long()].masked_fill(inactive, 0.0)
 
@@ -137,7 +171,4 @@ def _rows(stacked: Tensor, adapter_ids: Tensor | None, B: int = 1) -> Tensor:
 def _sum_rows(per_row: Tensor, adapter_ids: Tensor | None, stacked: Tensor) -> Tensor:
     if adapter_ids is None:
         return per_row.sum(0, keepdim=True)
-    # A matmul with the one-hot ids sums in a fixed order, index_add_ on CUDA does not.
-    ids = torch.arange(stacked.shape[0], device=stacked.device)
-    one_hot = (adapter_ids[None] == ids[:, None]).to(per_row.dtype)
-    return (one_hot @ per_row.flatten(1)).unflatten(1, stacked.shape[1:])
+    return sum_rows(per_row, adapter_ids, stacked.shape[0])

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import (
+    distinct,
+    needs_grad,
+    no_autocast,
+    refuse_double_backward,
+    refuse_vmap,
+)
 from mmicl_kernels.ops.attention_shift._composed import (
     kernels,
     new_output,
@@ -40,7 +46,7 @@ def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
     with no_autocast(q.device):
         dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
-            dout, lse, q, *parameters, adapter_ids, None, 2, True
+            dout, lse, q, *parameters, adapter_ids, None, True
         )
     return (-dg, dq, *parameter_grads(grads, weight, bias, shift))
 
@@ -94,5 +100,5 @@ torch.library.register_vmap("mmicl::attention_shift_fwd", refuse_vmap("attention
 def attention_shift_op(out, lse, q, weight, bias, shift, adapter_ids, impl) -> Tensor:
     inputs = (out, lse, q, weight, bias, shift)
     if needs_grad(*inputs):
-        return _AttentionShiftFunction.apply(*inputs, adapter_ids, impl)
+        return _AttentionShiftFunction.apply(*distinct(*inputs), adapter_ids, impl)
     return torch.ops.mmicl.attention_shift_fwd(*inputs, adapter_ids, impl)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import new_output
+from mmicl_kernels.ops.attention_shift._composed import CARRYING_COLUMNS, new_output
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ CONFIGS = {
     ("bwd", "short"): LaunchConfig(elements=256, num_warps=1),
 }
 SHORT = 2  # queries: decode, with or without a speculated token
+
+CARRYING = tl.constexpr(CARRYING_COLUMNS)
 
 # The sum of the partial sums: rows and columns of its tile.
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_WARPS = 32, 32, 4
@@ -75,17 +77,51 @@ def adapter(adapter_ids, s_ids, i_b):
 
 
 @triton.jit
+def is_shifted(b_lse, i_a):
+    """Whether queries are: not where lse is infinite or there is no adapter."""
+    return (tl.abs(b_lse) != float("inf")) & (i_a >= 0)
+
+
+@triton.jit
 def gate(b_logit, b_lse, i_a):
-    """``mu = sigmoid(logit - lse)`` and ``mu (1 - mu)``: 0 where lse is infinite or there is no adapter.
+    """``mu = sigmoid(logit - lse)`` and ``mu (1 - mu)``: 0 where nothing is shifted.
 
     exp(-|x|) cannot overflow, and from it 1 - mu comes without cancellation.
     """
     b_x = b_logit - b_lse
     b_z = tl.exp(-tl.abs(b_x))
     b_r = 1.0 / (1.0 + b_z)
-    m_active = (tl.abs(b_lse) != float("inf")) & (i_a >= 0)
+    m_active = is_shifted(b_lse, i_a)
     b_mu = tl.where(m_active, tl.where(b_x >= 0, b_r, b_z * b_r), 0.0)
     return b_mu, tl.where(m_active, b_z * b_r * b_r, 0.0)
+
+
+@triton.jit
+def rounded_for(b_dout, b_exact, o_d, D: tl.constexpr, dtype: tl.constexpr):
+    """``b_exact [BT, BD]`` in ``dtype`` with the product of every row with ``b_dout`` kept.
+
+    The columns in which ``b_dout`` is largest take up what rounding took from it.
+    """
+    b_base = b_exact.to(dtype)
+    if b_exact.dtype != dtype:
+        b_wide = b_base.to(b_exact.dtype)
+        # [BT]
+        b_left = tl.sum(b_dout * (b_exact - b_wide), 1)
+        # [BT, BD]
+        b_size = tl.where((o_d < D)[None, :], tl.abs(b_dout), -1.0)
+        b_rest = b_size
+        for _ in range(min(CARRYING, D)):
+            m_column = o_d[None, :] == tl.argmax(b_rest, 1)[:, None]
+            b_rest = tl.where(m_column, -1.0, b_rest)
+            b_left += tl.sum(tl.where(m_column, b_dout * b_wide, 0.0), 1)
+        for _ in range(min(CARRYING, D)):
+            m_column = o_d[None, :] == tl.argmax(b_size, 1)[:, None]
+            b_size = tl.where(m_column, -1.0, b_size)
+            b_weight = tl.sum(tl.where(m_column, b_dout, 0.0), 1)
+            b_own = (b_left / tl.where(b_weight == 0, 1.0, b_weight)).to(dtype)
+            b_left -= b_weight * b_own.to(b_exact.dtype)
+            b_base = tl.where(m_column & (b_weight != 0)[:, None], b_own[:, None], b_base)
+    return b_base
 
 
 @triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
@@ -128,19 +164,20 @@ def attention_shift_fwd_kernel(
     b_lse = tl.load(_rows(lse, s_lse_b, s_lse_h, s_lse_t, i_b, i_h, o_t), mask=m_t, other=0.0)
     # [BT, BD]
     b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
-    b_out = tl.load(p_out, mask=m_td, other=0.0).to(b_lse.dtype)
+    b_out = tl.load(p_out, mask=m_td, other=0.0)
 
     i_a = adapter(adapter_ids, s_ids, i_b)
     i_ah = tl.maximum(i_a, 0) * H + i_h
     # [BD]
     b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
     b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
+    b_bias = tl.load(bias + i_ah, mask=i_a >= 0, other=0.0)
     # [BT]
-    b_logit = tl.sum(b_q * b_weight[None, :], 1) + tl.load(bias + i_ah)
-    b_mu, _ = gate(b_logit, b_lse, i_a)
+    b_mu, _ = gate(tl.sum(b_q * b_weight[None, :], 1) + b_bias, b_lse, i_a)
     # [BT, BD]
-    b_out += b_mu[:, None] * b_shift[None, :]
-    tl.store(p_shifted[:, None] + o_d[None, :], b_out.to(shifted.dtype.element_ty), mask=m_td)
+    b_shifted = (b_out.to(b_lse.dtype) + b_mu[:, None] * b_shift[None, :]).to(shifted.dtype.element_ty)
+    b_shifted = tl.where(is_shifted(b_lse, i_a)[:, None], b_shifted, b_out)
+    tl.store(p_shifted[:, None] + o_d[None, :], b_shifted, mask=m_td)
 
 
 @triton.jit(do_not_specialize=["H", "T", "N", "s_lse_b", "s_lse_h", "s_ids"])
@@ -152,7 +189,7 @@ def attention_shift_bwd_kernel(
     bias,
     shift,
     adapter_ids,
-    out,
+    a,
     dlse,
     cu_seqlens,
     dg,
@@ -172,21 +209,22 @@ def attention_shift_bwd_kernel(
     s_q_h,
     s_q_t,
     s_ids,
-    s_out_b,
-    s_out_h,
-    s_out_t,
+    s_a_b,
+    s_a_h,
+    s_a_t,
     H,
     T,
     N,
     D: tl.constexpr,
-    POWER: tl.constexpr,
+    THROUGH_LSE: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
     NS: tl.constexpr,
 ):
     """Writes ``dg`` and ``delta [B, H, N]``, ``dq`` and ``base`` in new storage, the sums over NS * BT rows.
 
-    T: rows of the longest sequence, N: of the storage; they differ where ``cu_seqlens`` packs sequences.
+    ``delta = dout . a - dlse``, and with THROUGH_LSE ``+ dg``, which ``dout . base`` always has. T: rows of
+    the longest sequence, N: of the storage; they differ where ``cu_seqlens`` packs sequences.
     """
     i_b, i_h, i_t = _position(H, T, NS * BT)
     i_x, row, n_t = i_b, i_b * 0, T
@@ -200,7 +238,7 @@ def attention_shift_bwd_kernel(
     # [BD]
     b_weight = tl.load(weight + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
     b_shift = tl.load(shift + i_ah * D + o_d, mask=m_d & (i_a >= 0), other=0.0)
-    b_bias = tl.load(bias + i_ah)
+    b_bias = tl.load(bias + i_ah, mask=i_a >= 0, other=0.0)
 
     # Summed over rows at the end alone: a sum across warps in every step would cost more than the step.
     # [BT]
@@ -221,9 +259,9 @@ def attention_shift_bwd_kernel(
         b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
         b_dout = tl.load(p_dout, mask=m_td, other=0.0).to(b_lse.dtype)
 
-        if out is not None:  # before the first store, which no later load may overtake
-            p_out = _rows(out, s_out_b, s_out_h, s_out_t, i_x, i_h, o_t)[:, None] + o_d[None, :]
-            b_out = tl.load(p_out, mask=m_td, other=0.0).to(b_lse.dtype)
+        if a is not None:  # before the first store, which no later load may overtake
+            p_attended = _rows(a, s_a_b, s_a_h, s_a_t, i_x, i_h, o_t)[:, None] + o_d[None, :]
+            b_attended = tl.load(p_attended, mask=m_td, other=0.0)
 
         # [BT]
         b_mu, b_dmu = gate(tl.sum(b_q * b_weight[None, :], 1) + b_bias, b_lse, i_a)
@@ -237,17 +275,19 @@ def attention_shift_bwd_kernel(
         if dq is not None:
             b_dq = b_dg[:, None] * b_weight[None, :]
             tl.store(dq + o_new, b_dq.to(dq.dtype.element_ty), mask=m_td)
-        if out is not None:
-            b_power = b_mu if POWER == 1 else b_mu * b_mu
-            b_out -= b_power[:, None] * b_shift[None, :]
         if delta is not None:
-            b_delta = tl.sum(b_dout * b_out, 1)
+            b_delta = tl.sum(b_dout * b_attended.to(b_lse.dtype), 1)
+            if THROUGH_LSE:
+                b_delta += b_dg
             if dlse is not None:
                 b_delta -= tl.load(dlse + (i_x * H + i_h) * N + o_t, mask=m_t, other=0.0)
             b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
             tl.store(delta + (i_x * H + i_h) * N + o_t, b_delta, mask=m_t)
         if base is not None:
-            tl.store(base + o_new, b_out.to(base.dtype.element_ty), mask=m_td)
+            b_exact = b_attended.to(b_lse.dtype) + b_dmu[:, None] * b_shift[None, :]
+            b_base = rounded_for(b_dout, b_exact, o_d, D, base.dtype.element_ty)
+            b_base = tl.where(is_shifted(b_lse, i_a)[:, None], b_base, b_attended)
+            tl.store(base + o_new, b_base, mask=m_td)
 
     i_n = (i_b * tl.cdiv(T, NS * BT) + i_t) * H + i_h
     tl.store(dweight_part + i_n * D + o_d, tl.sum(b_dweight, 0), mask=m_d)
@@ -385,16 +425,13 @@ def attention_shift_bwd(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
-    out: Tensor | None,
-    gate_power: int,
+    a: Tensor | None,
     need_dq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dg = lse.new_empty(lse.shape)
     dq = new_output(q) if need_dq else None
-    base = new_output(q) if out is not None else None
-    grads = _launch_bwd(
-        dout, lse, q, (weight, bias, shift), adapter_ids, out, gate_power, dg=dg, dq=dq, base=base
-    )
+    base = new_output(q) if a is not None else None
+    grads = _launch_bwd(dout, lse, q, (weight, bias, shift), adapter_ids, a, dg=dg, dq=dq, base=base)
     return dg, _or_empty(dq, q), _or_empty(base, q), *grads
 
 
@@ -405,27 +442,27 @@ def attention_delta(
     q: Tensor,
     parameters: tuple[Tensor, Tensor, Tensor],
     adapter_ids: Tensor | None,
-    out: Tensor,
-    gate_power: int,
+    a: Tensor,
+    through_lse: bool,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``dg``, ``delta = dout . (out - mu**gate_power * shift) - dlse``, gradients of the parameters.
+    """``dg``, ``delta = dout . a - dlse`` (``+ dg`` if ``through_lse``), gradients of the parameters.
 
     What an attention backward takes; ``adapter_ids`` are those of sequences where ``cu_seqlens`` packs them.
     """
     dg, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     dlse = None if dlse is None else dlse.contiguous()
     grads = _launch_bwd(
-        dout, lse, q, parameters, adapter_ids, out, gate_power,
-        dg=dg, delta=delta, dlse=dlse, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        dout, lse, q, parameters, adapter_ids, a,
+        dg=dg, delta=delta, through_lse=through_lse, dlse=dlse, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
     )  # fmt: skip
     return dg, delta, grads
 
 
 def _launch_bwd(
-    dout, lse, q, parameters, adapter_ids, out, gate_power, *,
-    dg, dq=None, base=None, delta=None, dlse=None, cu_seqlens=None, max_seqlen=None,
+    dout, lse, q, parameters, adapter_ids, a, *,
+    dg, dq=None, base=None, delta=None, through_lse=True, dlse=None, cu_seqlens=None, max_seqlen=None,
 ) -> list[Tensor]:  # fmt: skip
     """Fill the given outputs; returns the gradients of the parameters."""
     B, H, N, D = q.shape
@@ -442,9 +479,9 @@ def _launch_bwd(
     parts = [x.new_empty(B * NT, *x.shape[1:]) for x in parameters]
     with torch.cuda.device_of(q):
         attention_shift_bwd_kernel[(B * H * NT,)](
-            dout, lse, q, *parameters, adapter_ids, out, dlse, cu_seqlens, dg, dq, base, delta, *parts,
-            *_strides(dout), *lse.stride(), *_strides(q), _ids_stride(adapter_ids), *_strides(out),
-            H, T, N, D, gate_power, BT, BD, NS, num_warps=config.num_warps,
+            dout, lse, q, *parameters, adapter_ids, a, dlse, cu_seqlens, dg, dq, base, delta, *parts,
+            *_strides(dout), *lse.stride(), *_strides(q), _ids_stride(adapter_ids), *_strides(a),
+            H, T, N, D, through_lse, BT, BD, NS, num_warps=config.num_warps,
         )  # fmt: skip
         return _launch_reduce(parts, adapter_ids, parameters[0].shape[0], NT)
 
@@ -452,6 +489,8 @@ def _launch_bwd(
 def _launch_reduce(parts: list[Tensor], adapter_ids: Tensor | None, A: int, NT: int) -> list[Tensor]:
     N, H, D = parts[0].shape
     grads = [x.new_empty(A, *x.shape[1:]) for x in parts]
+    if A == 0:
+        return grads
     attention_shift_reduce_kernel[(A * H, triton.cdiv(D, REDUCE_COLUMNS))](
         *parts, adapter_ids, *grads, _ids_stride(adapter_ids), H, N, NT, D, REDUCE_ROWS, REDUCE_COLUMNS,
         num_warps=REDUCE_WARPS,

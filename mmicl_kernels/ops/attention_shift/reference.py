@@ -9,6 +9,7 @@ demonstrations.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def attention_shift_reference(
@@ -28,11 +29,17 @@ def attention_shift_reference(
             weight, bias, shift = weight[None], bias[None], shift[None]
         else:
             active = ~torch.isinf(lse) & (adapter_ids >= 0)[:, None, None]
-            row = adapter_ids.clamp(min=0).long()
-            weight, bias, shift = weight[row], bias[row], shift[row]
+            weight, bias, shift = (_of_rows(x, adapter_ids) for x in (weight, bias, shift))
 
         logit = (q.to(acc) * weight.to(acc)[:, :, None]).sum(-1) + bias.to(acc)[:, :, None]
-        # An infinite lse is replaced before the sigmoid so that its gradient is 0, not NaN.
-        mu = torch.sigmoid(logit - lse.to(acc).masked_fill(~active, 0.0))
-        mu = mu.masked_fill(~active, 0.0)
-        return (out.to(acc) + mu[..., None] * shift.to(acc)[:, :, None]).to(out.dtype)
+        # An infinite lse is replaced before the sigmoid so that its gradient is 0, not NaN. By its logarithm
+        # the sigmoid's gradient keeps 1 - mu exact where mu is near 1.
+        mu = F.logsigmoid(logit - lse.to(acc).masked_fill(~active, 0.0)).exp()
+        shifted = out.to(acc) + mu[..., None] * shift.to(acc)[:, :, None]
+        return torch.where(active[..., None], shifted.to(out.dtype), out)
+
+
+def _of_rows(stacked: Tensor, adapter_ids: Tensor) -> Tensor:
+    """The ``[A, ...]`` parameter of every batch row, zeros where its id is -1: no slot stands in for none."""
+    nothing = stacked.new_zeros(1, *stacked.shape[1:])
+    return torch.cat((stacked, nothing))[adapter_ids.long()]

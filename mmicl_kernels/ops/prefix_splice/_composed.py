@@ -20,6 +20,7 @@ from mmicl_kernels.ops._impl import uses_triton
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.prefix_splice.reference import IGNORED
 
+NO_LIMIT = 2**62  # tokens of a request
 DROPPED = -(2**48)  # so far before a batch row that no token of a demonstration reaches it
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import distinct, needs_grad, refuse_double_backward, refuse_vmap
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
-from mmicl_kernels.ops.prefix_splice._composed import empty_outputs, kernels
+from mmicl_kernels.ops.prefix_splice._composed import DROPPED, empty_outputs, kernels
 
 _BANK = "Tensor bank, Tensor? bank_scale, Tensor offsets, Tensor demo_ids, Tensor cu_demos"
 _BOUNDS = "Tensor? prompt_start, Tensor? prompt_end, Tensor? cu_prompt"
@@ -46,8 +46,10 @@ def _prefix_splice_fwd_fake(
 
 
 def _prefix_splice_place_(embeddings, *arguments):
-    *arguments, impl = arguments
-    return kernels(impl, embeddings.device).prefix_splice_place_(embeddings, *arguments)
+    *arguments, starts, impl = arguments
+    if starts.device.type == "cpu":  # where places are Python's and C++'s numbers, which must not overflow
+        starts = starts.long().clamp(DROPPED, -DROPPED)
+    return kernels(impl, embeddings.device).prefix_splice_place_(embeddings, *arguments, starts)
 
 
 torch.library.impl("mmicl::prefix_splice_place_", ("cpu", "cuda"), _prefix_splice_place_)
@@ -150,12 +152,12 @@ torch.library.register_vmap("mmicl::prefix_splice_place_", refuse_vmap("prefix_s
 
 def prefix_splice_op(bank, *arguments) -> tuple[Tensor, ...]:
     if needs_grad(bank, arguments[4]):
-        return _PrefixSpliceFunction.apply(bank, *arguments)
+        return _PrefixSpliceFunction.apply(*distinct(bank, *arguments))
     return torch.ops.mmicl.prefix_splice_fwd(bank, *arguments)
 
 
 def prefix_splice_op_(embeddings, bank, *arguments) -> Tensor:
     if needs_grad(embeddings, bank):
-        return _PrefixSplicePlaceFunction.apply(embeddings, bank, *arguments)
+        return _PrefixSplicePlaceFunction.apply(*distinct(embeddings, bank, *arguments))
     torch.ops.mmicl.prefix_splice_place_(embeddings, bank, *arguments)
     return embeddings

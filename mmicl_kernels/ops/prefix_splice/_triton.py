@@ -22,7 +22,6 @@ LEFT, RIGHT, PACKED, PLACED = (tl.constexpr(i) for i in range(4))
 LAYOUTS = {"left": LEFT, "right": RIGHT, "packed": PACKED}
 DROPPED = tl.constexpr(_composed.DROPPED)
 IGNORED = tl.constexpr(_composed.IGNORED)
-NO_LIMIT = 2**62  # tokens of a request
 
 
 @dataclass(frozen=True)
@@ -472,7 +471,7 @@ def prefix_splice_place_(
         (None, None, None, None, None, _dense(starts)),
         (embeddings, None, None, None, None, demo_places, end_places),
         PLACED,
-        NO_LIMIT,
+        _composed.NO_LIMIT,
     )
     return demo_places, end_places
 

@@ -14,9 +14,11 @@ from mmicl_kernels.ops._checks import (
     check_range,
     check_same_device,
     is_readable,
+    is_whole,
+    overlaps,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.prefix_splice._composed import checks_values, prompt_bounds
+from mmicl_kernels.ops.prefix_splice._composed import NO_LIMIT, checks_values, prompt_bounds
 from mmicl_kernels.ops.prefix_splice._op import prefix_splice_op, prefix_splice_op_
 from mmicl_kernels.ops.prefix_splice.reference import prefix_splice_reference, prefix_splice_reference_
 
@@ -99,6 +101,7 @@ def prefix_splice(
     _check_count("length", length)
     max_length = length if max_length is None else max_length
     _check_count("max_length", max_length, None if layout == "packed" else length)
+    length, max_length = int(length), min(int(max_length), NO_LIMIT)
     check_same_device(
         bank=bank, bank_scale=bank_scale, offsets=offsets, demo_ids=demo_ids, cu_demos=cu_demos,
         prompt=prompt, prompt_start=prompt_start, prompt_end=prompt_end, cu_prompt=cu_prompt, labels=labels,
@@ -151,7 +154,7 @@ def prefix_splice_(
     sizes.bind("embeddings", embeddings, "B L C")
     check_float("embeddings", embeddings)
     check_last_stride("embeddings", embeddings)
-    if any(n > 1 and s == 0 for n, s in zip(embeddings.shape, embeddings.stride(), strict=True)):
+    if overlaps(embeddings):
         raise ValueError(f"embeddings has strides {list(embeddings.stride())}, expected rows of their own")
     sizes.bind("starts", starts, "R")
     check_integer("starts", starts)
@@ -235,7 +238,7 @@ def _check_prompt(
 
 
 def _check_count(name: str, value: int, most: int | None = None) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    if not is_whole(value):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 0 or (most is not None and value > most):
         raise ValueError(f"{name} is {value}, expected " + ("0 or more" if most is None else f"0 to {most}"))

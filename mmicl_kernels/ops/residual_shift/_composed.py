@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmicl_kernels import _extension
 from mmicl_kernels.ops._impl import uses_triton
+from mmicl_kernels.ops._sums import sum_rows
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 
 
@@ -158,11 +159,7 @@ def _per_adapter(sums: Tensor, adapter_ids: Tensor, strengths: Tensor | None, A:
     entries = sums.sum(1)[:, None].expand(B, K, -1)
     if strengths is not None:
         entries = entries * strengths[..., None]
-    # Row A takes the entries of -1. Not a product with weights of 0: rows of other adapters may hold NaN.
-    rows = adapter_ids.masked_fill(adapter_ids < 0, A).flatten()
-    total = sums.new_zeros(A + 1, sums.shape[2])
-    # On CPU it adds in order; CUDA tensors are here without Triton alone.
-    return total.index_add_(0, rows, entries.flatten(0, 1))[:A]
+    return sum_rows(entries.flatten(0, 1), adapter_ids.flatten(), A)
 
 
 def _square_norms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

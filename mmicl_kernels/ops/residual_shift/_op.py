@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._impl import (
+    distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
@@ -160,5 +161,5 @@ torch.library.register_vmap("mmicl::residual_shift_fwd", refuse_vmap("residual_s
 def residual_shift_op(x, vector, scale, adapter_ids, strengths, preserve_norm, impl) -> Tensor:
     inputs = (x, vector, scale, adapter_ids, strengths, preserve_norm, impl)
     if needs_grad(*(p for p in (x, vector, scale, strengths) if p is not None)):
-        return _ResidualShiftFunction.apply(*inputs)
+        return _ResidualShiftFunction.apply(*distinct(*inputs))
     return torch.ops.mmicl.residual_shift_fwd(*inputs)

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import (
+    distinct,
+    needs_grad,
+    no_autocast,
+    refuse_double_backward,
+    refuse_vmap,
+)
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
 from mmicl_kernels.ops.residual_shift._composed import new_output, prepared
@@ -135,5 +141,5 @@ def residual_shift_rms_norm_op(
 ) -> tuple[Tensor, Tensor]:
     inputs = (x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl)
     if needs_grad(*(p for p in inputs[:5] if p is not None)):
-        return _ResidualShiftRMSNormFunction.apply(*inputs)[:2]
+        return _ResidualShiftRMSNormFunction.apply(*distinct(*inputs))[:2]
     return torch.ops.mmicl.residual_shift_rms_norm_fwd(*inputs)[:2]

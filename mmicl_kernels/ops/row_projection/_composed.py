@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmicl_kernels.ops._impl import uses_triton
+from mmicl_kernels.ops._sums import sum_rows
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 
 
@@ -37,15 +38,7 @@ def gather_rows(hidden: Tensor, index: Tensor) -> Tensor:
 
 def scatter_rows(dx: Tensor, index: Tensor, B: int, T: int) -> Tensor:
     """``[B, T, C]`` contiguous: every row's sum of the ``dx [N, C]`` that belong to it, in their order."""
-    R, C = B * T, dx.shape[1]
-    index = index.masked_fill((index < 0) | (index >= R), R)  # what is none adds to a row of its own
-    total = dx.new_zeros(R + 1, C)
-    # Of the two the one that adds in a fixed order, on CPU in fp32.
-    if dx.device.type == "cpu":
-        total.index_add_(0, index, dx)
-    else:
-        total.index_put_((index,), dx, accumulate=True)
-    return total[:R].view(B, T, C)
+    return sum_rows(dx, index, B * T).view(B, T, dx.shape[1])
 
 
 def clear_rows_(x: Tensor, index: Tensor, R: int) -> Tensor:

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import (
+    distinct,
+    needs_grad,
+    no_autocast,
+    refuse_double_backward,
+    refuse_vmap,
+)
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 from mmicl_kernels.ops.row_projection import _composed
 
@@ -96,5 +102,5 @@ torch.library.register_vmap("mmicl::row_projection_fwd", refuse_vmap("row_projec
 def row_projection_op(hidden, index, weight, bias, norm_weight, norm_bias, eps, dtype, impl) -> Tensor:
     inputs = (hidden, index, weight, bias, norm_weight, norm_bias, eps, dtype, impl)
     if needs_grad(*(x for x in (hidden, weight, bias, norm_weight, norm_bias) if x is not None)):
-        return _RowProjectionFunction.apply(*inputs)[0]
+        return _RowProjectionFunction.apply(*distinct(*inputs))[0]
     return torch.ops.mmicl.row_projection_fwd(*inputs)[0]

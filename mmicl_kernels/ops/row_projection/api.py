@@ -13,6 +13,7 @@ from mmicl_kernels.ops._checks import (
     check_range,
     check_same_device,
     is_readable,
+    is_whole,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.row_projection._op import row_projection_op
@@ -112,7 +113,7 @@ def _check_rows(sizes: Sizes, rows: Tensor, num_rows: int | None) -> None:
             raise ValueError(f"num_rows is {num_rows} beside indices {list(rows.shape)}, expected None")
         check_range("rows", rows, -1, sizes["B"] * sizes["T"] - 1)
     elif num_rows is not None:
-        if not isinstance(num_rows, int) or isinstance(num_rows, bool):
+        if not is_whole(num_rows):
             raise TypeError(f"num_rows must be an int, got {type(num_rows).__name__}")
         if num_rows < 0:
             raise ValueError(f"num_rows is {num_rows}, expected 0 or more")

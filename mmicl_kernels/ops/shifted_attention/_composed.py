@@ -11,20 +11,22 @@ from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
 
-def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``out``, ``lse``, ``gate_lse`` and ``lse_low`` of ``new_results``, for stacked ``parameters``.
+def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``lse``, ``gate_lse``, ``lse_low`` and ``a`` of ``new_results``, for stacked ``parameters``.
 
     ``lse_low`` is 0: stock kernels do not say what rounding took; ``_stock`` recovers it where it matters.
     """
     part = _forward if options.cu_seqlens_q is None else _packed_forward
-    out, lse, gate_lse = part(q, k, v, parameters, options)
-    return out, lse, gate_lse, torch.zeros_like(lse) if options.is_mask_added else lse.new_empty(0)
+    out, lse, gate_lse, a = part(q, k, v, parameters, options)
+    lse_low = torch.zeros_like(lse) if options.is_mask_added else lse.new_empty(0)
+    return out, lse, gate_lse, lse_low, a
 
 
 def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters.
 
-    ``results`` are those of the forward, with lse in place of an empty gate_lse.
+    ``results`` are ``a``, ``lse``, ``gate_lse`` and ``lse_low`` of the forward, with lse in place of an empty
+    gate_lse.
     """
     part = _backward if options.cu_seqlens_q is None else _packed_backward
     return part(dout, dlse, results[:3], need_dqkv, qkv, parameters, options)
@@ -32,48 +34,52 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
 
 def _forward(q, k, v, parameters, options: Options):
     visibility = options.visibility
-    out, lse = attention_kernel(q, k, options.scale, options.softcap, visibility).forward(q, k, v)
+    a, lse = attention_kernel(q, k, options.scale, options.softcap, visibility).forward(q, k, v)
     gate_lse = lse
     if options.all_keys and not visibility.simplified(q.shape[2], k.shape[2]).is_all_keys():
         gate = attention_kernel(q, k, options.scale, options.softcap, visibility.all_keys())
         gate_lse = gate.forward(q, k, k)[1].masked_fill(lse == -torch.inf, -torch.inf)
 
     shift_kernels = kernels("composed", q.device)
-    if out.transpose(1, 2).is_contiguous():
+    if a.transpose(1, 2).is_contiguous() and not options.training:
+        out = a
         shift_kernels.attention_shift_fwd_(out, gate_lse, q, *parameters, options.adapter_ids)
     else:
-        out = shift_kernels.attention_shift_fwd(out, gate_lse, q, *parameters, options.adapter_ids)
+        out = shift_kernels.attention_shift_fwd(a, gate_lse, q, *parameters, options.adapter_ids)
     lse = lse.contiguous()
     return (
         out,
         lse,
         gate_lse.clone(memory_format=torch.contiguous_format) if options.all_keys else lse.new_empty(0),
+        _head_major(a) if options.training else a.new_empty(0),
     )
 
 
 def _packed_forward(q, k, v, parameters, options: Options):
-    out, lse, gate_lse, _ = new_results(q, options)
+    out, lse, gate_lse, _, a = new_results(q, options)
     for rows, keys, sequence in options.sequences():
         results = _forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], parameters, sequence)
         out[:, :, rows], lse[:, :, rows] = results[:2]
         if options.all_keys:
             gate_lse[:, :, rows] = results[2]
-    return out, lse, gate_lse
+        if options.training:
+            a[:, :, rows] = results[3]
+    return out, lse, gate_lse, a
 
 
 def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     q, k, v = qkv
-    out, lse, gate_lse = results
+    a, lse, gate_lse = results
     shift_kernels = kernels("composed", q.device)
-    gate_power = 1 if options.all_keys else 2
+    through_lse = need_dqkv and not options.all_keys
     dg, _, base, *dparameters = shift_kernels.attention_shift_bwd(
-        dout, gate_lse, q, *parameters, options.adapter_ids, out, gate_power, False
+        dout, gate_lse, q, *parameters, options.adapter_ids, a if through_lse else None, False
     )
     if not need_dqkv:
         return [x.new_empty(0) for x in qkv], dparameters
 
     kernel = attention_kernel(q, k, options.scale, options.softcap, options.visibility)
-    dq, dk, dv = kernel.backward(dout, q, k, v, base, lse)
+    dq, dk, dv = kernel.backward(dout, q, k, v, base if through_lse else a, lse)
     if options.all_keys:
         gate = attention_kernel(q, k, options.scale, options.softcap, options.visibility.all_keys())
         _add_lse_grad(gate, -dg, gate_lse, q, k, dq, dk)
@@ -108,12 +114,14 @@ def _packed_backward(dout, dlse, results, need_dqkv, qkv, parameters, options: O
 def _add_lse_grad(kernel, dlse, lse, q, k, dq, dk) -> None:
     """Add the gradient that reaches q and k through an lse: ``ds_ij = P_ij dlse_i``.
 
-    With ``v = 0``, ``dout = e_1`` and ``out = -dlse e_1`` a stock backward computes exactly this.
+    With ``v = 0`` and ``dout . out = -dlse`` a stock backward computes exactly this.
     """
-    dout, out = torch.zeros_like(q), torch.zeros_like(q)
-    dout[..., 0] = 1.0
-    out[..., 0] = -dlse
-    dq_lse, dk_lse, _ = kernel.backward(dout, q, k, torch.zeros_like(k), out, lse)
+    dout, out = q.new_zeros(q.shape), q.new_zeros(q.shape)
+    # A fraction and a power of two, neither of which fp16 lacks where it lacks dlse.
+    exponent = torch.frexp(dlse).exponent.clamp(-14, 15)
+    dout[..., 0] = torch.exp2(exponent.to(dlse.dtype))
+    out[..., 0] = -torch.ldexp(dlse, -exponent)
+    dq_lse, dk_lse, _ = kernel.backward(dout, q, k, k.new_zeros(k.shape), out, lse)
     dq += dq_lse
     dk += dk_lse
 

@@ -1,7 +1,7 @@
 """``shifted_attention`` as registered operators, forward and backward, under one autograd function.
 
 ``impl`` names the set of kernels, a module with ``forward`` and ``backward`` as in :mod:`._composed`; "auto"
-and "auto_training" are resolved inside of the operators, where a compiled graph has real tensors.
+is resolved inside of the operators, where a compiled graph has real tensors.
 """
 
 import inspect
@@ -10,7 +10,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
+from mmicl_kernels.ops._impl import (
+    distinct,
+    needs_grad,
+    no_autocast,
+    refuse_double_backward,
+    refuse_vmap,
+)
 from mmicl_kernels.ops.attention_shift._composed import new_output, stacked_parameters
 from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
 from mmicl_kernels.ops.shifted_attention import _composed
@@ -20,24 +26,23 @@ from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 _OPTIONS = (
     "float scale, float? softcap, bool causal, int? window, SymInt? q_start, Tensor? q_starts,"
     " Tensor? kv_start, Tensor? kv_end, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? adapter_ids, bool all_keys, str impl"
+    " SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? adapter_ids, bool all_keys, bool training, str impl"
 )
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor shift"
 
 torch.library.define(
-    "mmicl::shifted_attention_fwd", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "mmicl::shifted_attention_fwd",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor gate_lse, Tensor lse_low, Tensor a)",
 )
 torch.library.define(
     "mmicl::shifted_attention_bwd",
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor gate_lse, Tensor lse_low, bool need_dqkv,"
+    f"(Tensor dout, Tensor? dlse, Tensor a, Tensor lse, Tensor gate_lse, Tensor lse_low, bool need_dqkv,"
     f" {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 def _kernels(q: Tensor, k: Tensor, options: Options) -> ModuleType:
-    impl = options.impl
-    if impl in ("auto", "auto_training"):
-        impl = choose(q, k, options, training=impl == "auto_training")
+    impl = choose(q, k, options) if options.impl == "auto" else options.impl
     if impl == "triton":
         from mmicl_kernels.ops.shifted_attention import _triton
 
@@ -60,10 +65,10 @@ def _shifted_attention_fwd_fake(q, k, v, weight, bias, shift, *options):
     return new_results(q, Options(*options))
 
 
-def _shifted_attention_bwd(dout, dlse, out, lse, gate_lse, lse_low, need_dqkv, q, k, v, *rest):
+def _shifted_attention_bwd(dout, dlse, a, lse, gate_lse, lse_low, need_dqkv, q, k, v, *rest):
     weight, bias, shift, *options = rest
     options = Options(*options)
-    results = (out, lse, gate_lse if options.all_keys else lse, lse_low)
+    results = (a, lse, gate_lse if options.all_keys else lse, lse_low)
     with no_autocast(q.device):
         parameters = stacked_parameters(q, weight, bias, shift)
         dqkv, grads = _kernels(q, k, options).backward(
@@ -76,7 +81,7 @@ torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"), _shifted_att
 
 
 @torch.library.register_fake("mmicl::shifted_attention_bwd")
-def _shifted_attention_bwd_fake(dout, dlse, out, lse, gate_lse, lse_low, need_dqkv, q, k, v, *rest):
+def _shifted_attention_bwd_fake(dout, dlse, a, lse, gate_lse, lse_low, need_dqkv, q, k, v, *rest):
     dqkv = (new_output(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
     return *dqkv, *(x.new_empty(x.shape) for x in rest[:3])
 
@@ -94,12 +99,12 @@ class _ShiftedAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *qkv_parameters, options = inputs
-        out, lse, gate_lse, lse_low = output
-        ctx.mark_non_differentiable(gate_lse, lse_low)
+        _, lse, gate_lse, lse_low, a = output
+        ctx.mark_non_differentiable(gate_lse, lse_low, a)
         ctx.set_materialize_grads(False)
         tensors = {name: x for name, x in options._asdict().items() if isinstance(x, Tensor)}
         ctx.options, ctx.tensor_options = options._replace(**dict.fromkeys(tensors)), list(tensors)
-        ctx.save_for_backward(out, lse, gate_lse, lse_low, *qkv_parameters, *tensors.values())
+        ctx.save_for_backward(a, lse, gate_lse, lse_low, *qkv_parameters, *tensors.values())
 
     @staticmethod
     @refuse_double_backward("shifted_attention")
@@ -125,7 +130,6 @@ def shifted_attention_op(q, k, v, weight, bias, shift, options: Options) -> tupl
     """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` for checked arguments."""
     inputs = (q, k, v, weight, bias, shift)
     if needs_grad(*inputs):
-        if options.impl == "auto":
-            options = options._replace(impl="auto_training")
-        return _ShiftedAttentionFunction.apply(*inputs, options)[:2]
+        options = Options(*distinct(*options._replace(training=True)))
+        return _ShiftedAttentionFunction.apply(*distinct(*inputs), options)[:2]
     return _fwd_op(*inputs, *options)[:2]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmicl_kernels.ops._checks import overlaps
 from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention, all_heads
 from mmicl_kernels.ops.shifted_attention.options import SMALLEST_SCALE
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
@@ -51,7 +52,7 @@ class StockAttention(NamedTuple):
         """``dq, dk, dv`` with ``delta = dout . out``."""
         S, n = k.shape[2], self.num_keys
         if self.additive:
-            dout = dout * self._shares(lse)[..., None].to(dout.dtype)
+            dout = dout.contiguous() * self._shares(lse)[..., None].to(dout.dtype)
         # With lse +inf a query without gradient recomputes exp(s - inf) = 0 for any s, -inf included;
         # with 0 a large s would overflow, with -inf it would be NaN.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
@@ -159,6 +160,8 @@ def _cudnn_comes_first(q: Tensor, num_keys: int) -> bool:
 
 
 def _cpu_flash_fwd(q, k, v, causal, bias, scale):
+    # PyTorch lays out the output like q, and where rows of q overlap writes it as it is not.
+    q = q.contiguous() if overlaps(q) else q
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
 

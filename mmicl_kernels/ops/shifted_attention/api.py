@@ -1,6 +1,7 @@
 """The public op: contract, checks, dispatch."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,15 +16,19 @@ from mmicl_kernels.ops._checks import (
     check_same_device,
     check_shift,
     is_readable,
+    is_whole,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
+from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
 from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
-from mmicl_kernels.ops.shifted_attention.options import FARTHEST, Options
+from mmicl_kernels.ops.shifted_attention.options import Options
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
+from mmicl_kernels.ops.shifted_attention.visibility import FARTHEST
 
 NORMALIZERS = ("visible", "all_keys")
 IMPLEMENTATIONS = ("auto", "reference", "composed", "triton")
+WIDE = 2 * FARTHEST  # a window that hides nothing
 
 
 def shifted_attention(
@@ -69,8 +74,10 @@ def shifted_attention(
         weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; with ``adapter_ids``
             stacked to ``[A, H, D]``, ``[A, H]``, ``[A, H, D]``.
         scale: of the scores, ``D**-0.5`` by default. softcap: ``s = softcap * tanh(s / softcap)``.
-        window: number of keys a query sees to its left, itself included; at least 1.
-        q_start: absolute position of query 0, int or integer ``[B]``; ``kv_end - T`` by default.
+        window: number of keys a query sees to its left, itself included; at least 1. One that reaches
+            from any position to any key (``sys.maxsize``) is none.
+        q_start: absolute position of query 0, int or integer ``[B]``, within 2**29 of 0 (one beyond, in a
+            tensor, counts as that); ``kv_end - T`` by default.
         kv_start, kv_end: first visible key and one past the last, integer ``[B]``; 0 and S by default.
         mask: bool (True keeps) or floating (added to the scores; only -inf hides), broadcastable to
             ``[B, H, T, S]``, without gradient.
@@ -106,20 +113,21 @@ def shifted_attention(
     )  # fmt: skip
     options = Options(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         causal=causal,
-        window=window,
-        q_start=None if isinstance(q_start, Tensor) else q_start,
+        window=None if window is None or window >= WIDE else int(window),
+        q_start=None if q_start is None or isinstance(q_start, Tensor) else int(q_start),
         q_starts=q_start if isinstance(q_start, Tensor) else None,
         kv_start=kv_start,
         kv_end=kv_end,
         mask=_checked_mask(mask, q, k),
         cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.contiguous(),
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=None if max_seqlen_q is None else min(int(max_seqlen_q), q.shape[2]),
+        max_seqlen_k=None if max_seqlen_k is None else min(int(max_seqlen_k), k.shape[2]),
         adapter_ids=None if adapter_ids is None else adapter_ids.int().contiguous(),
         all_keys=normalizer == "all_keys",
+        training=False,
         impl=resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention"),
     )
     if options.impl == "triton":
@@ -144,7 +152,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x if x.dtype == torch.float64 else last_dim_contiguous(x.to(dtype)) for x in tensors)
 
 
 def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> Sizes:
@@ -176,13 +184,13 @@ def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> S
 def _check_scalars(scale, causal, window, softcap, normalizer) -> None:
     if not isinstance(causal, bool):
         raise TypeError(f"causal is {causal!r}, expected True or False")
-    if scale is not None and not isinstance(scale, float | int):
+    if scale is not None and (not isinstance(scale, Real) or isinstance(scale, bool)):
         raise TypeError(f"scale is a {type(scale).__name__}, expected a number or None")
     if scale is not None and not abs(scale) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scale is {scale!r}, expected a finite number of fp32 or None")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+    if window is not None and not (is_whole(window) and window >= 1):
         raise ValueError(f"window is {window!r}, expected an int of at least 1 or None")
-    if softcap is not None and not (isinstance(softcap, float | int) and 0 < softcap < math.inf):
+    if softcap is not None and not (isinstance(softcap, Real) and 0 < softcap < math.inf):
         raise ValueError(f"softcap is {softcap!r}, expected a positive finite number or None")
     check_choice("normalizer", normalizer, NORMALIZERS)
 
@@ -191,7 +199,7 @@ def _check_bounds(sizes: Sizes, q, q_start, kv_start, kv_end) -> None:
     for name, value in (("q_start", q_start), ("kv_start", kv_start), ("kv_end", kv_end)):
         if value is None:
             continue
-        if name == "q_start" and type(value) in (int, torch.SymInt):
+        if name == "q_start" and is_whole(value):
             if abs(value) > FARTHEST:
                 raise ValueError(f"q_start is {value}, expected a position within {FARTHEST} of 0")
             continue
@@ -234,7 +242,7 @@ def _check_packed(sizes, q, k, cu_q, cu_k, max_q, max_k, **excluded) -> None:
     if sizes["B"] != 1:
         raise ValueError(f"q has batch size {sizes['B']}, expected 1 for packed sequences")
     for name, longest in (("max_seqlen_q", max_q), ("max_seqlen_k", max_k)):
-        if not isinstance(longest, int) or longest < 0:
+        if not is_whole(longest) or longest < 0:
             raise ValueError(f"{name} is {longest!r}, expected a non-negative int beside cu_seqlens")
     packed = Sizes()
     _check_cu_seqlens(packed, "cu_seqlens_q", cu_q, q, max_q)
@@ -252,7 +260,7 @@ def _check_cu_seqlens(packed: Sizes, name: str, cu_seqlens, x: Tensor, longest: 
         raise ValueError(f"{name} is empty, expected [0, ..., total]")
     if not is_readable(cu_seqlens):
         return
-    lengths = cu_seqlens.diff()
+    lengths = cu_seqlens.long().diff()
     total = x.shape[2]
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((lengths < 0).any()):
         raise ValueError(f"{name} is {cu_seqlens.tolist()}, expected a rise from 0 to {total}")

@@ -29,13 +29,13 @@ LONGEST_FUSED = {
 }
 
 
-def choose(q: Tensor, k: Tensor, options: Options, training: bool) -> str:
+def choose(q: Tensor, k: Tensor, options: Options) -> str:
     """ "composed" or "triton" for these inputs.
 
     Triton wherever stock kernels would need a mask in memory, a loop over sequences or a second pass, and
     for a decode; else where saving the epilogue's pass outweighs the stock kernel's better products.
     """
-    D, T = q.shape[-1], q.shape[2]
+    D, T, training = q.shape[-1], q.shape[2], options.training
     fits = q.dtype in (torch.float16, torch.bfloat16) and D <= MAX_HEAD_DIM
     if q.device.type != "cuda" or not HAS_TRITON or not fits:
         return "composed"

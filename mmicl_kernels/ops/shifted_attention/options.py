@@ -8,7 +8,6 @@ from torch import Tensor
 from mmicl_kernels.ops.attention_shift._composed import new_output
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 
-FARTHEST = 2**29  # of positions: sums of three of them fit into int32
 # At and below it, kernels that hide keys with -inf before they scale make NaN of them, or +inf.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -31,6 +30,7 @@ class Options(NamedTuple):
     max_seqlen_k: int | None
     adapter_ids: Tensor | None
     all_keys: bool
+    training: bool  # whether a backward may follow, for which ``a`` is kept
     impl: str
 
     @property
@@ -60,12 +60,14 @@ class Options(NamedTuple):
         ]
 
 
-def new_results(q: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised ``out``, ``lse``, ``gate_lse`` (empty but for all_keys) and ``lse_low``.
+def new_results(q: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised ``out``, ``lse``, ``gate_lse`` (empty but for all_keys), ``lse_low`` and ``a``.
 
     ``lse_low`` is what rounding took from lse where a mask is added to the scores; empty elsewhere.
+    ``a`` is the attention output before the shift; empty unless training.
     """
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     gate_lse = torch.empty_like(lse) if options.all_keys else lse.new_empty(0)
     lse_low = torch.empty_like(lse) if options.is_mask_added else lse.new_empty(0)
-    return new_output(q), lse, gate_lse, lse_low
+    a = new_output(q) if options.training else q.new_empty(0)
+    return new_output(q), lse, gate_lse, lse_low, a

@@ -5,13 +5,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FARTHEST = 2**29  # of positions: sums of three of them fit into int32
+
 
 class Visibility(NamedTuple):
     """Key ``j`` is visible to query ``i`` of row ``b`` iff all given conditions hold.
 
     ``kv_start[b] <= j < kv_end[b]``; if causal ``j <= q_start[b] + i``; if windowed
     ``j > q_start[b] + i - window``; and ``mask``, 4-D (bool: True keeps, float: added to the scores).
-    ``q_start=None`` means ``kv_end[b] - T``, and ``kv_end=None`` means S.
+    ``q_start=None`` means ``kv_end[b] - T``, and ``kv_end=None`` means S. A ``q_start`` in a tensor counts as
+    the nearest position within FARTHEST of 0.
     """
 
     causal: bool = False
@@ -61,7 +64,7 @@ class Visibility(NamedTuple):
     def first_position(self, T: int, S: int) -> int | Tensor:
         """The absolute position of query 0: an int, or ``[B, 1, 1, 1]``."""
         if isinstance(self.q_start, Tensor):
-            return _column(self.q_start)
+            return _column(self.q_start).clamp(-FARTHEST, FARTHEST)
         if self.q_start is not None:
             return self.q_start
         return S - T if self.kv_end is None else _column(self.kv_end) - T

@@ -67,7 +67,7 @@ class Problem(NamedTuple):
         return Problem(
             *(B, H, G, T, S, N, N_K, D),
             causal=visibility.causal,
-            window=None if visibility.window is None else min(visibility.window, launch.WIDE),
+            window=visibility.window,
             q_start=q_start if isinstance(q_start, int) else None,
             mask=mask,
             mask_strides=strides,
@@ -77,8 +77,8 @@ class Problem(NamedTuple):
         )
 
 
-def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``out``, ``lse``, ``gate_lse`` and ``lse_low`` (empty where not needed), for stacked ``parameters``."""
+def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``lse``, ``gate_lse``, ``lse_low``, ``a`` (empty where not needed); parameters are stacked."""
     results = new_results(q, options)
     problem = Problem.of(q, k, options)
     B, H, G, T, S, N, _, D, *_ = problem
@@ -118,12 +118,13 @@ def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tens
 def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters.
 
-    ``results`` are those of the forward, with lse in place of an empty gate_lse.
+    ``results`` are ``a``, ``lse``, ``gate_lse`` and ``lse_low`` of the forward, with lse in place of an empty
+    gate_lse.
     """
     q, k, v = qkv
-    out, lse, gate_lse, lse_low = results
+    a, lse, gate_lse, lse_low = results
     dg, delta, dparameters = attention_delta(
-        dout, dlse, gate_lse, q, parameters, options.adapter_ids, out, 1 if options.all_keys else 2,
+        dout, dlse, gate_lse, q, parameters, options.adapter_ids, a, not options.all_keys,
         options.cu_seqlens_q, options.max_seqlen_q,
     )  # fmt: skip
     if not need_dqkv:

@@ -76,18 +76,22 @@ def _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D: tl.constexpr, BD
     o_ah = (tl.maximum(i_a, 0) * H + o_h + tl.zeros([1], tl.int64))[:, None]
     m_d = (o_d < D)[None, :] & (i_a >= 0)
     b_weight = tl.load(weight + o_ah * D + o_d[None, :], mask=m_d, other=0.0)
-    b_logit = tl.sum(b_q.to(tl.float32) * b_weight, 1) + tl.sum(tl.load(bias + o_ah), 1)
+    b_bias = tl.load(bias + o_ah, mask=i_a >= 0, other=0.0)
+    b_logit = tl.sum(b_q.to(tl.float32) * b_weight, 1) + tl.sum(b_bias, 1)
     return b_logit, i_a, o_ah
 
 
 @triton.jit
 def _finish(
     b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah,
-    shift, out, lse, gate_lse, lse_low,
+    shift, out, lse, gate_lse, lse_low, a,
     i_x, o_h, row_q, o_t, m_t, scale, H, N,
     FOLD: tl.constexpr, ALL_KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, shift and store rows ``(o_t, o_h)``; ``o_h`` is one head or one per row."""
+    """Normalise, shift and store rows ``(o_t, o_h)``; ``o_h`` is one head or one per row.
+
+    ``a`` is what they are before the shift, if it is not None.
+    """
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     if not FOLD:
@@ -103,12 +107,16 @@ def _finish(
     # [BM]
     b_mu, _ = gate(b_logit, b_gate_lse, i_a)
     # [BM, BD]
-    b_out = b_acc * tl.where(m_blind, 0.0, 1.0 / b_l)[:, None] + b_mu[:, None] * b_shift
+    b_out = b_acc * tl.where(m_blind, 0.0, 1.0 / b_l)[:, None]
 
-    # out is stored [B, N, H, D], the normalisers [B, H, N]
+    # out and a are stored [B, N, H, D], the normalisers [B, H, N]
     o_row = i_x * N + row_q + o_t
-    p_out = out + ((o_row * H + o_h) * D)[:, None] + o_d[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
+    o_out = ((o_row * H + o_h) * D)[:, None] + o_d[None, :]
+    m_out = m_t[:, None] & m_d[None, :]
+    if a is not None:
+        tl.store(a + o_out, b_out.to(a.dtype.element_ty), mask=m_out)
+    b_out += b_mu[:, None] * b_shift
+    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
     o_lse = (i_x * H + o_h) * N + row_q + o_t
     tl.store(lse + o_lse, b_lse, mask=m_t)
     if ALL_KEYS:
@@ -122,7 +130,7 @@ def _finish(
 def shifted_attention_fwd_kernel(
     q, k, v, weight, bias, shift,
     q_starts, kv_start, kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids,
-    out, lse, gate_lse, lse_low, part_acc, part_norms,
+    out, lse, gate_lse, lse_low, a, part_acc, part_norms,
     s_q_b, s_q_h, s_q_t, s_k_b, s_k_g, s_k_t, s_v_b, s_v_g, s_v_t,
     s_mask_b, s_mask_h, s_mask_t, s_mask_n,
     scale, softcap, window, q_start, B, H, T, S, N, SPLITS,
@@ -161,7 +169,7 @@ def shifted_attention_fwd_kernel(
         b_logit, i_a, o_ah = _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D, BD)
 
     p_last = position + tl.minimum((i_t * BM + BM - 1) // PACK, n_q - 1)
-    lo, a, b, hi = key_ranges(first, end, position + i_t * BM // PACK, p_last, window, CAUSAL, BN)
+    lo, full_lo, full_hi, hi = key_ranges(first, end, position + i_t * BM // PACK, p_last, window, CAUSAL, BN)
     last = tl.cdiv(end, BN) * BN  # of all keys, which the gate may count
     start = 0
     if part_acc is not None:
@@ -172,10 +180,10 @@ def shifted_attention_fwd_kernel(
         NS = tl.cdiv(tl.cdiv(highest - lowest, BN), SPLITS) * BN
         start = lowest + i_s * NS
         last = tl.minimum(start + NS, highest)
-        lo, a, b, hi = (
+        lo, full_lo, full_hi, hi = (
             tl.maximum(tl.minimum(lo, last), start),
-            tl.maximum(tl.minimum(a, last), start),
-            tl.maximum(tl.minimum(b, last), start),
+            tl.maximum(tl.minimum(full_lo, last), start),
+            tl.maximum(tl.minimum(full_hi, last), start),
             tl.maximum(tl.minimum(hi, last), start),
         )
 
@@ -195,8 +203,8 @@ def shifted_attention_fwd_kernel(
     BOUNDED: tl.constexpr = cu_seqlens_q is not None or kv_end is not None
     LEFT: tl.constexpr = MASKED or (kv_start is not None or window is not None)
     if MASKED:
-        a = hi
-    starts, stops = (lo, a, b, start, hi), (a, b, hi, lo, last)
+        full_lo = hi
+    starts, stops = (lo, full_lo, full_hi, start, hi), (full_lo, full_hi, hi, lo, last)
     for i_r in tl.static_range(5):
         if LEFT if i_r == 0 else (ALL_KEYS if i_r > 2 else not MASKED):
             b_acc, b_m, b_l, b_gate_m, b_gate_l = _attend(
@@ -218,14 +226,14 @@ def shifted_attention_fwd_kernel(
     else:
         _finish(
             b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah, shift,
-            out, lse, gate_lse, lse_low, i_x, o_h, row_q, o_t, m_t, scale, H, N,
+            out, lse, gate_lse, lse_low, a, i_x, o_h, row_q, o_t, m_t, scale, H, N,
             FOLD, ALL_KEYS, D, BD,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["scale", "B", "H", "T", "N", "SPLITS"])
 def shifted_attention_combine_kernel(
-    part_acc, part_norms, q, weight, bias, shift, adapter_ids, cu_seqlens_q, out, lse, gate_lse, lse_low,
+    part_acc, part_norms, q, weight, bias, shift, adapter_ids, cu_seqlens_q, out, lse, gate_lse, lse_low, a,
     s_q_b, s_q_h, s_q_t, scale, B, H, T, N, SPLITS,
     D: tl.constexpr, PACK: tl.constexpr, ALL_KEYS: tl.constexpr, FOLD: tl.constexpr,
     BS: tl.constexpr, BD: tl.constexpr,
@@ -264,7 +272,7 @@ def shifted_attention_combine_kernel(
     b_logit, i_a, o_ah = _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D, BD)
     _finish(
         b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah, shift,
-        out, lse, gate_lse, lse_low, i_x, o_h, row_q, o_t, o_t < n_q, scale, H, N,
+        out, lse, gate_lse, lse_low, a, i_x, o_h, row_q, o_t, o_t < n_q, scale, H, N,
         FOLD, ALL_KEYS, D, BD,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmicl_kernels.ops.shifted_attention.options import FARTHEST
+from mmicl_kernels.ops._checks import overlaps
 
 # Generations differ in what a program may use: sm_80 has 163 KiB of shared memory, sm_86, sm_89 and sm_120
 # have 99, sm_90 and sm_100 have 227 and copy tiles by descriptor (TMA). The interpreter takes small tiles, so
@@ -20,7 +20,6 @@ MAX_SPLITS = 64
 MIN_SPLIT_KEYS = 256  # a part of fewer keys costs more to combine than it saves
 PROGRAMS_PER_SM = 2  # of a decode: so many fit, by registers and shared memory
 COMBINE_WARPS = 4
-WIDE = 2 * FARTHEST  # a window that hides nothing
 MAX_REGISTERS = 255  # without it ptxas may spill rather than lower an occupancy it has chosen
 
 
@@ -162,10 +161,10 @@ def splits(programs: int, S: int, device: torch.device) -> int:
 
 
 def has_descriptor(x: Tensor) -> bool:
-    """Whether the copy engine takes ``x``: 16-byte aligned rows, none of them twice."""
+    """Whether the copy engine takes ``x``: 16-byte aligned rows that share no memory."""
     strides = [s * x.itemsize for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-    return aligned and x.numel() > 0
+    aligned = x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in strides)
+    return aligned and x.numel() > 0 and not overlaps(x)
 
 
 def descriptor(x: Tensor, rows: int, BD: int) -> TensorDescriptor:
