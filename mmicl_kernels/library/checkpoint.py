@@ -103,7 +103,7 @@ def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
     if adapter.config.ffn_shift:
         encoder["ffn_shift"] = tensors["ffn_shift"]
     # Opened here, because torch.save takes no path that is not UTF-8.
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+    with replacing(Path(path)) as (temporary,), open(temporary, "wb") as file:
         torch.save(encoder, file)
 
 

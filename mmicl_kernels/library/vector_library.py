@@ -32,7 +32,7 @@ from mmicl_kernels.library.index import RETRIES, Index, Row, scaled, unit
 from mmicl_kernels.library.locking import Mutex, locked
 from mmicl_kernels.library.mapped import is_hub_link
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
-from mmicl_kernels.methods.base import check_tensors
+from mmicl_kernels.methods.base import check_tensors, is_plain
 from mmicl_kernels.methods.durable import append, clear_away, is_file, is_folder, replacing, sync_folder
 
 REMOVED_IN_USE = ".nfs"  # what NFS calls a file that was removed or replaced while somebody reads it
@@ -282,7 +282,7 @@ class VLibrary:
         if {x.resolve() for x in own} & {target, *target.parents}:
             raise ValueError(f"file is {str(file)!r}, expected one outside of the library's own folders")
         self._read(name, read_all)
-        with replacing(Path(file)) as temporary:
+        with replacing(Path(file)) as (temporary,):
             temporary.write_bytes(path.read_bytes())
 
     def import_file(
@@ -444,6 +444,8 @@ def _number(label: str, value: float) -> float:
 
 def _embedding(values: Tensor | Sequence[float]) -> Tensor:
     """``[D]`` fp32 on the CPU."""
+    if isinstance(values, Tensor) and not is_plain(values):
+        raise ValueError("embedding is sparse, meta, freed or the like, expected a dense tensor [D]")
     # Numbers of Python in fp64, whatever the caller's default dtype and device are.
     dtype = None if hasattr(values, "dtype") else torch.float64
     try:

@@ -156,10 +156,7 @@ class Adapter(nn.Module):
         _read_config(self.config_class, json.loads(text), "adapter")
         _read_backbone(json.loads(text), "adapter")
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            replacing(folder / TENSORS_FILE) as tensors_file,
-            replacing(folder / CONFIG_FILE) as config_file,
-        ):
+        with replacing(folder / CONFIG_FILE, folder / TENSORS_FILE) as (config_file, tensors_file):
             save_file(tensors, tensors_file)
             config_file.write_text(text)
 

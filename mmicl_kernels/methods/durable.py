@@ -48,20 +48,25 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end of the block, or vanishes after an error."""
-    temporary = path.parent / f"{path.name}.{secrets.token_hex(8)}"
-    temporary.touch(exist_ok=False)
-    mode = stat.S_IMODE(temporary.stat().st_mode)  # 0666 less the umask
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Files beside ``paths``, of one folder, that take their places when the disk has all of them, at the end
+    of the block; after an error they vanish.
+    """
+    temporaries = [path.parent / f"{path.name}.{secrets.token_hex(8)}" for path in paths]
     try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            flush(file)
-        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
-        temporary.replace(path)
-        sync_folder(path.parent)
+        for temporary in temporaries:
+            temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporaries[0].stat().st_mode)  # 0666 less the umask
+        yield temporaries
+        for temporary in temporaries:
+            with open(temporary, "r+b") as file:
+                flush(file)
+            temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
+        sync_folder(paths[0].parent)
     except BaseException:
-        clear_away([temporary])
+        clear_away(temporaries)
         raise
 
 

@@ -226,7 +226,7 @@ def test_tokens_that_could_not_be_read_back(tmp_path, bad):
 
 
 def test_a_saved_adapter_is_on_the_disk(tmp_path, monkeypatch):
-    """Each file is waited for before it takes its place, and its folder after."""
+    """Both files are waited for before they take their places, and their folder after."""
     steps, fsync, replace = [], os.fsync, os.replace
 
     def synced(handle):
@@ -240,4 +240,34 @@ def test_a_saved_adapter_is_on_the_disk(tmp_path, monkeypatch):
     )
     MAKERS["live"]().save_pretrained(tmp_path / "saved")
     json, tensors = "mmicl_adapter.json", "mmicl_adapter.safetensors"
-    assert steps == [json, f"to {json}", "saved", tensors, f"to {tensors}", "saved"]
+    assert steps == [json, tensors, f"to {json}", f"to {tensors}", "saved"]
+
+
+@pytest.mark.parametrize("which", ["json", "safetensors"])
+def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch, which):
+    """Either file's: neither takes its place."""
+    good, fsync = MAKERS["live"](), os.fsync
+    good.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+
+    def full(handle):
+        if f".{which}." in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        MAKERS["m2iv"]().save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+    assert_equal_values(read_adapter(tmp_path), good)
+
+
+BAD_EMBEDDINGS = ("NaN", "one infinity", "freed", "meta", "sparse", "complex", "a subclass", "another shape")
+
+
+@pytest.mark.parametrize("bad", BAD_EMBEDDINGS)
+def test_embeddings_that_could_not_be_read_back(tmp_path, bad):
+    library = mk.VLibrary(tmp_path / "library")
+    with pytest.raises((ValueError, TypeError), match="embedding"):
+        library.put("a", MAKERS["live"](), embedding=BAD[bad](torch.ones(4)))
+    assert not library.folder.exists()
