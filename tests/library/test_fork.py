@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -132,67 +132,43 @@ def test_what_a_thread_was_changing_is_read_again(library):
 
 def test_a_child_leaves_what_it_was_forked_in(library, bank):
     """By the way of exceptions, say: what it gives back there is not what its threads hold now."""
+    for mutex, work in (
+        (library._mutex, lambda: library_works(library)),
+        (bank._mutex, lambda: bank_works(bank)),
+    ):
+        with ExitStack() as stack:
+            stack.enter_context(mutex)
 
-    def fork_within(mutex):
-        with mutex:
-            child = os.fork()
-            if child == 0:
+            def leave(stack=stack, mutex=mutex, work=work):
                 with held(mutex):
-                    pass
-                raise KeyboardInterrupt
-            return child
+                    stack.close()
+                work()
+                in_a_thread(work)()
 
-    for mutex, works in ((library._mutex, library_works), (bank._mutex, bank_works)):
-        parent = os.getpid()
-        try:
-            child = fork_within(mutex)
-        except KeyboardInterrupt:
-            code = 1
-            try:
-                works(library if works is library_works else bank)
-                in_a_thread(lambda w=works: w(library if w is library_works else bank))()
-                code = 0
-            finally:
-                assert os.getpid() != parent
-                os._exit(code)
-        assert ends_well(child)
+            child = in_child(leave)
+            assert ends_well(child)
+        work()
 
 
 def test_a_child_does_not_give_back_its_parents_file_lock(tmp_path):
     """Both have the same open file, so an unlock by either would be one for both."""
-    path = tmp_path / "lock"
-    with locking.locked(path):
-        child = os.fork()
-        if child == 0:
-            try:
-                raise KeyboardInterrupt  # and out of ``locked``
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
-        with open(path) as other, pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with locking.locked(path), open(path) as other, pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path, ends = tmp_path / "lock", os.pipe()
+    with ExitStack() as stack:
+        stack.enter_context(locking.locked(path))
 
-
-def test_a_child_that_runs_on_does_not_unlock(tmp_path):
-    path, ends, parent = tmp_path / "lock", os.pipe(), os.getpid()
-    with locking.locked(path):
-        child = os.fork()
-        if child:
-            os.read(ends[0], 1)  # the child is out of the block below
-            with open(path) as other, pytest.raises(BlockingIOError):
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if os.getpid() != parent:
-        code = 1
-        try:
+        def leave():
             spare = os.open(path, os.O_RDONLY)  # gets the number that the lock's file had
+            stack.close()
+            os.fstat(spare)
             os.write(ends[1], b"x")
             with locking.locked(path):  # waits for the parent
-                os.fstat(spare)
-            code = 0
-        finally:
-            os._exit(code)
+                pass
+
+        child = in_child(leave)
+        os.close(ends[1])
+        assert os.read(ends[0], 1) == b"x"
+        with open(path) as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert ends_well(child)
 
 
