@@ -5,7 +5,6 @@ followed. After a crash the last operation may lack that second line: whether it
 the file. So readers need no lock, and what a crash interrupted either happened or did not.
 """
 
-import functools
 import json
 import math
 import os
@@ -59,9 +58,13 @@ class Row:
     def of(cls, entry: Entry, digest: str, slot: int | None) -> "Row":
         return cls(entry.name, entry.method, entry.task, entry.tags, digest, slot)
 
-    @functools.cached_property
+    @property
     def text(self) -> str:
-        return "\n".join([self.name, self.task or "", *self.tags]).casefold()
+        # Kept by hand: a cached_property has a lock until Python 3.12, which a forked child may find held.
+        kept = self.__dict__
+        if "_text" not in kept:
+            kept["_text"] = "\n".join([self.name, self.task or "", *self.tags]).casefold()
+        return kept["_text"]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vectors import live
 
 import mmicl_kernels as mk
 from mmicl_kernels.library import locking
+from mmicl_kernels.library.index import Row
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -116,6 +117,25 @@ def test_a_lock_that_was_held_when_the_process_forked(library, bank, by_this_thr
     assert library_works(library)
     bank.refresh()
     assert len(bank) == 8
+
+
+def test_rows_have_no_lock_of_their_own(library):
+    """While a thread makes the text of one, the others' can be had."""
+    begun, is_over = threading.Event(), threading.Event()
+
+    class Slow(tuple):
+        def __iter__(self):
+            begun.set()
+            is_over.wait(60)
+            return iter(())
+
+    thread = threading.Thread(target=lambda: Row("slow", "live", None, Slow(), "", None).text)
+    thread.start()
+    begun.wait()
+    child = in_child(lambda: [x.name for x in library.search("A")] == ["a"] or 1 / 0)
+    assert ends_well(child)
+    is_over.set()
+    thread.join()
 
 
 def test_what_a_thread_was_changing_is_read_again(library):
