@@ -58,14 +58,15 @@ FP32 = torch.float32
 
 
 GRID_TESTS = Path(__file__).with_name("test_shifted_attention.py")
+SHARED = ("extremes", "adapter_stacks", "far_numbers", "large_shifts", "overlapping_rows")
 
 
 @compiles
 def test_values_in_the_interpreter():
-    """The grid in fp32 and this file, beside each other."""
-    extremes = Path(__file__).with_name("test_extremes.py")
+    """The grid in fp32 with what all implementations share, and this file, beside each other."""
+    shared = [Path(__file__).with_name(f"test_{name}.py") for name in SHARED]
     selection = ("-m", "not slow and not gpu")
-    both = interpreted(*selection, GRID_TESTS, extremes), interpreted(*selection, __file__)
+    both = interpreted(*selection, GRID_TESTS, *shared), interpreted(*selection, __file__)
     assert_all_pass(*both, at_least=50)
 
 
@@ -73,7 +74,8 @@ def test_values_in_the_interpreter():
 @pytest.mark.slow
 def test_slow_values_in_the_interpreter():
     """The grid in fp16 and its larger sizes, in halves; what is slow of this file."""
-    selection = ("-m", "slow and not gpu", GRID_TESTS, __file__)
+    shared = [Path(__file__).with_name(f"test_{name}.py") for name in SHARED]
+    selection = ("-m", "slow and not gpu", GRID_TESTS, __file__, *shared)
     half = "mask or bias or hide or all_keys or packed or long"
     halves = (interpreted(*selection, "-k", which) for which in (half, f"not ({half})"))
     assert_all_pass(*halves, at_least=50)
