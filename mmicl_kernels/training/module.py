@@ -29,8 +29,10 @@ class TrainedModule(AdaptedModel):
         super().__init__(model, adapter, impl=impl)
         self.objective = kinds[0](self.handle)
 
-    # No **kwargs: a Trainer would take them for a sign that the loss is a sum, which it need not divide by
-    # the steps it accumulates. That `labels` has this name tells it to report the loss of an evaluation.
+    # A Trainer divides the loss by the steps it accumulates, and takes **kwargs for a sign that it need not.
+    accepts_loss_kwargs = False
+
+    # That `labels` has this name tells it to report the loss of an evaluation.
     def forward(self, inputs: dict[str, object], labels: Tensor) -> dict[str, Tensor]:
         """``"loss"``, which is minimised, and its parts without weights or gradients, all ``[]``.
 

@@ -117,7 +117,7 @@ class MimICObjective(Objective):
 def refuse_checkpointing(model: nn.Module, config: object, name: str, instead: object) -> None:
     """Raise ValueError under gradient checkpointing, unless ``config`` has ``instead`` as ``name``."""
     # A checkpointed layer runs without a graph first, so what a hook inside it sees has no gradient.
-    if getattr(config, name) != instead and model.training and model.is_gradient_checkpointing:
+    if getattr(config, name) != instead and _is_checkpointing(model):
         raise ValueError(
             f"{name} is {getattr(config, name)!r} and gradient checkpointing is on, "
             f"expected {name}={instead!r}, model.eval() or model.gradient_checkpointing_disable()"
@@ -129,12 +129,16 @@ def refuse_recorded_checkpoints(model: nn.Module, layer: nn.Module) -> None:
 
     Before 5.23, transformers checkpoints the whole call of a layer; since then its forward alone.
     """
-    checkpointing = model.training and model.is_gradient_checkpointing
-    if checkpointing and type(layer).__call__ is not nn.Module.__call__:
+    if _is_checkpointing(model) and type(layer).__call__ is not nn.Module.__call__:
         raise ValueError(
             "gradient checkpointing is on, and this version of transformers runs the hooks of layers within "
             "it: expected model.eval(), model.gradient_checkpointing_disable() or transformers 5.23"
         )
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    # The model's own property has another name in each version of transformers.
+    return model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
 
 
 def alignment(states: list[Tensor], targets: list[Tensor]) -> Tensor:

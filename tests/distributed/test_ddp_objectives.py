@@ -7,14 +7,14 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from episode_inputs import episode, many_shot
+from episode_inputs import aggregation, half_of, many_shot
 from short_training import adapter_of, assert_same_gradients, by_kind, gradients
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import in_two_processes
 
 import mmicl_kernels as mk
-from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
-from mmicl_kernels.training import AggregationBatch, TrainedModule, TrainingConfig, train, trainable
+from mmicl_kernels.testing.tiny_models import tiny_model
+from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
 
 # Means over answers or a query's tokens: those of a whole batch are those of two halves with as many of them.
 MEANS = ("mimic", "ffn_shift", "live", "many_shot", "m2iv_without_synergy", "aim")
@@ -43,31 +43,8 @@ def adapter_for(model, kind):
 def batch_for(model, kind, padding=None):
     """Four queries. Without padding both halves have as many tokens of each kind."""
     if kind == "aim":
-        queries = episode(model, padding=padding, batch=4)
-        demonstrations = tiny_inputs(model, batch=4)
-        chosen = ((0, 1), (1,), (2, 3), (3,))
-        return AggregationBatch(demonstrations, None, queries.student, queries.labels, chosen)
+        return aggregation(model, padding=padding, chosen=((0, 1), (1,), (2, 3), (3,)))
     return many_shot(model, passes=2 if kind == "many_shot" else 1, padding=padding, batch=4)
-
-
-def half_of(value, rank):
-    if torch.is_tensor(value):
-        return value.chunk(2)[rank]
-    if isinstance(value, dict):
-        return {name: half_of(x, rank) for name, x in value.items()}
-    return tuple(half_of(x, rank) for x in value)
-
-
-def half_of_batch(batch, rank):
-    fields = dict(vars(batch))
-    chosen, positions = fields.pop("chosen", None), fields.pop("positions", None)
-    halves = half_of(fields, rank)
-    if chosen is not None:
-        halves |= {
-            "positions": positions,
-            "chosen": [[d - 2 * rank for d in x] for x in chosen[2 * rank :][:2]],
-        }
-    return type(batch)(**halves)
 
 
 def same_on_both(tensors):
@@ -99,13 +76,13 @@ def check_gradients(rank, family, kind, checkpointing, padding=None):
     adapter, batch = adapter_for(model, kind), batch_for(model, kind, padding)
     alone = TrainedModule(copy.deepcopy(model), copy.deepcopy(adapter))
     whole, losses = gradient_of(alone, batch)
-    (one, _), (other, _) = (gradient_of(alone, half_of_batch(batch, i)) for i in range(2))
+    (one, _), (other, _) = (gradient_of(alone, half_of(batch, i)) for i in range(2))
     mean = {name: (x + other[name]) / 2 for name, x in one.items()}
 
     module = TrainedModule(checkpointed(model) if checkpointing else model, adapter)
     ddp = DistributedDataParallel(module)
     for _ in range(2):  # at the second DDP says which parameters had no gradient at the first
-        found, parts = gradient_of(ddp, half_of_batch(batch, rank))
+        found, parts = gradient_of(ddp, half_of(batch, rank))
     assert same_on_both(found) == (True, None)
     for name, x in mean.items():
         assert torch.equal(found[name], x), f"{kind}: {name} is not the mean of the halves'"
@@ -160,10 +137,10 @@ def check_other_counts(rank):
     labels[:2, -3:-1] = -100  # one answer token in each of the first half's rows, three in the others
     batch = replace(batch, labels=labels)
     alone = TrainedModule(copy.deepcopy(model), copy.deepcopy(adapter))
-    halves = [by_kind(gradient_of(alone, half_of_batch(batch, i))[0]) for i in range(2)]
+    halves = [by_kind(gradient_of(alone, half_of(batch, i))[0]) for i in range(2)]
     whole = by_kind(gradient_of(alone, batch)[0])
     ddp = DistributedDataParallel(TrainedModule(model, adapter))
-    found = by_kind(gradient_of(ddp, half_of_batch(batch, rank))[0])
+    found = by_kind(gradient_of(ddp, half_of(batch, rank))[0])
     for name, x in found.items():
         one, other = (half[name] for half in halves)
         assert torch.equal(x, (one + other) / 2)
@@ -179,7 +156,7 @@ def check_no_demonstrations(rank):
     """One process's queries have none; the other's do."""
     model = tiny_model("llava-llama")
     ddp = DistributedDataParallel(TrainedModule(model, adapter_for(model, "aim")))
-    batch = half_of_batch(batch_for(model, "aim"), rank)
+    batch = half_of(batch_for(model, "aim"), rank)
     mine = batch if rank == 1 else replace(batch, chosen=[[], []])
     for _ in range(2):
         found, losses = gradient_of(ddp, mine)
@@ -187,7 +164,7 @@ def check_no_demonstrations(rank):
     assert all(x.any() and x.isfinite().all() for x in found.values())
     assert losses["loss"].isfinite()
     alone = TrainedModule(tiny_model("llava-llama"), adapter_for(model, "aim"))
-    expected, _ = gradient_of(alone, half_of_batch(batch_for(model, "aim"), 1))
+    expected, _ = gradient_of(alone, half_of(batch_for(model, "aim"), 1))
     for name, x in expected.items():
         assert torch.equal(found[name], x / 2)
 
@@ -202,7 +179,7 @@ def check_objective_around_ddp(rank):
         model = tiny_model("llava-llama")
         adapted = TrainedModule(model, adapter_for(model, kind))
         ddp = DistributedDataParallel(adapted)
-        batch = half_of_batch(batch_for(model, kind), rank)
+        batch = half_of(batch_for(model, kind), rank)
         adapted.objective(batch).total.backward()
         found = gradients(adapted.adapter)
         both = {name: [torch.empty_like(x) for _ in range(2)] for name, x in found.items()}
@@ -230,7 +207,7 @@ def check_train(rank):
         start, batch = adapter_for(model, kind), batch_for(model, kind)
         ddp = DistributedDataParallel(TrainedModule(model, copy.deepcopy(start)))
         log = train(
-            ddp, trainable(ddp.module.adapter), [half_of_batch(batch, rank)] * 3, 3, config=settings,
+            ddp, trainable(ddp.module.adapter), [half_of(batch, rank)] * 3, 3, config=settings,
             progress=False,
         )  # fmt: skip
         assert same_on_both(dict(ddp.module.adapter.named_parameters())) == (True, None)
@@ -239,7 +216,7 @@ def check_train(rank):
         alone = TrainedModule(tiny_model("llava-llama"), copy.deepcopy(start))
 
         def mean_of_halves(batch, alone=alone):
-            halves = [alone.objective(half_of_batch(batch, i)) for i in range(2)]
+            halves = [alone.objective(half_of(batch, i)) for i in range(2)]
             return replace(halves[0], total=(halves[0].total + halves[1].total) / 2)
 
         mean_of_halves.learning_rates = alone.objective.learning_rates
@@ -280,7 +257,7 @@ def check_broken_loss(rank):
     model = tiny_model("llava-llama")
     ddp = DistributedDataParallel(TrainedModule(model, adapter_for(model, "live")))
     before = copy.deepcopy(ddp.module.adapter.state_dict())
-    batch = half_of_batch(batch_for(model, "live"), rank)
+    batch = half_of(batch_for(model, "live"), rank)
     if rank == 1:
         batch.student["pixel_values"].fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="at step 0"):

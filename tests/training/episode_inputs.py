@@ -51,8 +51,28 @@ def many_shot(model, *, passes=3, padding=None, batch=2):
     return ManyShotBatch(**vars(one), further=tuple(further))
 
 
-def aggregation(model, *, padding="left", chosen=((0, 2), (1, 1, 0))):
-    """Three demonstrations, and the prompts of an episode after some of them."""
-    queries = episode(model, padding=padding)
-    demonstrations = tiny_inputs(model, batch=3, padding="right")
+def aggregation(model, *, padding="left", chosen=((0, 2), (1, 1, 0)), seed=0):
+    """Demonstrations, and the prompts of an episode, each after those that are ``chosen`` for it."""
+    queries = episode(model, padding=padding, seed=seed, batch=len(chosen))
+    demonstrations = tiny_inputs(model, batch=1 + max(map(max, chosen)), padding="right")
     return AggregationBatch(demonstrations, None, queries.student, queries.labels, chosen)
+
+
+def half_of(batch, rank):
+    """Half of the queries; of demonstrations the half that they have."""
+    fields = dict(vars(batch))
+    chosen = fields.pop("chosen", None)
+    halves = {name: _half_of(x, rank) for name, x in fields.items()}
+    if chosen is not None:
+        mine = chosen[rank * len(chosen) // 2 :][: len(chosen) // 2]
+        first = len(halves["demonstrations"]["input_ids"]) * rank
+        halves["chosen"] = [[x - first for x in row] for row in mine]
+    return type(batch)(**halves)
+
+
+def _half_of(value, rank):
+    if torch.is_tensor(value):
+        return value.chunk(2)[rank]
+    if isinstance(value, dict):
+        return {name: _half_of(x, rank) for name, x in value.items()}
+    return value if value is None else tuple(_half_of(x, rank) for x in value)
