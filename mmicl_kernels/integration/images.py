@@ -25,13 +25,15 @@ def decode_image(data: bytes, name: str) -> Image:
             nothing but transparency; or it has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``. The text
             says that it is ``name``.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _rgb(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:  # names the object that the bytes are in
+        raise ValueError(f"{name} cannot be decoded: it is no image that Pillow knows") from error
     except Exception as error:  # the decoders of a damaged file raise what they like
         raise ValueError(f"{name} cannot be decoded: {error}") from error
 
@@ -61,7 +63,7 @@ def _refuse_before_it_is_read(image: Image) -> None:
         raise ValueError("it is a PostScript program, expected an image")
     if 2 in _tag(image, 339):
         raise ValueError("its samples are signed, expected unsigned ones")
-    samples = image.tile[0].args if image.tile else None
+    samples = image.tile[0][3] if image.tile else None
     samples = samples[0] if isinstance(samples, tuple) else samples
     if "transparency" in image.info and samples in OTHER_DEPTH:
         raise ValueError(f"it is {samples!r} with a transparent colour, which Pillow does not find")
@@ -85,7 +87,7 @@ def _eight_bits(image: Image, largest: int, inverted: bool) -> Image:
     """``L``, or ``LA`` if a value is transparent."""
     from PIL import Image
 
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int32)
     if values.min() < 0 or values.max() > largest:
         raise ValueError(f"it has samples {values.min()} to {values.max()}, expected 0 to {largest}")
     scaled = (values * 255 + largest // 2) // largest

@@ -74,7 +74,7 @@ class PromptBuilder:
         self._image_ids = sorted(ids - {None, self._tokenizer.unk_token_id})
         self._special, self._special_ids = special_tokens(self._tokenizer)
         self._special.add(token)
-        self._merging: dict[tuple[str, int], bool] = {}
+        self._merging: dict[int, bool] = {}  # by the number of spaces
         self._check_template()
 
     @property
@@ -268,13 +268,12 @@ class PromptBuilder:
         return text + eos
 
     def _without_the_answers_space(self, before: str) -> str:
-        """Without the space at its end, if a word's token may include that."""
+        """Without the spaces at its end, if a word's token may include one."""
         stripped = before.rstrip(" ")
         spaces = len(before) - len(stripped)
-        ending = next((x for x in self._special if stripped.endswith(x)), stripped[-1:])
-        if (ending, spaces) not in self._merging:
-            self._merging[ending, spaces] = self._merges(ending + " " * spaces)
-        return stripped if self._merging[ending, spaces] else before
+        if spaces not in self._merging:
+            self._merging[spaces] = self._merges("a" + " " * spaces)
+        return stripped if self._merging[spaces] else before
 
     def _merges(self, before: str) -> bool:
         alone = self._ids(before)

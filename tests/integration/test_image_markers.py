@@ -5,13 +5,14 @@ import io
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.image_markers import BARE, USUAL, image_markers
 from mmicl_kernels.integration.prompts import text_pieces
 from mmicl_kernels.library import Demonstration
-from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, tiny_processor
+from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN, tiny_processor
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -406,6 +407,57 @@ def test_answers_beside_tokens_that_take_white_space(strips, scheme, slow, monke
         assert ["".join(x).replace("▁", " ").strip() for x in found] == [x.answer.strip() for x in given]
 
 
+QWEN_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_level_tokenizer():
+    """Trained on the spot, with Qwen's division into words and its special tokens; none begins a text."""
+    tokenizer = Tokenizer(models.BPE())
+    steps = [
+        pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["what is it? a red dog.\n a cat\n\n the  dog Answer: 3 12"] * 3, trainer)
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "additional_special_tokens": list(QWEN)}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{image} {text}{answer}",
+        "{image}{text} {answer}",
+        "{image}{text}\n {answer}.\n",
+        "{image}{text}Answer:{answer}",
+        "<|im_start|>user\n{image}{text}  {answer}<|im_end|>\n",
+    ],
+)
+def test_answers_of_a_byte_level_tokenizer(template):
+    processor = processor_of("qwen2_vl")
+    processor.tokenizer = byte_level_tokenizer()
+    processor.image_token_id, processor.video_token_id = (
+        processor.tokenizer.convert_tokens_to_ids(x) for x in ("<|image_pad|>", "<|video_pad|>")
+    )
+    given = [
+        Demonstration((RED,), "what is it?", "red"),
+        Demonstration((RED, BLUE), "a {image} b {image}", " dog 12"),
+        Demonstration((), "the", "3"),
+        Demonstration((GREEN,), "x \n y", "\n\ncat é  "),
+    ]
+    builder = PromptBuilder(processor, template)
+    inputs, labels = builder.queries(given)
+    answers = chosen(builder, inputs, labels != -100)
+    prompts = rows(builder, builder.prompt(given))
+    assert [a + b for a, b in zip(prompts, answers, strict=True)] == rows(builder, inputs)
+    for row, x in zip(labels, given, strict=True):
+        answer, end = processor.tokenizer.decode(row[row != -100]).split("<|im_end|>")
+        assert (answer.strip(), end) == (x.answer.strip(), "")
+
+
 def test_unknown_characters_are_text():
     builder = PromptBuilder(processor_of("llava", chat=False), "{image}{text} {answer}")
     inputs, fused = builder.demonstrations([Demonstration((RED,), "éa", "é")])
@@ -422,16 +474,24 @@ def test_special_tokens_of_the_vocabulary_alone_are_not_text():
         PromptBuilder(processor).check(Demonstration((RED,), "a <|patch|>", "b"))
 
 
-def test_image_tokens_that_are_not_found():
-    """Else the text after the last image would be all of the prompt."""
+@pytest.mark.parametrize("known", [True, False])
+def test_image_tokens_that_others_replace(known):
+    """If they are not known, the text after the last image would be all of the prompt."""
     processor = processor_of("llava", chat=False)
 
     class Other(type(processor)):
+        image_token_ids = (7,) if known else ()
+
         def __call__(self, images, text, **options):
             made = super().__call__(images=images, text=text, **options)
             made["input_ids"][made["input_ids"] == self.image_token_id] = 7
             return made
 
     processor.__class__ = Other
-    with pytest.raises(ValueError, match="prompt 0 has no image tokens"):
-        PromptBuilder(processor).demonstrations([Demonstration((RED,), "a", "b")])
+    given = [Demonstration((RED,), "a", "red")]
+    builder = PromptBuilder(processor)
+    if known:
+        assert chosen(builder, *builder.demonstrations(given)) == [["a", "▁red"]]
+    else:
+        with pytest.raises(ValueError, match="prompt 0 has no image tokens"):
+            builder.demonstrations(given)

@@ -1,6 +1,7 @@
 """What a file's bytes show: every kind of sample scaled exactly, laid on white, or refused."""
 
 import io
+import itertools
 import struct
 import zlib
 
@@ -72,13 +73,13 @@ def test_16_bits_are_scaled(kind):
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_either_byte_order(order):
-    values = struct.pack(f"{order}4H", 0, 128, 30000, 65535)
-    assert grey(tiff(order, 4, 16, values)).tolist() == [[0, 0, 117, 255]]
+    values = struct.pack(f"{order}4H", 0, 200, 30000, 65535)
+    assert grey(tiff(order, 4, 16, values)).tolist() == [[0, 1, 117, 255]]
 
 
 def test_black_may_be_the_largest_value():
-    values = struct.pack("<4H", 0, 128, 30000, 65535)
-    assert grey(tiff("<", 4, 16, values, photometric=0)).tolist() == [[255, 255, 138, 0]]
+    values = struct.pack("<4H", 0, 200, 30000, 65535)
+    assert grey(tiff("<", 4, 16, values, photometric=0)).tolist() == [[255, 254, 138, 0]]
     assert grey(tiff("<", 2, 8, b"\0\xff", photometric=0)).tolist() == [[255, 0]]
 
 
@@ -139,6 +140,7 @@ def test_a_transparent_value_is_white():
         png((2, 1), 4, 0, bytes([0x1F]), tRNS=big(1)),
         png((2, 1), 16, 2, big(1, 2, 3, 4, 5, 6), tRNS=big(1, 2, 3)),
     ],
+    ids=["2 bits", "4 bits", "colours of 16 bits"],
 )
 def test_a_transparent_value_that_pillow_misses_is_refused(made):
     with pytest.raises(ValueError, match="x cannot be decoded: .* with a transparent colour"):
@@ -154,11 +156,17 @@ def test_a_transparent_value_that_pillow_misses_is_refused(made):
         (tiff("<", 1, 32, bytes(4)), "samples are 'I'"),
         (tiff("<", 2, 16, struct.pack("<hh", -1, 1), form=2), "samples are signed"),
         (tiff("<", 2, 8, b"\xff\1", form=2), "samples are signed"),
-        (tiff("<", 1, 32, struct.pack("<fff", 0, 1, 2), samples=3, photometric=2, form=3), "identify"),
+        (
+            tiff("<", 1, 32, struct.pack("<fff", 0, 1, 2), samples=3, photometric=2, form=3),
+            "it is no image that Pillow knows",
+        ),
+        (b"<svg/>", "it is no image that Pillow knows"),
+        (b"", "it is no image that Pillow knows"),
         (b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5), "samples are 'F'"),
         (saved(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "PNG"), "transparent everywhere"),
         (saved(Image.new("RGB", (2, 2)), "EPS"), "PostScript"),
     ],
+    ids=itertools.count(),
 )
 def test_what_is_refused(made, message):
     with pytest.raises(ValueError, match=f"x cannot be decoded: .*{message}"):
