@@ -29,6 +29,7 @@ BARE = {
     "Lfm2VlProcessor": "writes <|image_start|>, <|image_end|> and the tiles' tokens",
     "Llama4Processor": "writes <|image_start|>, <|image_end|> and the tiles' tokens",
     "LlavaNextProcessor": "the model has nothing around an image's tokens",
+    "LlavaNextVideoProcessor": "the model has nothing around an image's tokens",
     "LlavaOnevisionProcessor": "the model has nothing around an image's tokens",
     "LlavaProcessor": "the model has nothing around an image's tokens",
     "MllamaProcessor": "the model has nothing around <|image|>, which is one token",
@@ -37,6 +38,7 @@ BARE = {
     "Phi4MultimodalProcessor": "the model has nothing around an image's tokens",
     "PixtralProcessor": "writes [IMG_BREAK] and [IMG_END]",
     "SmolVLMProcessor": "writes <fake_token_around_image> and the tokens of rows and columns",
+    "VideoLlavaProcessor": "the model has nothing around an image's tokens",
 }
 IMAGES_FIRST = ("PaliGemmaProcessor",)  # its model saw images before all text, with <bos> between
 
@@ -180,7 +182,8 @@ class TemplateMarkers:
         content: list[dict[str, str]] = []
         for has_text in (*pattern, None):
             if has_text is None or has_text:
-                content.append({"type": "text", "text": f"\ue000{len(content)}\ue001"})
+                text = f"\ue000{len(content)}\ue001"
+                content.append({"type": "text", "text": text, "content": text})  # Pixtral's reads "content"
             if has_text is not None:
                 content.append({"type": "image"})
         texts = [item["text"] for item in content if item["type"] == "text"]

@@ -211,6 +211,11 @@ def test_what_separates_parts_is_kept():
     assert written(processor, "a", "b", "c", text_first=True) == f"a{VISION}\nb{VISION}\nc"
 
 
+def test_texts_under_another_key():
+    processor = processor_of("qwen2_vl", template=turn(VISION, text="{{ part['content'] }}"))
+    assert written(processor, "a", "b", text_first=True) == f"a{VISION}b"
+
+
 def test_a_template_of_the_tokenizer():
     processor = processor_of("qwen2_vl", chat=False)
     processor.tokenizer.chat_template = CHAT_TEMPLATES["qwen2_vl"]
