@@ -15,7 +15,7 @@ from mmicl_kernels.training.answers import (
 )
 from mmicl_kernels.training.episodes import EpisodeBatch
 from mmicl_kernels.training.measures import layer_shares
-from mmicl_kernels.training.objectives import Losses, Objective, refuse_checkpointing
+from mmicl_kernels.training.objectives import Losses, Objective, refuse_checkpointing, teaching
 from mmicl_kernels.training.record import record_outputs
 
 
@@ -97,7 +97,7 @@ def teach(handle: Handle, batch: EpisodeBatch, temperature: float) -> Tensor:
     """
     passes = [(batch.teacher, batch.teacher_query), *getattr(batch, "further", ())]
     total = None
-    with handle.disabled():
+    with teaching(handle):
         for inputs, query in passes:
             logits = answer_logits(handle.model, inputs, teacher_rows(batch, inputs, query))
             probabilities = torch.softmax(wide(logits) / temperature, -1)

@@ -1,6 +1,7 @@
 """What each method minimises: what all objectives have, and MimIC's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
+from mmicl_kernels.integration.aggregation import evaluating
 from mmicl_kernels.integration.recomputation import repeats_reentrant
 from mmicl_kernels.methods import Adapter, MimICAdapter
 from mmicl_kernels.training.answers import answer_logits, answer_loss, wide
@@ -108,10 +110,17 @@ class MimICObjective(Objective):
         one = torch.zeros_like(batch.teacher_query)
         one[0, 0] = True
         sites = list(self._sites.values())
-        with self.handle.disabled(), record_outputs(sites, batch.teacher_query) as states:
+        with teaching(self.handle), record_outputs(sites, batch.teacher_query) as states:
             # Not `base_model`, which a sharded model cannot be asked for alone.
             answer_logits(self.handle.model, batch.teacher, one)
         return states
+
+
+@contextmanager
+def teaching(handle: Handle) -> Iterator[None]:
+    """The plain model within a ``with`` block, without dropout: what is taught is no draw."""
+    with handle.disabled(), evaluating(handle.model):
+        yield
 
 
 def refuse_checkpointing(model: nn.Module, config: object, name: str, instead: object) -> None:

@@ -1,6 +1,7 @@
 """Every objective in two processes: TrainedModule under DistributedDataParallel, and what the old way did."""
 
 import copy
+import os
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -267,3 +268,43 @@ def check_broken_loss(rank):
 
 def test_a_loss_that_is_not_finite_stops_both():
     in_two_processes(check_broken_loss)
+
+
+def check_unused(rank):
+    """As a Trainer asks for it of modules that are not transformers' own."""
+    for kind in ("mimic", "live", "m2iv", "aim"):
+        model = tiny_model("llava-llama")
+        module = TrainedModule(model, adapter_for(model, kind))
+        batch = half_of(batch_for(model, kind), rank)
+        expected, _ = gradient_of(DistributedDataParallel(module), batch)
+        found, _ = gradient_of(DistributedDataParallel(module, find_unused_parameters=True), batch)
+        assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def test_looking_for_unused_parameters_changes_nothing():
+    in_two_processes(check_unused)
+
+
+def check_accelerate(rank):
+    from accelerate import Accelerator
+
+    # Asked for, but the processes are joined already.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for kind in ("mimic", "aim"):
+        model = tiny_model("llava-llama")
+        module, batch = TrainedModule(model, adapter_for(model, kind)), batch_for(model, kind)
+        expected, _ = gradient_of(DistributedDataParallel(module), half_of(batch, rank))
+        prepared = accelerator.prepare(module)
+        assert isinstance(prepared, DistributedDataParallel)
+        module.zero_grad()
+        accelerator.backward(prepared(**half_of(batch, rank).arguments())["loss"])
+        assert all(torch.equal(x.grad, expected[name]) for name, x in module.adapter.named_parameters())
+        train(prepared, trainable(module.adapter), [half_of(batch, rank)], 1, progress=False)
+        assert same_on_both(dict(module.adapter.named_parameters())) == (True, None)
+
+
+def test_accelerate():
+    pytest.importorskip("accelerate")
+    in_two_processes(check_accelerate)

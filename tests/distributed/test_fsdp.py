@@ -4,17 +4,22 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from episode_inputs import half_of as half_of_batch
 from short_training import (
+    ROUNDINGS,
     adapter_of,
     assert_same_gradients,
     assert_same_logits,
     assert_same_steps,
+    by_kind,
     fitting_rate,
     gradients,
     half_of,
     loss_of,
     train,
 )
+from test_ddp_objectives import adapter_for, batch_for, gradient_of
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +29,7 @@ import mmicl_kernels as mk
 from mmicl_kernels.integration.anchors import find_anchors
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from mmicl_kernels.training import TrainedModule
 
 # Where the shift acts: the attention, two branches, and the layer itself, which FSDP hooks too.
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")
@@ -126,6 +132,37 @@ def check_data_parallel(rank):
 
 def test_adapter_trains_by_ddp():
     in_two_processes(check_data_parallel)
+
+
+def check_objective(rank, kind, checkpointing):
+    """TrainedModule of the sharded model under DDP, with what is measured, against the whole model."""
+    whole = tiny_model("llava-llama").requires_grad_(False)
+    model, adapter = shard(copy.deepcopy(whole)), adapter_for(whole, kind)
+    batch = half_of_batch(batch_for(whole, kind), rank)
+    module = TrainedModule(checkpointed(model) if checkpointing else model, copy.deepcopy(adapter))
+    ddp, alone = DistributedDataParallel(module), TrainedModule(whole, adapter)
+    module.objective.measures = alone.objective.measures = True
+    for _ in range(2):
+        found, losses = gradient_of(ddp, batch)
+    mine, expected = gradient_of(alone, batch)
+    for x in mine.values():  # DDP has done as much
+        dist.all_reduce(x.div_(2))
+    assert_same_gradients(by_kind(found), by_kind(mine))
+    assert_sharded(model)
+    assert losses.keys() == expected.keys() and sum("gradient_norm" in name for name in losses) >= 2
+    for name, x in expected.items():
+        torch.testing.assert_close(losses[name], x, rtol=ROUNDINGS, atol=ROUNDINGS)
+
+
+def check_objectives(rank):
+    for kind in ("mimic", "ffn_shift", "live", "many_shot", "m2iv"):
+        check_objective(rank, kind, False)
+    for kind in ("mimic_layer", "live"):
+        check_objective(rank, kind, True)
+
+
+def test_objectives_of_a_sharded_model():
+    in_two_processes(check_objectives)
 
 
 def check_rows(rank):

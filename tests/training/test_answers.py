@@ -84,6 +84,31 @@ def test_loss_and_gradient_are_those_of_all_logits(name, padding):
         assert (x - y).norm() <= TOLERANCE * y.norm() and y.any()
 
 
+@pytest.mark.parametrize("method", ["mimic", "live", "m2iv"])
+def test_the_teacher_has_no_dropout(method):
+    """A Trainer puts all in training mode."""
+    model = tiny_model("llava-llama").requires_grad_(False)
+    adapter, batch = adapter_and_batch(model, method)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: F.dropout(out, 0.5, module.training)
+    )
+    seen = []
+    with mk.attach(model, adapter) as handle:
+        objective = OBJECTIVES[method](handle)
+        head = model.lm_head.register_forward_hook(
+            lambda module, args, out: None if torch.is_grad_enabled() else seen.append(args[0])
+        )
+        objective(batch)
+        model.train()
+        model.model.vision_tower.eval()
+        modes = {name: module.training for name, module in model.named_modules()}
+        objective(batch)
+        head.remove()
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    calm, trained = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(calm) > 0 and all(torch.equal(x, y) for x, y in zip(calm, trained, strict=True))
+
+
 def test_cross_entropy_ignores_what_has_no_label():
     logits = torch.randn(2, 4, 7)
     labels = torch.tensor([[5, -100, 3, -100], [-100, 1, -100, 2]])
