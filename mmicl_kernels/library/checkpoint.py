@@ -102,9 +102,8 @@ def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
             encoder[f"log_Z1_lin.{row}.{name}"] = tensors[f"layers.{index}.{name}"]
     if adapter.config.ffn_shift:
         encoder["ffn_shift"] = tensors["ffn_shift"]
-    # Opened here, because torch.save takes no path that is not UTF-8.
-    with replacing(Path(path)) as (temporary,), open(temporary, "wb") as file:
-        torch.save(encoder, file)
+    with replacing(Path(path)) as (temporary,):
+        torch.save(encoder, temporary)
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:
