@@ -18,27 +18,28 @@ PARAMETERS = ("weight", "bias", "shift")
 
 
 class PatchedLayer(SlotStack):
-    """What one patched attention reads at run time; it lives on the module's cloned config."""
+    """What one patched attention reads at run time; the module has it as an attribute."""
 
     def __init__(self, handle: "Handle", anchor: Anchor, slots: list[Adapter | None]) -> None:
         super().__init__(slots, anchor.device)
         self._handle, self._anchor, self._key = handle, anchor, str(anchor.index)
         self._module = anchor.mixer
         self._base_config = self._module.config
+        hf_attention.mask_kind(self.base_implementation)  # refused before anything is patched
         # The decoder's own config, which its masks follow, stays.
         self._config = copy.copy(self._base_config)
         self._config._attn_implementation_internal = hf_attention.NAME
-        self._config.mmicl_layer = self
 
     def __setstate__(self, state: dict[str, object]) -> None:
         hf_attention.register()  # a model unpickled in another process names it
         self.__dict__.update(state)
 
     def install(self) -> None:
-        self._module.config = self._config
+        self._module.config, self._module.mmicl_layer = self._config, self
 
     def remove(self) -> None:
         self._module.config = self._base_config
+        vars(self._module).pop("mmicl_layer", None)
 
     @property
     def base_implementation(self) -> str:

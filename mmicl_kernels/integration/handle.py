@@ -492,7 +492,7 @@ class Handle:
         """Raise ValueError if the model is patched."""
         patched = id(self.anchors[0].layer) in _attached
         for anchor in self.anchors:
-            patched |= hasattr(getattr(anchor.mixer, "config", None), "mmicl_layer")
+            patched |= hasattr(anchor.mixer, "mmicl_layer")
             for module in (anchor.after_attention, anchor.mlp, anchor.layer):
                 patched |= any(isinstance(hook, ResidualHook) for hook in module._forward_hooks.values())
         hooks = self.model.get_input_embeddings()._forward_hooks.values()

@@ -1,20 +1,68 @@
 """The attention function HuggingFace calls in a patched layer, and what its masks mean."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmicl_kernels.integration.anchors import UnsupportedModelError
 from mmicl_kernels.ops import shifted_attention
 
 NAME = "mmicl"
+
+# transformers makes the masks of every implementation with one of these; what they mean is known.
+MASK_KINDS = {
+    sdpa_mask: "sdpa",
+    eager_mask: "eager",
+    flash_attention_mask: "flash",
+    flex_attention_mask: "flex",
+}
+
+TRANSFORMERS_OWN = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
 def register() -> None:
     """Make ``NAME`` known to transformers. No mask function: decoders keep their own implementation."""
     AttentionInterface.register(NAME, attention_forward)
+
+
+def mask_kind(implementation: str | None) -> str:
+    """Whose masks a decoder of this ``_attn_implementation`` makes: "sdpa", "eager", "flash" or "flex".
+
+    Raises:
+        UnsupportedModelError: transformers makes none for it, or by a function whose masks may mean anything.
+    """
+    # As the decoder looks it up: without an entry its attention is given no mask, and hides what it likes.
+    registered = implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    maker = ALL_MASK_ATTENTION_FUNCTIONS[implementation] if registered else None
+    if maker not in MASK_KINDS:
+        found = getattr(maker, "__name__", repr(maker)) if registered else "none"
+        raise UnsupportedModelError(
+            f"MimIC cannot stand in for attention implementation {implementation!r}: expected masks made by "
+            f"{', '.join(known.__name__ for known in MASK_KINDS)}, found {found}; see "
+            f"AttentionMaskInterface.register({implementation!r}, ...) of transformers"
+        )
+    return MASK_KINDS[maker]
+
+
+def is_users_own(implementation: str) -> bool:
+    """Whether somebody else registered the function that a decoder of this implementation calls."""
+    if implementation == "eager":  # every family has one of its own
+        return False
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    module = getattr(inspect.unwrap(function), "__module__", None) or ""
+    return implementation not in TRANSFORMERS_OWN or module.partition(".")[0] != "transformers"
 
 
 def attention_forward(
@@ -51,19 +99,19 @@ def attention_forward(
         )
     if dropout > 0:
         raise ValueError(f"dropout is {dropout}, expected 0: set attention_dropout=0 or model.eval()")
-    layer = getattr(module.config, "mmicl_layer", None)
+    layer = getattr(module, "mmicl_layer", None)
     if layer is None:
         raise RuntimeError(
             f"attention implementation {NAME!r} is set by mmicl_kernels.attach(model, adapter) alone"
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    base, T = layer.base_implementation, query.shape[2]
-    key, value = _in_use(attention_mask, base == "sdpa" and is_causal, T, key, value)
-    visible = _visibility(attention_mask, base, is_causal, sliding_window, query, key)
+    kind, T = mask_kind(layer.base_implementation), query.shape[2]
+    key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
+    visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)
     weight, bias, shift, adapter_ids = layer.parameters(*query.shape[:2])
     packed = {}
-    if attention_mask is None and "flash" in base:
+    if attention_mask is None and kind == "flash":
         packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     if packed and adapter_ids is not None:
         adapter_ids = adapter_ids.expand(len(packed["cu_seqlens_q"]) - 1)
@@ -90,20 +138,20 @@ def _in_use(
 
 def _visibility(
     mask: Tensor | BlockMask | None,
-    base: str,
+    kind: str,
     is_causal: bool,
     window: int | None,
     query: Tensor,
     key: Tensor,
 ) -> dict[str, Any]:
-    """What ``shifted_attention`` is told: the mask, and what the decoder's own implementation adds to it.
+    """What ``shifted_attention`` is told: the mask, and what implementations of its kind add to it.
 
     sdpa is causal without a mask, and flash always, beside a mask ``[B, S]`` of the padding alone. Eager and
     flex attend to whatever the mask leaves.
     """
     whole = _four_dimensional(mask, query, key)
-    flash = "flash" in base and not isinstance(mask, BlockMask)
-    if is_causal and (flash or (mask is None and base == "sdpa")):
+    flash = kind == "flash" and not isinstance(mask, BlockMask)
+    if is_causal and (flash or (mask is None and kind == "sdpa")):
         return {"mask": whole, "causal": query.shape[2] > 1, "window": window}
     if flash and window is not None:
         whole = _near(window, whole, query, key)

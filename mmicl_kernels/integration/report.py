@@ -7,6 +7,7 @@ from itertools import groupby
 from torch import nn
 
 from mmicl_kernels.integration.anchors import Anchor
+from mmicl_kernels.integration.hf_attention import is_users_own
 from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
 
 
@@ -18,6 +19,8 @@ class LayerReport:
         index: of the layer. mixer: the class of its attention, or of what it has in its place.
         attention: names of the adapters that shift its attention. residual: of those that act on its
         residual stream, by site: "after_attention", "mlp", "layer".
+        replaced: the attention implementation that ours stands in for, where transformers has none of that
+        name or somebody registered another function under it, or "".
         skipped: what does not act here and why, or "".
     """
 
@@ -25,10 +28,12 @@ class LayerReport:
     mixer: str
     attention: tuple[str, ...] = ()
     residual: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    replaced: str = ""
     skipped: str = ""
 
     def __str__(self) -> str:
         parts = [f"attention of {', '.join(self.attention)}"] if self.attention else []
+        parts += [f"in place of {self.replaced!r}"] if self.replaced else []
         parts += [f"{site} of {', '.join(names)}" for site, names in self.residual]
         parts += [self.skipped] if self.skipped else []
         return f"{self.mixer}: {'; '.join(parts) or 'untouched'}"
@@ -67,9 +72,16 @@ def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping
             missing = f"no softmax for {', '.join(gates)} to shift" if gates else ""
             layers.append(LayerReport(index, name, residual=residual, skipped=missing))
         else:
-            layers.append(LayerReport(index, name, gates, residual))
+            layers.append(LayerReport(index, name, gates, residual, _replaced(mixer)))
     fused = tuple(name for name, adapter in adapters.items() if isinstance(adapter, AIMAdapter))
     return Report(tuple(layers), fused)
+
+
+def _replaced(attention: nn.Module) -> str:
+    """The implementation that a patched attention would have asked for, if it is a user's own."""
+    layer = getattr(attention, "mmicl_layer", None)
+    own = layer is not None and is_users_own(layer.base_implementation)
+    return layer.base_implementation if own else ""
 
 
 def _acts(adapter: Adapter, site: str) -> bool:

@@ -262,7 +262,7 @@ def test_a_failure_of_ours_is_recorded_and_the_run_goes_on(few_blocks, tmp_path,
     begin = Graph.begin
 
     def out_of_memory(decoder):
-        if hasattr(decoder.model.model.text_model.layers[0].self_attn.config, "mmicl_layer"):
+        if hasattr(decoder.model.model.text_model.layers[0].self_attn, "mmicl_layer"):
             raise torch.OutOfMemoryError("no room")
         begin(decoder)
 

@@ -203,7 +203,7 @@ def test_cross_attention_is_untouched(name):
         with mk.attach(model, adapters) as handle, handle.rows(("mimic", "m2iv", "live")):
             logits(model, inputs, use_cache=False)
             for (_, attention), config in zip(found, configs, strict=True):
-                assert attention.config is config and not hasattr(config, "mmicl_layer")
+                assert attention.config is config and not hasattr(attention, "mmicl_layer")
                 assert config._attn_implementation == "sdpa"
         patched = list(calls)
         assert len(patched) == 4

@@ -25,7 +25,7 @@ def module(parameters, base, *, normalizer="visible", **attributes):
         impl="reference",
         parameters=lambda B, H: (*parameters, None),
     )
-    return SimpleNamespace(config=SimpleNamespace(mmicl_layer=layer), **attributes)
+    return SimpleNamespace(mmicl_layer=layer, **attributes)
 
 
 def expected(q, k, v, parameters, **options):
