@@ -9,6 +9,8 @@ _LAZY = {
     "ops": "mmicl_kernels.ops",
     "create": "mmicl_kernels.integration",
     "attach": "mmicl_kernels.integration",
+    "detach": "mmicl_kernels.integration",
+    "handle_of": "mmicl_kernels.integration",
     "load": "mmicl_kernels.integration",
     "load_official": "mmicl_kernels.integration",
     "Handle": "mmicl_kernels.integration",

@@ -2,7 +2,7 @@
 
 from mmicl_kernels.integration.adapted_model import AdaptedModel
 from mmicl_kernels.integration.anchors import UnsupportedModelError
-from mmicl_kernels.integration.attach import attach
+from mmicl_kernels.integration.attach import attach, detach, handle_of
 from mmicl_kernels.integration.create import create, load, load_official
 from mmicl_kernels.integration.handle import Handle
 from mmicl_kernels.integration.prompts import PromptBuilder
@@ -14,6 +14,8 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "create",
+    "detach",
+    "handle_of",
     "load",
     "load_official",
 ]

@@ -1,8 +1,10 @@
 """A model and its adapter as one module, for what trains modules."""
 
+import inspect
+import os
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmicl_kernels.integration.attach import attach
 from mmicl_kernels.methods import Adapter
@@ -13,10 +15,14 @@ class AdaptedModel(nn.Module):
 
     Its parameters are the model's, frozen from now on, and the adapter's, which a state dict has under
     ``adapter.``. Of the model's a state dict has only those that train all the same, as LoRA's may, so that
-    checkpoints are small and weights may be tied or quantised. It is called as the model is. ``handle`` is
-    that of :func:`attach`. DDP leaves the model alone, which must be the same in all processes: it broadcasts
-    and averages the adapter's parameters only, so the model may be sharded (``fully_shard``).
+    checkpoints are small and weights may be tied or quantised. It is called as the model is and has what the
+    model has: ``generate``, ``config``, ``device``, ``dtype``, ``gradient_checkpointing_enable`` and so on.
+    ``handle`` is that of :func:`attach`. DDP leaves the model alone, which must be the same in all processes:
+    it broadcasts and averages the adapter's parameters only, so the model may be sharded (``fully_shard``).
     """
+
+    # Trainers refuse to train quantised weights; those that train here are the adapter's.
+    is_quantized = False
 
     def __init__(self, model: nn.Module, adapter: Adapter, *, impl: str = "auto") -> None:
         """Raises: as :func:`attach`."""
@@ -28,8 +34,37 @@ class AdaptedModel(nn.Module):
         self.register_state_dict_post_hook(_leave_frozen_out)
         self.register_load_state_dict_post_hook(_miss_nothing_frozen)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        """What is no attribute of this is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """``model(*args, **kwargs)``; ``labels`` are named because trainers look for the name."""
+        if labels is not None:
+            kwargs["labels"] = labels
         return self.model(*args, **kwargs)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the model divides its loss by ``num_items_in_batch``: if not, the Trainer does."""
+        told = getattr(self.model, "accepts_loss_kwargs", None)
+        if told is not None:
+            return told
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        return any(x.kind == inspect.Parameter.VAR_KEYWORD for x in parameters)
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside; it stays patched."""
+        return self.model
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """The adapter's ``save_pretrained``: the model is not saved."""
+        self.adapter.save_pretrained(folder)
 
 
 def _leave_frozen_out(adapted: AdaptedModel, state: dict[str, Any], prefix: str, _: object) -> None:

@@ -119,10 +119,13 @@ def find_mixers(model: nn.Module) -> list[nn.Module]:
 def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, Decoder]:
     family, where = family_of(model), model.config.model_type
     decoder = _decoder_of(model, model.config.get_text_config(), where)
-    layers = _child(model, family.layers, f"{type(model).__name__} ({where})")
+    first, _, rest = family.layers.partition(".")
+    # A model without its head is what one with it has as ``model``.
+    path = rest if first == "model" and not hasattr(model, first) else family.layers
+    layers = _child(model, path, f"{type(model).__name__} ({where})")
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise UnsupportedModelError(
-            f"{where}: {family.layers} is a {type(layers).__name__} of {len(list(layers.children()))} "
+            f"{where}: {path} is a {type(layers).__name__} of {len(list(layers.children()))} "
             "modules, expected a list of layers"
         )
     return layers, decoder

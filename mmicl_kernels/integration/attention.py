@@ -1,7 +1,6 @@
 """The patch of one self-attention: a clone of its config that names our attention function."""
 
 import copy
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -9,10 +8,8 @@ from mmicl_kernels.integration import hf_attention
 from mmicl_kernels.integration.anchors import Anchor
 from mmicl_kernels.integration.parallel import local_heads
 from mmicl_kernels.integration.slots import SlotStack, for_batch
+from mmicl_kernels.integration.state import State
 from mmicl_kernels.methods import Adapter, MimICAdapter
-
-if TYPE_CHECKING:
-    from mmicl_kernels.integration.handle import Handle
 
 PARAMETERS = ("weight", "bias", "shift")
 
@@ -20,9 +17,9 @@ PARAMETERS = ("weight", "bias", "shift")
 class PatchedLayer(SlotStack):
     """What one patched attention reads at run time; the module has it as an attribute."""
 
-    def __init__(self, handle: "Handle", anchor: Anchor, slots: list[Adapter | None]) -> None:
-        super().__init__(slots, anchor.device)
-        self._handle, self._anchor, self._key = handle, anchor, str(anchor.index)
+    def __init__(self, state: State, anchor: Anchor) -> None:
+        super().__init__(state.slots, anchor.device)
+        self._state, self._anchor, self._key = state, anchor, str(anchor.index)
         self._module = anchor.mixer
         self._base_config = self._module.config
         hf_attention.mask_kind(self.base_implementation)  # refused before anything is patched
@@ -38,8 +35,9 @@ class PatchedLayer(SlotStack):
         self._module.config, self._module.mmicl_layer = self._config, self
 
     def remove(self) -> None:
-        self._module.config = self._base_config
-        vars(self._module).pop("mmicl_layer", None)
+        if getattr(self._module, "mmicl_layer", None) is self:
+            self._module.config = self._base_config
+            del self._module.mmicl_layer
 
     @property
     def base_implementation(self) -> str:
@@ -48,18 +46,18 @@ class PatchedLayer(SlotStack):
 
     @property
     def normalizer(self) -> str:
-        return self._handle.normalizer
+        return self._state.normalizer
 
     @property
     def impl(self) -> str:
-        return self._handle.impl
+        return self._state.impl
 
     def parameters(self, B: int, H: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Weight, bias, shift and adapter ids for a batch of B rows and the H heads of this process."""
-        self._handle.check_recomputation(self._anchor)
-        ids = self._handle.adapter_ids
+        self._state.check_recomputation(self._anchor)
+        ids = self._state.adapter_ids
         if ids is None:
-            return *self._local(self._of(self._handle.require_single()), H), None
+            return *self._local(self._of(self._state.require_single()), H), None
         return *self._local(self.stacked(), H), for_batch(ids.to(self._device), B)
 
     def _local(self, parameters: list[Tensor], H: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import nn
 
 from mmicl_kernels.integration.anchors import (
@@ -29,6 +30,8 @@ from mmicl_kernels.methods import (
 def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIMConfig) -> Adapter:
     """A freshly initialised adapter for ``model``, in fp32 on its devices, not attached.
 
+    Neither torch's default dtype nor its default device matters.
+
     Raises:
         UnsupportedModelError: unknown family, or the method cannot apply to it. TypeError: ``config`` is of
         no known method.
@@ -38,7 +41,10 @@ def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIM
     for adapter_class in ADAPTERS.values():
         if isinstance(config, adapter_class.config_class):
             refuse_method(model, adapter_class.method, anchors)
-            return _place(adapter_class(config, describe_backbone(model, anchors)), model, anchors)
+            backbone = describe_backbone(model, anchors)
+            with torch.device("cpu"):
+                adapter = adapter_class(config, backbone)
+            return _place(adapter, model, anchors)
     names = ", ".join(adapter.config_class.__name__ for adapter in ADAPTERS.values())
     raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
 

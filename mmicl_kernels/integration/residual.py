@@ -1,18 +1,14 @@
 """Vectors in the residual stream: a forward hook on every module whose output they are added to."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from mmicl_kernels.integration.anchors import Anchor
 from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.slots import SlotStack, for_batch
+from mmicl_kernels.integration.state import State
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.ops import residual_shift
-
-if TYPE_CHECKING:
-    from mmicl_kernels.integration.handle import Handle
 
 # Adapters a batch row can name before its ids grow and compiled models are compiled again.
 ENTRIES = 4
@@ -24,8 +20,8 @@ class SiteShift:
     ``ids`` and ``strengths``, ``[rows, K]``, are None while no rows() are open.
     """
 
-    def __init__(self, handle: "Handle", site: ResidualSite, slots: list[Adapter | None]) -> None:
-        self.layers = [LayerShift(handle, anchor, site, self, slots) for anchor in handle.anchors]
+    def __init__(self, state: State, site: ResidualSite) -> None:
+        self.layers = [LayerShift(state, anchor, site, self) for anchor in state.anchors]
         self.ids: Tensor | None = None
         self.strengths: Tensor | None = None
 
@@ -52,28 +48,21 @@ class SiteShift:
 class LayerShift(SlotStack):
     """The shift of one layer at one site."""
 
-    def __init__(
-        self,
-        handle: "Handle",
-        anchor: Anchor,
-        site: ResidualSite,
-        rows: SiteShift,
-        slots: list[Adapter | None],
-    ) -> None:
-        super().__init__(slots, anchor.device)
-        self._handle, self._anchor, self._site, self._rows = handle, anchor, site, rows
+    def __init__(self, state: State, anchor: Anchor, site: ResidualSite, rows: SiteShift) -> None:
+        super().__init__(state.slots, anchor.device)
+        self._state, self._anchor, self._site, self._rows = state, anchor, site, rows
         self._key = str(anchor.index)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [B, T, C]`` shifted as the handle says."""
         if x.dim() == 2:  # mixtures of experts return tokens in one row
             return self(x[:, None])[:, 0]
-        self._handle.check_recomputation(self._anchor)
-        options = {"preserve_norm": self._site.preserve_norm, "impl": self._handle.impl}
+        self._state.check_recomputation(self._anchor)
+        options = {"preserve_norm": self._site.preserve_norm, "impl": self._state.impl}
         if self._rows.ids is None:
-            vector, scale = self._handle.require_single().residual_shift(self._site, self._key)
+            vector, scale = self._state.require_single().residual_shift(self._site, self._key)
             if isinstance(scale, Tensor):
-                scale = self._handle.scaled(scale)
+                scale = self._state.scaled(scale)
             return residual_shift(x, vector.to(x.device), scale, **options)
         B, (vector, scale) = x.shape[0], self.stacked()
         ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))

@@ -26,14 +26,15 @@ class SlotStack:
         """``slots`` is the handle's own list, which changes."""
         self._slots, self._device = slots, device
         self._stacks: list[Tensor] = []
-        self._sources: list[Tensor] = []
-        self._copied: list[tuple[int, int]] | None = None
+        self._copied: list[Tensor] = []
+        self._versions: list[tuple] | None = None
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         """The tensors of ``adapter`` that belong here, None if it does not act here."""
         raise NotImplementedError
 
     def _used(self) -> list[tuple[int, list[Tensor]]]:
+        """The slots in use, with what their adapters have there now: a tensor may be another object."""
         found = [(slot, self._of(adapter)) for slot, adapter in enumerate(self._slots) if adapter is not None]
         return [(slot, tensors) for slot, tensors in found if tensors is not None]
 
@@ -43,12 +44,12 @@ class SlotStack:
     def copy_parameters(self) -> None:
         """Copy the current parameters of all adapters into the stacks."""
         used = self._used()
-        self._sources = [x for _, tensors in used for x in tensors]
-        self._copied = [_state(x) for x in self._sources]
+        sources = [x for _, tensors in used for x in tensors]
+        # Kept, so that no other tensor comes to lie where these are.
+        self._copied, self._versions = [x.detach() for x in sources], [_version(x) for x in sources]
         if not used:
             return
-        dtypes = (x.dtype for _, tensors in used for x in tensors)
-        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in sources), torch.float32)
         if not self._stacks or self._stacks[0].dtype != dtype:
             options = {"dtype": dtype, "device": self._device}
             self._stacks = [torch.zeros(len(self._slots), *x.shape, **options) for x in used[0][1]]
@@ -61,15 +62,14 @@ class SlotStack:
 
         Copies are renewed where the parameters changed; compiled graphs read them as rows() made them.
         """
-        eager = not torch.compiler.is_compiling()
-        # Asked first: a graph compiled without gradients must not depend on which adapters there are.
-        if torch.is_grad_enabled():
-            used = self._used()
-            if any(x.requires_grad for _, tensors in used for x in tensors):
-                if eager:
-                    self._copied = None  # a step may follow, and fused optimizers count theirs as no change
-                return self._stack_anew(used)
-        if eager and self._copied != [_state(x) for x in self._sources]:
+        eager, gradients = not torch.compiler.is_compiling(), torch.is_grad_enabled()
+        # A graph compiled without gradients must not depend on which adapters there are.
+        used = self._used() if eager or gradients else []
+        if gradients and any(x.requires_grad for _, tensors in used for x in tensors):
+            if eager:
+                self._versions = None  # a step may follow, and fused optimizers count theirs as no change
+            return self._stack_anew(used)
+        if eager and self._versions != [_version(x) for _, tensors in used for x in tensors]:
             self.copy_parameters()
         return self._stacks
 
@@ -81,9 +81,9 @@ class SlotStack:
         return [torch.stack(column) for column in columns]
 
 
-def _state(x: Tensor) -> tuple[int, int]:
-    """Another one after ``x`` was assigned or changed in place; inference tensors do not count changes."""
-    return x.data_ptr(), 0 if x.is_inference() else x._version
+def _version(x: Tensor) -> tuple:
+    """Another one after ``x`` was replaced, or changed in place; inference tensors do not count changes."""
+    return x.data_ptr(), x.dtype, x.stride(), 0 if x.is_inference() else x._version
 
 
 def parse_rows(names: Entry | Sequence[Entry], adapters: Mapping[str, Adapter]) -> list[dict[str, float]]:

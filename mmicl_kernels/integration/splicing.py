@@ -6,11 +6,13 @@ from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmicl_kernels.integration.aggregation import named_ids, special_ids, visual_tokens
 from mmicl_kernels.integration.anchors import compute_device, family_of
 from mmicl_kernels.integration.hooks import ForwardHook
 from mmicl_kernels.integration.layout import Plan, grow, lay_out
+from mmicl_kernels.integration.state import State
 from mmicl_kernels.library import DemonstrationBank, FusedTokens
 from mmicl_kernels.ops import prefix_splice_
 
@@ -22,9 +24,14 @@ class Prefix:
     """The fused tokens of the batch that was spliced last, on the embedding's device.
 
     ``input_ids`` are what the embedding will be asked for; ``ANY`` where a model may write something else
-    before, as some do for images.
+    before, as some do for images. They were made of ``prompts``, ``plan`` and the tokens ``given``, if any,
+    with ``placeholder_id``.
     """
 
+    prompts: Tensor
+    plan: Plan
+    given: FusedTokens | None
+    placeholder_id: int
     input_ids: Tensor
     tokens: FusedTokens
     demo_ids: Tensor
@@ -35,22 +42,47 @@ class Prefix:
 class EmbeddingHook(ForwardHook):
     """Of the input embedding: fused tokens in the place of placeholders.
 
-    ``prefix`` is that of the last splice, which used one of the ``placeholder_ids``.
+    ``prefix`` is that of the last splice, which used one of the ``placeholder_ids``. Behind a whole prompt in
+    the cache they are tokens like others: the model may say them, and an assistant or a lookup guess them.
     """
 
-    def __init__(self, embedding: nn.Module, placeholder_ids: tuple[int, int], impl: str) -> None:
+    def __init__(self, embedding: nn.Module, placeholder_ids: tuple[int, int], state: State) -> None:
         super().__init__(embedding)
-        self.placeholder_ids, self._impl = placeholder_ids, impl
+        self.placeholder_ids, self._state = placeholder_ids, state
         self.prefix: Prefix | None = None
+        self._cached: int | Tensor = 0  # tokens; of a static cache a tensor
+        self._calls: RemovableHandle | None = None
+
+    def install(self) -> None:
+        super().install()
+        if self._calls is None:
+            self._calls = self._state.model.base_model.register_forward_pre_hook(
+                self._count_cached, with_kwargs=True
+            )
+
+    def remove(self) -> None:
+        super().remove()
+        if self._calls is not None:
+            self._calls.remove()
+            self._calls = None
+
+    def _count_cached(self, model: nn.Module, args: tuple, inputs: dict[str, object]) -> None:
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if self.prefix is not None and isinstance(ids, Tensor) and ids.shape[-1] > 1:
+            self._cached = 0 if cache is None else cache.get_seq_length()
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         prefix, ids = self.prefix, args[0]
-        # Single tokens are steps of decoding, where the model may say the placeholder's id.
-        if prefix is None or ids.dim() != 2 or ids.shape[1] == 1:
+        if prefix is None or ids.dim() != 2 or ids.shape[1] == 1:  # a step of decoding
             return output
         R, L = prefix.input_ids.shape
+        begun, self._cached = self._cached >= L, 0
+        if begun is True:
+            return output
         one, other = self.placeholder_ids
         placeholders = ((ids == one) | (ids == other)).any(-1)
+        if isinstance(begun, Tensor):
+            placeholders &= ~begun.to(ids.device)
         if ids.shape[0] % R != 0 or ids.shape[1] < L:
             torch._assert_async(~placeholders.any(), self._complaint)
             return output
@@ -62,7 +94,7 @@ class EmbeddingHook(ForwardHook):
         starts = prefix.starts.where(spliced.all(-1), ids.shape[1])  # a plain prompt stays as it is
         return prefix_splice_(
             output, prefix.tokens.rows, prefix.tokens.offsets, prefix.demo_ids, prefix.cu_demos, starts,
-            bank_scale=prefix.tokens.scale, impl=self._impl,
+            bank_scale=prefix.tokens.scale, impl=self._state.impl,
         )  # fmt: skip
 
     @property
@@ -77,10 +109,11 @@ class Splicer:
     """What ``Handle.splice`` works with: a bank, or tokens given to it, and the hook of the embedding."""
 
     def __init__(
-        self, model: nn.Module, bank: DemonstrationBank | None, bank_bytes: int,
-        placeholder_ids: tuple[int, int] | None, impl: str,
+        self, state: State, bank: DemonstrationBank | None, bank_bytes: int,
+        placeholder_ids: tuple[int, int] | None,
     ) -> None:  # fmt: skip
         """``bank_bytes`` bounds what of the bank is kept on the device; unused on the CPU, which maps it."""
+        model = state.model
         self.bank, self._model = bank, model
         embedding = model.get_input_embeddings()
         self.device = compute_device(embedding)
@@ -88,7 +121,7 @@ class Splicer:
         check_placeholders(ids, embedding)
         on_cpu = bank is None or self.device.type == "cpu"
         self._working_set = None if on_cpu else bank.working_set(self.device, bank_bytes)
-        self.hook, self._turns = EmbeddingHook(embedding, ids, impl), cycle(ids)
+        self.hook, self._turns = EmbeddingHook(embedding, ids, state), cycle(ids)
 
     # Inference tensors could not be used outside of inference mode.
     @torch.inference_mode(False)
@@ -105,10 +138,22 @@ class Splicer:
         first = ids.gather(1, own.int().argmax(1, keepdim=True)).flatten()
         lead = torch.isin(first, bos.to(first)).int().tolist()
         plan = lay_out(own, lead, demonstrations, lengths, max_length)
-        # They take turns, so that prompts of the splice before are not taken for those of this one.
-        grown = grow(inputs, plan, next(self._turns), self._pad_id(), family_of(self._model).per_image)
-        self.hook.prefix = self._prefix(grown["input_ids"], plan, tokens)
+        placeholder_id = self._turn(ids, plan, tokens)
+        grown = grow(inputs, plan, placeholder_id, self._pad_id(), family_of(self._model).per_image)
+        made = self._made(grown["input_ids"], plan, tokens)
+        self.hook.prefix = Prefix(ids, plan, tokens, placeholder_id, *made)
         return grown
+
+    def _turn(self, ids: Tensor, plan: Plan, tokens: FusedTokens | None) -> int:
+        """A placeholder's id. They take turns, so that prompts of the splice before are not taken for these.
+
+        Where they are these, with the same tokens, the result is the same too.
+        """
+        last = self.hook.prefix
+        repeated = last is not None and last.given is tokens and last.plan.equals(plan)
+        if repeated and torch.equal(last.prompts, ids):
+            return last.placeholder_id
+        return next(self._turns)
 
     def _check(self, max_length: int | None, tokens: FusedTokens | None) -> None:
         embedding = self._model.get_input_embeddings()
@@ -122,7 +167,8 @@ class Splicer:
         if tokens is not None and not isinstance(tokens, FusedTokens):
             raise TypeError(f"tokens is a {type(tokens).__name__}, expected FusedTokens")
 
-    def _prefix(self, ids: Tensor, plan: Plan, tokens: FusedTokens | None) -> Prefix:
+    def _made(self, ids: Tensor, plan: Plan, tokens: FusedTokens | None) -> tuple:
+        """The further fields of a prefix: what the embedding is asked for and what it answers."""
         chosen = plan.demonstrations
         if tokens is None and self._working_set is not None:
             tokens, chosen = self._working_set.load(chosen)
@@ -133,7 +179,7 @@ class Splicer:
         numbers = (torch.tensor(x, dtype=torch.int64) for x in (chosen, cu_demos, plan.starts))
         images = visual_tokens(self._model, ids) | (ids >= self.hook.module.weight.shape[0])
         ids = ids.masked_fill(images, ANY).to(self.device)
-        return Prefix(ids, tokens, *(x.to(self.device) for x in numbers))
+        return ids, tokens, *(x.to(self.device) for x in numbers)
 
     def _pad_id(self) -> int:
         text = self._model.config.get_text_config()

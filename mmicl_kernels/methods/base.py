@@ -19,6 +19,7 @@ from mmicl_kernels.ops._checks import FLOAT_DTYPES
 FORMAT_VERSION = 1
 CONFIG_FILE = "mmicl_adapter.json"
 TENSORS_FILE = "mmicl_adapter.safetensors"
+DTYPE = torch.float32  # of a new adapter, whatever the default
 # bf16 rounds by 2^-9; a different checkpoint of the same shape differs by the size of its weights.
 FINGERPRINT_TOLERANCE = 2.0**-7
 
@@ -54,15 +55,17 @@ class Backbone:
     def differences(self, other: "Backbone") -> list[str]:
         """Readable differences that make an adapter of ``self`` meaningless on ``other``.
 
-        ``name`` and ``revision`` are not compared: the same weights live in many places.
+        ``name`` and ``revision`` are not compared: the same weights live in many places; nor is
+        ``model_class``: a subclass, or the model without its head, has them too.
         """
         found = [
             f"{field} is {getattr(self, field)!r} in the adapter and {getattr(other, field)!r} in the model"
-            for field in ("model_class", "model_type", "text_model_type", "hidden_size", "layers")
+            for field in ("model_type", "text_model_type", "hidden_size", "layers")
             if getattr(self, field) != getattr(other, field)
         ]
         if not found and self.fingerprint and other.fingerprint:
-            mine, theirs = (torch.tensor(x.fingerprint, dtype=torch.float64) for x in (self, other))
+            options = {"dtype": torch.float64, "device": "cpu"}
+            mine, theirs = (torch.tensor(x.fingerprint, **options) for x in (self, other))
             # Infinity, to which hostile numbers overflow, is close to everything; NaN is close to nothing.
             if mine.shape != theirs.shape or not (
                 (mine - theirs).norm() <= FINGERPRINT_TOLERANCE * mine.norm() < math.inf

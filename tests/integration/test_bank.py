@@ -162,6 +162,6 @@ def test_through_a_working_set(dtype, tmp_path):
         requests = [[[4, 0], [2]], [[7, 7], []], [[1], [6, 5]], [[0, 4], [3]]]
         expected = [logits(model, handle.splice(inputs, chosen)) for chosen in requests]
         room = 3 * int(bank.lengths.max()) * (bank.hidden_size * dtype.itemsize + 4)
-        handle._splicer._working_set = bank.working_set("cpu", room)
+        handle._patches.splicer._working_set = bank.working_set("cpu", room)
         for chosen, plain in zip(requests, expected, strict=True):
             assert torch.equal(logits(model, handle.splice(inputs, chosen)), plain)

@@ -321,7 +321,7 @@ def test_detaching_a_copy_leaves_the_original_attached(model, adapters):
     copied = copy.deepcopy(model)
     with pytest.raises(ValueError, match="deepcopy of a patched model"):
         mk.attach(copied, adapters)
-    copied.model.language_model.layers[0].self_attn.mmicl_layer._handle.detach()
+    mk.detach(copied)
     with pytest.raises(ValueError, match="patched already"):
         mk.attach(model, adapters)
     handle.detach()

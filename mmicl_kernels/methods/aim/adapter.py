@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import torch
 
 from mmicl_kernels.methods.aim.config import AIMConfig
-from mmicl_kernels.methods.base import Adapter, Backbone
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.modules import TokenFuser
 
 
@@ -24,7 +24,7 @@ class AIMAdapter(Adapter):
 
     def __init__(self, config: AIMConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.fuser = TokenFuser(backbone.hidden_size, config.layer_norm)
+        self.fuser = TokenFuser(backbone.hidden_size, config.layer_norm, dtype=DTYPE)
 
     @staticmethod
     def tensor_shapes(config: AIMConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmicl_kernels.methods.base import Adapter, Backbone, ResidualSite
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, ResidualSite
 from mmicl_kernels.methods.live.config import LIVEConfig
 from mmicl_kernels.modules import ResidualShift
 
@@ -21,7 +21,7 @@ class LIVEAdapter(Adapter):
     def __init__(self, config: LIVEConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         for index in backbone.layers:
-            self.layers[str(index)] = ResidualShift(backbone.hidden_size, preserve_norm=True)
+            self.layers[str(index)] = ResidualShift(backbone.hidden_size, preserve_norm=True, dtype=DTYPE)
 
     @staticmethod
     def tensor_shapes(config: LIVEConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import Adapter, Backbone, ResidualSite
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, ResidualSite
 from mmicl_kernels.methods.m2iv.config import M2IVConfig
 from mmicl_kernels.modules import ResidualShift
 
@@ -16,8 +16,8 @@ class M2IVLayer(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.attn = ResidualShift(hidden_size)
-        self.mlp = ResidualShift(hidden_size)
+        self.attn = ResidualShift(hidden_size, dtype=DTYPE)
+        self.mlp = ResidualShift(hidden_size, dtype=DTYPE)
 
 
 class M2IVAdapter(Adapter):

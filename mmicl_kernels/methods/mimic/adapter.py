@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import Adapter, Backbone, ResidualSite
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, ResidualSite
 from mmicl_kernels.methods.mimic.config import MimICConfig
 from mmicl_kernels.modules import AttentionShift
 from mmicl_kernels.modules.attention_shift import SHIFT_STD
@@ -26,10 +26,10 @@ class MimICAdapter(Adapter):
     def __init__(self, config: MimICConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         for index, (num_heads, head_dim) in backbone.attention_layers.items():
-            self.layers[str(index)] = AttentionShift(num_heads, head_dim)
+            self.layers[str(index)] = AttentionShift(num_heads, head_dim, dtype=DTYPE)
         if config.ffn_shift:
             shape = (len(backbone.layers), backbone.hidden_size)
-            self.ffn_shift = nn.Parameter(torch.randn(shape) * SHIFT_STD)
+            self.ffn_shift = nn.Parameter(torch.randn(shape, dtype=DTYPE) * SHIFT_STD)
 
     @staticmethod
     def tensor_shapes(config: MimICConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,156 @@
+"""Handles that were dropped: found, ended, and replaced; and models with one adapter in a dict."""
+
+import copy
+import gc
+import pickle
+import warnings
+
+import pytest
+import torch
+from family_oracles import METHODS, adapter_of
+from published import logits, random_adapter
+from snapshots import assert_same_objects, snapshot, used_model
+
+import mmicl_kernels as mk
+from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+
+
+def attach_and_drop(model, adapter, **options):
+    mk.attach(model, adapter, **options)
+    gc.collect()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dropped_handle_is_found_and_ended(method):
+    model = used_model("llava-llama")
+    adapter, before = adapter_of(model, method), snapshot(model)
+    assert mk.handle_of(model) is None
+    mk.detach(model)  # a plain one stays as it is
+    attach_and_drop(model, adapter)
+    handle = mk.handle_of(model)
+    assert handle.adapters == {"default": adapter} and handle.enabled and handle.model is model
+    assert mk.handle_of(model) is handle
+    handle.disable()
+    assert mk.handle_of(model) is handle
+    handle.enable()
+    mk.detach(model)
+    assert mk.handle_of(model) is None and not handle.enabled
+    assert_same_objects(snapshot(model), before)
+    with pytest.raises(RuntimeError, match="the handle is detached"):
+        handle.enable()
+
+
+def test_it_is_the_one_that_attach_returned():
+    model = tiny_model("llava-llama")
+    with mk.attach(model, random_adapter(model)) as handle:
+        assert mk.handle_of(model) is handle
+    adapted = mk.AdaptedModel(model, random_adapter(model))
+    assert mk.handle_of(adapted) is mk.handle_of(model) is adapted.handle
+    mk.detach(adapted)
+    assert mk.handle_of(model) is None
+
+
+def test_a_dropped_handle_keeps_acting():
+    model = tiny_model("llava-llama")
+    inputs, adapter = tiny_inputs(model), random_adapter(model)
+    with mk.attach(model, adapter):
+        expected = logits(model, inputs)
+    attach_and_drop(model, adapter)
+    assert torch.equal(logits(model, inputs), expected)
+    assert mk.handle_of(model).rows(None)  # and is as good as the first one
+    mk.detach(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_that_runs_twice(method):
+    """Nobody has the first handle: it makes way, and the model is plain after the second."""
+    model = used_model("llava-llama")
+    before, inputs = snapshot(model), tiny_inputs(model)
+    attach_and_drop(model, adapter_of(model, method))
+    with pytest.warns(UserWarning, match=r"\['default'\] made way for \['new'\]"):
+        handle = mk.attach(model, {"new": random_adapter(model)})
+    actual = logits(model, inputs)
+    handle.detach()
+    assert_same_objects(snapshot(model), before)
+    with mk.attach(model, random_adapter(model)):
+        assert torch.equal(logits(model, inputs), actual)
+
+
+def test_a_handle_in_use_does_not_make_way():
+    model = tiny_model("llava-llama")
+    handle = mk.attach(model, random_adapter(model))
+    with pytest.raises(ValueError, match=r"patched already.*mk.handle_of\(model\).*mk.detach\(model\)"):
+        mk.attach(model, random_adapter(model))
+    handle.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mk.attach(model, random_adapter(model)).detach()
+
+
+def test_a_dropped_handle_stays_where_the_next_is_refused():
+    model = tiny_model("llava-llama")
+    inputs = tiny_inputs(model)
+    attach_and_drop(model, random_adapter(model))
+    expected, before = logits(model, inputs), snapshot(model)
+    other = random_adapter(tiny_model("llava-qwen2"))
+    with pytest.raises(mk.CheckpointError):
+        mk.attach(model, other)
+    assert_same_objects(snapshot(model), before)
+    assert torch.equal(logits(model, inputs), expected)
+    mk.detach(model)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_has_a_handle_too(method, copier):
+    model = tiny_model("idefics2")
+    handle = mk.attach(model, adapter_of(model, method))
+    copied = copier(model)
+    with pytest.raises(ValueError, match="a deepcopy of a patched model is patched too"):
+        mk.attach(copied, adapter_of(model, method))
+    other = mk.handle_of(copied)
+    assert other is not handle and other.model is copied and mk.handle_of(model) is handle
+    mk.detach(copied)
+    assert handle.enabled and not other.enabled
+    inputs = tiny_inputs(model)
+    assert torch.equal(logits(copied, inputs), logits(tiny_model("idefics2"), inputs))
+
+
+def test_dropped_models_are_freed():
+    """Nothing keeps a patched model alive but who uses it."""
+    import weakref
+
+    model = tiny_model("llava-llama")
+    attach_and_drop(model, random_adapter(model))
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
+
+
+def test_unknown_models():
+    for call in (mk.handle_of, mk.detach):
+        with pytest.raises(mk.UnsupportedModelError, match="Linear"):
+            call(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dict_of_one_adapter_acts_on_all_rows(method):
+    model = tiny_model("llava-llama")
+    inputs, adapter = tiny_inputs(model), adapter_of(model, method)
+    with mk.attach(model, adapter) as handle:
+        assert handle.single is adapter
+        expected = logits(model, inputs)
+    with mk.attach(model, {"only": adapter}) as handle:
+        assert handle.single is adapter
+        assert torch.equal(logits(model, inputs), expected)
+    if method == "aim":
+        return
+    with mk.attach(model, {"only": adapter, "other": adapter_of(model, method)}) as handle:
+        with pytest.raises(RuntimeError, match="several adapters are attached"):
+            model(**inputs)
+        handle.remove("other")
+        assert torch.equal(logits(model, inputs), expected)
+        handle.add("more", adapter_of(model, method))
+        with pytest.raises(RuntimeError, match="several adapters are attached"):
+            model(**inputs)
