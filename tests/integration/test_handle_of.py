@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -118,8 +119,6 @@ def test_a_copy_has_a_handle_too(method, copier):
 
 def test_dropped_models_are_freed():
     """Nothing keeps a patched model alive but who uses it."""
-    import weakref
-
     model = tiny_model("llava-llama")
     attach_and_drop(model, random_adapter(model))
     seen = weakref.ref(model)

@@ -1,0 +1,190 @@
+"""An AdaptedModel where a model is expected: trainers, pipelines, generation, checkpointing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from family_oracles import adapter_of
+from published import random_adapter
+
+import mmicl_kernels as mk
+from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from mmicl_kernels.testing.tiny_processors import tiny_processor
+
+pytest.importorskip("accelerate")
+METHODS = ("mimic", "m2iv", "live")
+
+
+@pytest.fixture(params=METHODS)
+def adapted(request):
+    model = tiny_model("llava-llama")
+    return mk.AdaptedModel(model, adapter_of(model, request.param))
+
+
+def rows_of(model, count=4):
+    inputs = tiny_inputs(model, batch=count)
+    inputs["labels"] = inputs["input_ids"].clone()
+    return [{key: x[row] for key, x in inputs.items()} for row in range(count)]
+
+
+def trainer(model, folder, **options):
+    arguments = transformers.TrainingArguments(
+        str(folder), use_cpu=True, report_to=[], remove_unused_columns=False, disable_tqdm=True,
+        per_device_eval_batch_size=2, per_device_train_batch_size=2, max_steps=1, save_strategy="no",
+        optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, **options,
+    )  # fmt: skip
+    rows = rows_of(getattr(model, "model", model) if isinstance(model, mk.AdaptedModel) else model)
+    return transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows,
+        data_collator=transformers.default_data_collator,
+    )  # fmt: skip
+
+
+def patched_alone(adapted):
+    """A model patched by hand as ``adapted`` is."""
+    model = tiny_model("llava-llama").requires_grad_(False)
+    return model, mk.attach(model, adapted.adapter)
+
+
+def test_it_has_what_the_model_has(adapted):
+    model = adapted.model
+    for name in (
+        "config",
+        "generation_config",
+        "device",
+        "dtype",
+        "main_input_name",
+        "is_gradient_checkpointing",
+    ):
+        assert getattr(adapted, name) == getattr(model, name), name
+    assert adapted.get_input_embeddings() is model.get_input_embeddings()
+    assert adapted.get_output_embeddings() is model.get_output_embeddings()
+    assert adapted.can_generate() and not hasattr(adapted, "no_such_thing")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = adapted.no_such_thing
+    assert mk.create(adapted, mk.M2IVConfig()).backbone == adapted.adapter.backbone
+
+
+def test_it_generates_as_the_patched_model(adapted):
+    model, handle = patched_alone(adapted)
+    inputs = tiny_inputs(model, padding="left")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with handle:
+        expected = model.generate(**inputs, **options)
+    assert torch.equal(adapted.generate(**inputs, **options), expected)
+    assert not torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_evaluate_and_predict(adapted, tmp_path):
+    model, handle = patched_alone(adapted)
+    with handle:
+        reference = trainer(model, tmp_path)
+        expected, predicted = reference.evaluate(), reference.predict(rows_of(model))
+    with torch.no_grad():
+        plain = trainer(model, tmp_path).evaluate()["eval_loss"]
+    tried = trainer(adapted, tmp_path)
+    actual = tried.predict(rows_of(model))
+    assert tried.evaluate()["eval_loss"] == expected["eval_loss"] != plain
+    assert actual.metrics["test_loss"] == predicted.metrics["test_loss"]
+    assert len(actual.predictions) == len(predicted.predictions) == 2  # logits and hidden states of images
+    for x, y in zip(actual.predictions, predicted.predictions, strict=True):
+        assert x.shape == y.shape and (x == y).all()
+    assert (actual.label_ids == predicted.label_ids).all()
+
+
+@pytest.mark.parametrize("keywords", [None, {"use_reentrant": False}])
+def test_gradient_checkpointing(adapted, tmp_path, keywords):
+    start = copy.deepcopy(adapted.adapter.state_dict())
+    results = []
+    for checkpointing in (False, True):
+        adapted.adapter.load_state_dict(start)
+        options = {"gradient_checkpointing_kwargs": keywords} if keywords else {}
+        training = trainer(adapted, tmp_path, gradient_checkpointing=checkpointing, **options)
+        training.train()
+        assert adapted.is_gradient_checkpointing == checkpointing
+        results.append({key: x.clone() for key, x in adapted.adapter.state_dict().items()})
+    for key, x in results[0].items():
+        torch.testing.assert_close(results[1][key], x)
+        assert key.endswith("bias") or not torch.equal(x, start[key])
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_accumulation_is_a_larger_batch(adapted, tmp_path, accumulated):
+    """The model's own loss is divided by the number of tokens of all batches, as it is without an adapter."""
+    assert adapted.accepts_loss_kwargs
+    start = copy.deepcopy(adapted.adapter.state_dict())
+    results = []
+    for size, steps in ((4, 1), (4 // accumulated, accumulated)):
+        adapted.adapter.load_state_dict(start)
+        options = {"gradient_accumulation_steps": steps, "seed": 1}
+        training = trainer(adapted, tmp_path, **options)
+        training.args.per_device_train_batch_size = size
+        training._train_batch_size = size
+        training.train()
+        results.append({key: x.clone() for key, x in adapted.adapter.state_dict().items()})
+    for key, x in results[0].items():
+        torch.testing.assert_close(results[1][key], x)
+
+
+def test_pipeline(adapted):
+    processor = tiny_processor("llava")
+    from PIL import Image
+
+    asked = {"images": Image.new("RGB", (9, 7), (255, 0, 0)), "text": "<image>what?"}
+    answers = []
+    for model in (adapted, adapted.model):
+        pipe = transformers.pipeline("image-text-to-text", model=model, processor=processor)
+        answers.append(pipe(**asked, max_new_tokens=4, do_sample=False, return_full_text=False))
+    adapted.handle.detach()
+    pipe = transformers.pipeline("image-text-to-text", model=adapted.model, processor=processor)
+    plain = pipe(**asked, max_new_tokens=4, do_sample=False, return_full_text=False)
+    assert answers[0] == answers[1] and answers[0] != plain
+
+
+def test_it_saves_its_adapter(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    loaded = mk.load(tmp_path, tiny_model("llava-llama"))
+    for name, x in loaded.state_dict().items():
+        assert torch.equal(x, adapted.adapter.state_dict()[name])
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["mmicl_adapter.json", "mmicl_adapter.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_copies(adapted, copier):
+    inputs = tiny_inputs(adapted.model)
+    with torch.no_grad():
+        copied, expected = None, None
+        copied = copier(adapted)
+        expected = adapted(**inputs).logits
+        adapted.handle.detach()
+        assert torch.equal(copied(**inputs).logits, expected)
+        assert copied.config is not adapted.config and copied.handle.model is copied.model
+        assert not torch.equal(adapted(**inputs).logits, expected)
+
+
+def test_compiled(adapted):
+    inputs = tiny_inputs(adapted.model)
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        torch.testing.assert_close(torch.compile(adapted, backend="eager")(**inputs).logits, expected)
+
+
+def test_labels_by_name_and_none():
+    model = tiny_model("llava-llama")
+    adapted = mk.AdaptedModel(model, random_adapter(model))
+    inputs = tiny_inputs(model)
+    assert adapted(**inputs).loss is None and adapted(**inputs, labels=None).loss is None
+    loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+    assert torch.equal(loss, model(**inputs, labels=inputs["input_ids"]).loss)
+
+
+def test_a_model_that_takes_no_loss_arguments_says_so():
+    model = tiny_model("idefics2")
+    adapted = mk.AdaptedModel(model, random_adapter(model))
+    for told in (True, False):
+        model.accepts_loss_kwargs = told
+        assert adapted.accepts_loss_kwargs is told
