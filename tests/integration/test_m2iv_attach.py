@@ -330,8 +330,8 @@ def test_another_method_takes_the_single_ones_place(model):
 
 def test_dict_without_rows_raises(model):
     inputs, plain = tiny_inputs(model), logits(model, tiny_inputs(model))
-    with mk.attach(model, {"a": random_shift(model)}) as handle:
-        with pytest.raises(RuntimeError, match=r"'a'.*handle\.rows"):
+    with mk.attach(model, {"a": random_shift(model), "b": random_shift(model, seed=1)}) as handle:
+        with pytest.raises(RuntimeError, match=r"'a', 'b'.*handle\.rows"):
             logits(model, inputs)
         with handle.rows(["a", "a", "a"]), pytest.raises(ValueError, match="named 3 rows.*2"):
             logits(model, inputs)
