@@ -77,21 +77,27 @@ def test_it_generates_as_the_patched_model(adapted):
     assert not torch.equal(model.generate(**inputs, **options), expected)
 
 
-def test_evaluate_and_predict(adapted, tmp_path):
+def test_evaluate(adapted, tmp_path):
     model, handle = patched_alone(adapted)
     with handle:
-        reference = trainer(model, tmp_path)
-        expected, predicted = reference.evaluate(), reference.predict(rows_of(model))
-    with torch.no_grad():
-        plain = trainer(model, tmp_path).evaluate()["eval_loss"]
-    tried = trainer(adapted, tmp_path)
-    actual = tried.predict(rows_of(model))
-    assert tried.evaluate()["eval_loss"] == expected["eval_loss"] != plain
-    assert actual.metrics["test_loss"] == predicted.metrics["test_loss"]
-    assert len(actual.predictions) == len(predicted.predictions) == 2  # logits and hidden states of images
-    for x, y in zip(actual.predictions, predicted.predictions, strict=True):
+        expected = trainer(model, tmp_path).evaluate()["eval_loss"]
+    plain = trainer(model, tmp_path).evaluate()["eval_loss"]
+    assert trainer(adapted, tmp_path).evaluate()["eval_loss"] == expected != plain
+
+
+def test_predict(adapted, tmp_path):
+    model, handle = patched_alone(adapted)
+    with handle:
+        try:
+            expected = trainer(model, tmp_path).predict(rows_of(model))
+        except TypeError as error:  # before transformers 5.23
+            pytest.skip(f"the Trainer cannot predict with a plain model: {error}")
+    actual = trainer(adapted, tmp_path).predict(rows_of(model))
+    assert actual.metrics["test_loss"] == expected.metrics["test_loss"]
+    assert len(actual.predictions) == len(expected.predictions) == 2  # logits and hidden states of images
+    for x, y in zip(actual.predictions, expected.predictions, strict=True):
         assert x.shape == y.shape and (x == y).all()
-    assert (actual.label_ids == predicted.label_ids).all()
+    assert (actual.label_ids == expected.label_ids).all()
 
 
 @pytest.mark.parametrize("keywords", [None, {"use_reentrant": False}])
