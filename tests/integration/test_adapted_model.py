@@ -194,3 +194,12 @@ def test_a_model_that_takes_no_loss_arguments_says_so():
     for told in (True, False):
         model.accepts_loss_kwargs = told
         assert adapted.accepts_loss_kwargs is told
+
+
+def test_a_trainer_takes_an_adapter_over_quantised_weights(tmp_path):
+    model = tiny_model("llava-llama")
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, tmp_path)
+    adapted = mk.AdaptedModel(model, random_adapter(model))
+    trainer(adapted, tmp_path).train()

@@ -1,5 +1,6 @@
 """Base attentions that somebody else registered: their masks are understood, or MimIC is refused."""
 
+import copy
 import json
 
 import pytest
@@ -171,6 +172,7 @@ def test_a_patched_attentions_config_is_one_to_show_and_to_save(tmp_path):
         assert json.loads(config.to_json_string()) == json.loads(plain.to_json_string())
         config.save_pretrained(tmp_path)
         assert type(config).from_pretrained(tmp_path).to_dict() == plain.to_dict()
+        assert copy.deepcopy(config).to_dict() == plain.to_dict() and config == plain
         copied = type(config)(**config.to_dict())
         assert copied.to_dict() == plain.to_dict()
     assert attention.config is plain
