@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from triton_process import slow_if_interpreted
 
 from mmicl_kernels.ops import attention_shift, residual_shift, residual_shift_rms_norm, shifted_attention
 from mmicl_kernels.testing.inputs import (
@@ -140,6 +141,7 @@ def test_slots_that_no_row_uses_have_no_part(name, unused, impl):
         assert not grad[unused].any() and grad[2].any()
 
 
+@slow_if_interpreted
 @every_op
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
 @pytest.mark.parametrize("where", ("row", "token", "dout", "without_adapter"))

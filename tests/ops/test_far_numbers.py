@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import (
     attention_shift,
@@ -16,6 +17,9 @@ from mmicl_kernels.ops import (
     shifted_attention,
 )
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
+
+# In the interpreter, which takes minutes.
+pytestmark = [pytest.mark.slow] if INTERPRETED else []
 
 FP32, INT64, INT32 = torch.float32, torch.iinfo(torch.int64), torch.iinfo(torch.int32)
 T, S = 4, 6

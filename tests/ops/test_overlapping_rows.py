@@ -5,6 +5,7 @@ The values are those of dense copies, and gradients flow back through the view.
 
 import pytest
 import torch
+from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import (
     attention_shift,
@@ -17,6 +18,9 @@ from mmicl_kernels.ops import (
 )
 from mmicl_kernels.ops._checks import overlaps
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
+
+# In the interpreter, which takes minutes.
+pytestmark = [pytest.mark.slow] if INTERPRETED else []
 
 FP32, D = torch.float32, 8
 

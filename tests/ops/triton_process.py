@@ -18,6 +18,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
 on_device = pytest.mark.parametrize("device", [DEVICE])
+slow_if_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
 compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
 
 

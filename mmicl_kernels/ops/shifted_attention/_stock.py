@@ -52,7 +52,7 @@ class StockAttention(NamedTuple):
         """``dq, dk, dv`` with ``delta = dout . out``."""
         S, n = k.shape[2], self.num_keys
         if self.additive:
-            dout = dout.contiguous() * self._shares(lse)[..., None].to(dout.dtype)
+            dout = dout * self._shares(lse)[..., None].to(dout.dtype)
         # With lse +inf a query without gradient recomputes exp(s - inf) = 0 for any s, -inf included;
         # with 0 a large s would overflow, with -inf it would be NaN.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
