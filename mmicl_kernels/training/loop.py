@@ -103,7 +103,7 @@ def train(
 
 def _inner(objective: object) -> object:
     """The objective inside of a :class:`TrainedModule`, which DDP may wrap; any other is its own."""
-    module = getattr(objective, "module", objective)
+    module = objective.module if isinstance(objective, DistributedDataParallel) else objective
     return module.objective if isinstance(module, TrainedModule) else objective
 
 
