@@ -51,7 +51,7 @@ def arguments_of(command, places):
     return [str(places.get(x, x)) for x in COMMANDS[command]]
 
 
-def in_child(arguments, stdout, stderr, encoding="utf-8", before=lambda: None):
+def in_child(arguments, stdout, stderr, encoding="utf-8", before=lambda: None, unbuffered=False):
     """Exit code of a forked process that runs a command with these descriptors (None: closed)."""
     child = os.fork()
     if child == 0:
@@ -62,6 +62,7 @@ def in_child(arguments, stdout, stderr, encoding="utf-8", before=lambda: None):
                 if target is not None:
                     os.dup2(target, number)
                     stream = open(number, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+                    stream.reconfigure(write_through=unbuffered)
                 setattr(sys, name, stream)
             before()
             try:
@@ -82,12 +83,14 @@ def closed_pipe():
     return writer
 
 
+@pytest.mark.parametrize("unbuffered", [False, True], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_closed_pipe_is_silent(places, tmp_path, command, both):
+def test_a_closed_pipe_is_silent(places, tmp_path, command, both, unbuffered):
     writer = closed_pipe()
     with open(tmp_path / "err", "w+") as err:
-        code = in_child(arguments_of(command, places), writer, writer if both else err.fileno())
+        errors = writer if both else err.fileno()
+        code = in_child(arguments_of(command, places), writer, errors, unbuffered=unbuffered)
         os.close(writer)
         err.seek(0)
         assert (code, err.read()) == (128 + signal.SIGPIPE, "")
