@@ -62,7 +62,7 @@ def in_child(arguments, stdout, stderr, encoding="utf-8", before=lambda: None, u
                 if target is not None:
                     os.dup2(target, number)
                     stream = open(number, "w", encoding=encoding, closefd=False)  # noqa: SIM115
-                    stream.reconfigure(write_through=unbuffered)
+                    stream.reconfigure(line_buffering=unbuffered)
                 setattr(sys, name, stream)
             before()
             try:
