@@ -272,7 +272,8 @@ def read_description(folder: Path) -> Description:
         message = f"{path} does not exist, expected the folder of a demonstration bank"
         raise FileNotFoundError(message) from error
     with opened(path) as file:
-        return _parsed(file.read(MAX_HEADER_BYTES), str(path))
+        size = os.fstat(file.fileno()).st_size  # to ask for more would take as much memory for a moment
+        return _parsed(file.read(min(size, MAX_HEADER_BYTES)), str(path))
 
 
 def _parsed(data: bytes, source: str) -> Description:
