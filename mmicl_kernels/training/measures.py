@@ -84,7 +84,7 @@ def describe_large_shares(measured: Mapping[str, float]) -> str | None:
             name, _, kind = key.removesuffix("_share").rpartition("/")
             index = int(measured[f"{name}/{kind}"])
             where = f"{kind} {index} of the query" if kind == "token" else f"{kind} {index}"
-            large.append(f"{where} has {share:.0%} of {name}")
+            large.append(f"{where} has {share:.1%} of {name}")
     if not large:
         return None
     return (

@@ -75,7 +75,7 @@ def test_a_planted_one_is_named(kind, index):
     assert all(found[f"align/{x}_share"] < 0.5 for x in ("layer", "token", "channel") if x != kind)
     where = f"{kind} {name} of the query" if kind == "token" else f"{kind} {name}"
     assert describe_large_shares(found).startswith(
-        f"{where} has {found[f'align/{kind}_share']:.0%} of align: "
+        f"{where} has {found[f'align/{kind}_share']:.1%} of align: "
     )
 
 
@@ -83,7 +83,7 @@ def test_several_are_named_together():
     x, y = states(0), states(1)
     x[1][5, 3] += 1e4  # the first token of the second row
     text = describe_large_shares(shares_of(alignment_shares(x, y, QUERY, LAYERS)))
-    assert "layer 2 has 100% of align, token 0 of the query has 100% of align, channel 3 has" in text
+    assert "layer 2 has 100.0% of align, token 0 of the query has 100.0% of align, channel 3 has" in text
 
 
 def test_nothing_to_align_has_no_share():
@@ -103,7 +103,7 @@ def test_layer_shares():
         layer_shares("synergy", [torch.tensor(1.0), torch.tensor(6.0), torch.tensor(1.0)], [1, 4, 5])
     )
     assert found == {"synergy/layer": 4, "synergy/layer_share": 0.75}
-    assert describe_large_shares(found).startswith("layer 4 has 75% of synergy: ")
+    assert describe_large_shares(found).startswith("layer 4 has 75.0% of synergy: ")
     assert describe_large_shares({"synergy/layer": 4, "synergy/layer_share": 0.5}) is None
 
 
