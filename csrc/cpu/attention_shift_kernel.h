@@ -132,25 +132,34 @@ MMICL_INLINE void set(T* x, int64_t d, acc_t<T> value) {
   store_tail(x + d, vec_t<T>{value}, 1);
 }
 
+// n of a row's elements from x on, n <= kLanes; the missing lanes are zero.
+template <class T>
+MMICL_INLINE vec_t<T> load_block(const T* x, int64_t n) {
+  return n == kLanes ? load(x) : load_tail(x, n);
+}
+
 // The kCarrying columns in which the row w is largest, the largest first.
 constexpr int64_t kCarrying = 3;
 
 template <class T>
 MMICL_INLINE int64_t largest_columns(int64_t* columns, const T* w, int64_t D) {
-  acc_t<T> sizes[kCarrying];
-  int64_t n = 0;
-  for (int64_t d = 0; d < D; ++d) {
-    const acc_t<T> size = __builtin_fabs(get(w, d));
-    int64_t i = n;
-    for (; i > 0 && size > sizes[i - 1]; --i) {
-      if (i == kCarrying) continue;
-      sizes[i] = sizes[i - 1], columns[i] = columns[i - 1];
+  acc_t<T> sizes[kCarrying] = {-1, -1, -1};
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const int64_t n = D - d < kLanes ? D - d : kLanes;
+    const vec_t<T> block = load_block(w + d, n);
+    const auto larger = (block < 0 ? -block : block) > sizes[kCarrying - 1];
+    if (!sum(larger)) continue;  // most blocks, past the first
+    for (int64_t lane = 0; lane < n; ++lane) {
+      const acc_t<T> size = block[lane] < 0 ? -block[lane] : block[lane];
+      if (!(size > sizes[kCarrying - 1])) continue;
+      int64_t i = kCarrying - 1;
+      for (; i > 0 && size > sizes[i - 1]; --i) sizes[i] = sizes[i - 1], columns[i] = columns[i - 1];
+      sizes[i] = size, columns[i] = d + lane;
     }
-    if (i == kCarrying) continue;
-    sizes[i] = size, columns[i] = d;
-    if (n < kCarrying) ++n;
   }
-  return n;
+  int64_t found = 0;
+  while (found < kCarrying && sizes[found] > 0) ++found;
+  return found;
 }
 
 // y = x + a s, rounded, with the product w.y of before rounding: the columns in which w is largest take up
@@ -162,7 +171,8 @@ MMICL_INLINE void add_scaled_for(const T* w, T* y, const T* x, acc_t<T> a, const
   vec_t<T> lost = {};
   for (int64_t d = 0; d < D; d += kLanes) {
     const int64_t n = D - d < kLanes ? D - d : kLanes;
-    lost += load_tail(w + d, n) * (load_tail(x + d, n) + a * load_tail(s + d, n) - load_tail(y + d, n));
+    const vec_t<T> exact = load_block(x + d, n) + a * load_block(s + d, n);
+    lost += load_block(w + d, n) * (exact - load_block(y + d, n));
   }
   acc_t<T> left = sum(lost);
   int64_t columns[kCarrying];
@@ -170,7 +180,6 @@ MMICL_INLINE void add_scaled_for(const T* w, T* y, const T* x, acc_t<T> a, const
   for (int64_t i = 0; i < n; ++i) left += get(w, columns[i]) * get(y, columns[i]);
   for (int64_t i = 0; i < n; ++i) {
     const acc_t<T> weight = get(w, columns[i]);
-    if (weight == 0) break;
     set(y, columns[i], left / weight);
     left -= weight * get(y, columns[i]);
   }
