@@ -43,6 +43,15 @@ class AdaptedModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the model has and this has not is the model's: its ``generation_config``, its ``config``."""
+        model = self.__dict__.get("_modules", {}).get("model")
+        mine = model is None or name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if mine or name in self._modules or not hasattr(model, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(model, name, value)
+
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``; ``labels`` are named because trainers look for the name."""
         if labels is not None:
@@ -62,9 +71,20 @@ class AdaptedModel(nn.Module):
         """The model inside; it stays patched."""
         return self.model
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """The adapter's ``save_pretrained``: the model is not saved."""
-        self.adapter.save_pretrained(folder)
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        is_main_process: bool = True,
+        save_function: object = None,
+        state_dict: object = None,
+    ) -> None:
+        """The adapter's ``save_pretrained``, by the main process; the model is not saved.
+
+        ``save_function`` and ``state_dict`` are what trainers give a model; the adapter needs neither.
+        """
+        if is_main_process:
+            self.adapter.save_pretrained(folder)
 
 
 def _leave_frozen_out(adapted: AdaptedModel, state: dict[str, Any], prefix: str, _: object) -> None:

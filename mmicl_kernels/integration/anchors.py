@@ -2,6 +2,7 @@
 
 import inspect
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from mmicl_kernels.integration.parallel import class_name
 from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
 
 FINGERPRINT_SAMPLES = 64
+_TEXT_TYPES = {name.partition(":")[0]: decoder for name, decoder in DECODERS.items()}
 
 
 class UnsupportedModelError(ValueError):
@@ -84,14 +86,27 @@ def unwrap(model: nn.Module) -> nn.Module:
 def family_of(model: nn.Module) -> Family:
     """Raises UnsupportedModelError, which says what was found, if the model's family is not in the table."""
     config = getattr(model, "config", None)
-    name = getattr(config, "model_type", None)
-    if not isinstance(name, str) or name not in FAMILIES or not hasattr(config, "get_text_config"):
+    name = known_type(config, FAMILIES)
+    if name not in FAMILIES or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has config.model_type {name!r}, expected one of "
             f"{', '.join(map(repr, sorted(FAMILIES)))}; found {_survey(model)}. Missing: an entry in "
             "mmicl_kernels.integration.families, see integration/README.md"
         )
     return FAMILIES[name]
+
+
+def known_type(config: object, table: Mapping[str, object]) -> object:
+    """The ``model_type`` of ``config``; of a user's own class, of what transformers has it made from.
+
+    Of transformers' own classes one may be made from another and be built otherwise.
+    """
+    name = getattr(config, "model_type", None)
+    for kind in type(config).__mro__:
+        if isinstance(name, str) and name in table or kind.__module__.partition(".")[0] == "transformers":
+            return name
+        name = next((vars(x)["model_type"] for x in kind.__mro__[1:] if "model_type" in vars(x)), None)
+    return name
 
 
 def find_anchors(model: nn.Module) -> list[Anchor]:
@@ -160,8 +175,8 @@ def describe_backbone(model: nn.Module, anchors: list[Anchor]) -> Backbone:
     text = model.config.get_text_config()
     return Backbone(
         model_class=class_name(model),
-        model_type=model.config.model_type,
-        text_model_type=text.model_type,
+        model_type=known_type(model.config, FAMILIES),
+        text_model_type=known_type(text, _TEXT_TYPES),
         hidden_size=text.hidden_size,
         name=str(getattr(model.config, "name_or_path", "") or ""),
         revision=str(getattr(model.config, "_commit_hash", "") or ""),
@@ -178,7 +193,7 @@ def check_backbone(adapter: Adapter, backbone: Backbone) -> None:
 
 
 def _decoder_of(model: nn.Module, text: object, where: str) -> Decoder:
-    name = text.model_type + (":norm_after" if getattr(text, "norm_after", False) else "")
+    name = known_type(text, _TEXT_TYPES) + (":norm_after" if getattr(text, "norm_after", False) else "")
     if name not in DECODERS:
         raise UnsupportedModelError(
             f"{where} with a text model of type {name!r}, expected one of "

@@ -53,9 +53,9 @@ def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = 
     """Read an adapter that ``save_pretrained`` wrote, check that it is ``model``'s, and place it.
 
     Args:
-        folder: or the file of a library's entry, or "owner/name" of a repository of the Hugging Face hub, which
-            is asked where no such folder is, if huggingface_hub is installed. revision: branch, tag or commit
-            there; a folder has none.
+        folder: or the file of a library's entry, or "owner/name" of a repository of the Hugging Face hub,
+            which is asked where no such folder is, if huggingface_hub is installed. revision: branch, tag or
+            commit there; a folder has none.
 
     Raises:
         UnsupportedModelError. FileNotFoundError: nothing there, or the hub's reason. CheckpointError: an

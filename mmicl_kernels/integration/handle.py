@@ -66,6 +66,11 @@ class Handle:
         self._state.impl = value
 
     @property
+    def adapter_ids(self) -> Tensor | None:
+        """The slots of the open rows' MimIC adapters, int32 ``[rows]``, -1 for none; None without rows()."""
+        return self._state.adapter_ids
+
+    @property
     def adapters(self) -> dict[str, Adapter]:
         """The attached adapters by name; one attached by itself is called "default"."""
         return dict(self._state.adapters)

@@ -46,21 +46,22 @@ def mask_kind(implementation: str | None) -> str:
     # As the decoder looks it up: without an entry its attention is given no mask, and hides what it likes.
     registered = implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     maker = ALL_MASK_ATTENTION_FUNCTIONS[implementation] if registered else None
-    if maker not in MASK_KINDS:
-        found = getattr(maker, "__name__", repr(maker)) if registered else "none"
-        raise UnsupportedModelError(
-            f"MimIC cannot stand in for attention implementation {implementation!r}: expected masks made by "
-            f"{', '.join(known.__name__ for known in MASK_KINDS)}, found {found}; see "
-            f"AttentionMaskInterface.register({implementation!r}, ...) of transformers"
-        )
-    return MASK_KINDS[maker]
+    for known, kind in MASK_KINDS.items():
+        if maker is known:
+            return kind
+    found = getattr(maker, "__name__", repr(maker)) if registered else "none"
+    raise UnsupportedModelError(
+        f"MimIC cannot stand in for attention implementation {implementation!r}: expected masks made by "
+        f"{', '.join(known.__name__ for known in MASK_KINDS)}, found {found}; see "
+        f"AttentionMaskInterface.register({implementation!r}, ...) of transformers"
+    )
 
 
 def is_users_own(implementation: str) -> bool:
     """Whether somebody else registered the function that a decoder of this implementation calls."""
-    if implementation == "eager":  # every family has one of its own
-        return False
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if implementation == "eager" and function is None:  # every family has one of its own
+        return False
     module = getattr(inspect.unwrap(function), "__module__", None) or ""
     return implementation not in TRANSFORMERS_OWN or module.partition(".")[0] != "transformers"
 

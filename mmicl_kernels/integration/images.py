@@ -61,7 +61,7 @@ def _refuse_before_it_is_read(image: Image) -> None:
         raise ValueError(f"it has {width} x {height} pixels, expected at most {Image.MAX_IMAGE_PIXELS}")
     if image.format == "EPS":
         raise ValueError("it is a PostScript program, expected an image")
-    if 2 in _tag(image, 339):
+    if 2 in _tag(image, 339) or (image.format == "FITS" and image.mode.startswith("I;16")):
         raise ValueError("its samples are signed, expected unsigned ones")
     samples = image.tile[0][3] if image.tile else None
     samples = samples[0] if isinstance(samples, tuple) else samples

@@ -19,7 +19,7 @@ from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter, ResidualSit
 if TYPE_CHECKING:
     from mmicl_kernels.integration.handle import Handle
 
-# A disabled handle leaves no trace on its model, so patches are known by its first layer's id.
+# A disabled handle leaves no trace on its model, so patches are known by the ids of its layers.
 _attached: WeakValueDictionary[int, Patches] = WeakValueDictionary()
 
 
@@ -32,7 +32,7 @@ class Patches:
 
     def __init__(self, state: State, splicer: Splicer) -> None:
         self.state, self.splicer = state, splicer
-        self._first = state.anchors[0].layer
+        self._layers = [anchor.layer for anchor in state.anchors]
         self.enabled, self.is_attached = True, True
         self.handle: ReferenceType[Handle] | None = None
         self._attention: list[PatchedLayer] = []
@@ -54,13 +54,9 @@ class Patches:
         """Whether it had a handle and nobody has one now; a copy of a patched model never had."""
         return self.handle is not None and self.handle() is None
 
-    @property
-    def _key(self) -> int:
-        return id(self._first)
-
     def register(self) -> None:
-        """Be found by :func:`patches_of` from now on."""
-        _attached[self._key] = self
+        """Be found by :func:`patches_of` from now on, as long as the model keeps one of its layers."""
+        _attached.update({id(layer): self for layer in self._layers})
 
     def prepare(self, adapter: Adapter) -> None:
         """What ``adapter`` needs in the model and no other needed so far; not in its place yet."""
@@ -106,8 +102,8 @@ class Patches:
         """The plain model for good."""
         self.remove()
         self.is_attached = False
-        if _attached.get(self._key) is self:
-            del _attached[self._key]
+        for key in [id(layer) for layer in self._layers if _attached.get(id(layer)) is self]:
+            del _attached[key]
 
     def copy_parameters(self) -> None:
         """Make the stacks of all slots those of the adapters as they are now."""
@@ -125,7 +121,7 @@ class Patches:
             state.adapter_ids = None
             if rows is not None:
                 ids = [next((slots[name] for name in row if name in gates), -1) for row in rows]
-                state.adapter_ids = torch.tensor(ids, dtype=torch.int32).to(state.device)
+                state.adapter_ids = torch.tensor(ids, dtype=torch.int32, device=state.device)
             for site, shift in self._sites.items():
                 here = {name: slots[name] for name, x in state.adapters.items() if site in x.residual_sites}
                 shift.choose(rows, here, state.strength, state.device)
@@ -137,7 +133,8 @@ def patches_of(model: nn.Module) -> Patches | None:
     Raises:
         UnsupportedModelError: unknown family.
     """
-    return _attached.get(id(find_anchors(model)[0].layer))
+    found = (_attached.get(id(anchor.layer)) for anchor in find_anchors(model))
+    return next((patches for patches in found if patches is not None), None)
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -39,8 +39,9 @@ class SiteShift:
         width = max(ENTRIES, *map(len, rows))
         chosen = [[(slots.get(name, -1), strength * x) for name, x in row.items()] for row in rows]
         padded = [row + [(-1, 0.0)] * (width - len(row)) for row in chosen]
-        ids = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32)
-        strengths = torch.tensor([[x for _, x in row] for row in padded], dtype=torch.float32)
+        # "cpu": a caller may have set another default device.
+        ids = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32, device="cpu")
+        strengths = torch.tensor([[x for _, x in row] for row in padded], dtype=torch.float32, device="cpu")
         # A slot at strength 0 is not even read: 0 * nan is nan.
         self.ids, self.strengths = ids.where(strengths != 0, -1).to(device), strengths.to(device)
 

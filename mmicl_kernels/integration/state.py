@@ -50,7 +50,7 @@ class State:
         check_products(self.rows or [], float(value))
         self._strength = float(value)
         with torch.inference_mode(False):
-            self._strength_tensor = torch.tensor(self._strength, dtype=torch.float32).to(self.device)
+            self._strength_tensor = torch.tensor(self._strength, dtype=torch.float32, device=self.device)
 
     @property
     def single(self) -> Adapter | None:

@@ -294,8 +294,11 @@ class Index:
 
     def _read_log(self) -> None:
         path = self.folder / LOG
-        if not is_file(path) and not any(_entry_files(self.entries)):
-            return self.clear()
+        if not is_file(path):
+            if not any(_entry_files(self.entries)):
+                return self.clear()
+            # Opened, a pipe would wait for ever.
+            raise CheckpointError(f"{path} does not exist, or is no regular file")
         with open(path, "rb") as log:
             first = log.readline(MAX_LINE_BYTES)
             generation = _generation(first)
@@ -412,6 +415,8 @@ class Index:
             flush(matrix)
         temporary = self.temporary / uuid.uuid4().hex
         append(temporary, b"".join(lines))
+        if is_folder(self.folder / LOG):  # somebody's: nothing takes a folder's place
+            (self.folder / LOG).rename(self.temporary / uuid.uuid4().hex)
         temporary.replace(self.folder / LOG)
         sync_folder(self.folder)
         self.refresh()

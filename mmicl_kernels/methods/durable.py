@@ -7,8 +7,9 @@ could not be looked at is not missing.
 import errno
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
     """Files beside ``paths``, of one folder, that take their places when the disk has all of them, at the end
-    of the block; after an error they vanish.
+    of the block. After an error they vanish and what was in their places is there, all of it.
     """
     temporaries = [path.parent / f"{path.name}.{secrets.token_hex(8)}" for path in paths]
     try:
@@ -62,12 +63,38 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             with open(temporary, "r+b") as file:
                 flush(file)
             temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
-        for temporary, path in zip(temporaries, paths, strict=True):
-            temporary.replace(path)
+        _exchange(temporaries, paths)
         sync_folder(paths[0].parent)
     except BaseException:
         clear_away(temporaries)
         raise
+
+
+def _exchange(temporaries: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Each temporary file in the place of its path; where one cannot be, all are as they were."""
+    before = [path.parent / f"{path.name}.{secrets.token_hex(8)}" for path in paths[:-1]]
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for kept, path in zip(before, paths, strict=False):
+            _keep(path, kept)
+        for i, (temporary, path) in enumerate(zip(temporaries, paths, strict=True)):
+            temporary.replace(path)
+            moved += [(before[i], path)] if i < len(before) else []
+    except BaseException:
+        for kept, path in moved:
+            kept.replace(path) if is_file(kept) else path.unlink()
+        raise
+    finally:
+        clear_away(kept for kept in before if is_file(kept))
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """``kept`` is the file at ``path`` under another name, if there is one."""
+    if is_file(path):
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without links
+            shutil.copy2(path, kept)
 
 
 def clear_away(leftovers: Iterable[Path]) -> None:

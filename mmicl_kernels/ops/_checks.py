@@ -1,12 +1,14 @@
 """Readable errors for bad arguments. Every message names the argument, its value and what was expected."""
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+FP32_MAX, FP32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,6 +43,17 @@ def check_float(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> 
     allowed = FLOAT_DTYPES if dtype is None else (dtype,)
     if tensor.dtype not in allowed:
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected {_names(allowed)}")
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_fits(name: str, value: float) -> None:
+    """Raise ValueError if ``value`` is a finite number that fp32, in which kernels have it, does not hold."""
+    if FP32_MAX < abs(value) < math.inf:
+        raise ValueError(f"{name} is {value!r:.40}, expected a number of fp32, at most {FP32_MAX:.4g}")
 
 
 def check_integer(name: str, tensor: Tensor) -> None:

@@ -12,12 +12,17 @@ def record_outputs(modules: Sequence[nn.Module], tokens: Tensor) -> Iterator[lis
 
     The list is in the order of the calls. Only the chosen rows are kept, and hooks are removed at the
     end, also after an error.
+
+    Raises:
+        RuntimeError: not every module was called once with its hook, as after some were compiled.
     """
     recorded: list[Tensor] = []
     places = tokens.nonzero(as_tuple=True)  # once: a mask would be counted anew, on the host, at each module
 
     def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
+        # Mixtures of experts, and OPT, return all tokens in one row.
+        states = states.view(*tokens.shape, -1) if states.dim() == 2 else states
         recorded.append(states[tuple(x.to(states.device) for x in places)])
 
     handles = [module.register_forward_hook(hook) for module in modules]
@@ -26,3 +31,8 @@ def record_outputs(modules: Sequence[nn.Module], tokens: Tensor) -> Iterator[lis
     finally:
         for handle in handles:
             handle.remove()
+    if len(recorded) != len(modules):
+        raise RuntimeError(
+            f"{len(recorded)} outputs of {len(modules)} modules were seen: train with layers that were not "
+            "compiled by themselves, or torch._dynamo.reset() first"
+        )

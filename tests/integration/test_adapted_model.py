@@ -203,3 +203,34 @@ def test_a_trainer_takes_an_adapter_over_quantised_weights(tmp_path):
         trainer(model, tmp_path)
     adapted = mk.AdaptedModel(model, random_adapter(model))
     trainer(adapted, tmp_path).train()
+
+
+def test_what_is_set_on_it_is_set_on_the_model(adapted):
+    inputs = tiny_inputs(adapted.model)
+    adapted.generation_config = transformers.GenerationConfig(
+        max_new_tokens=3, eos_token_id=None, pad_token_id=0
+    )
+    assert adapted.model.generation_config is adapted.generation_config
+    assert adapted.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 3
+    config = copy.deepcopy(adapted.config)
+    adapted.config = config
+    assert adapted.model.config is config
+    adapted.loss_function = lambda *args, **kwargs: torch.tensor(7.0)
+    assert adapted(**inputs, labels=inputs["input_ids"]).loss == 7
+    adapted.note = "mine"  # what the model has not stays here
+    assert adapted.note == "mine" and not hasattr(adapted.model, "note")
+    other = random_adapter(adapted.model)
+    adapted.adapter = other
+    assert adapted.adapter is other
+
+
+def test_saving_as_accelerate_asks_for_it(adapted, tmp_path):
+    state = adapted.state_dict()
+    adapted.save_pretrained(
+        tmp_path / "other", is_main_process=False, save_function=torch.save, state_dict=state
+    )
+    assert not (tmp_path / "other").exists()
+    adapted.save_pretrained(
+        tmp_path / "main", is_main_process=True, save_function=torch.save, state_dict=state
+    )
+    assert mk.load(tmp_path / "main", adapted.model).num_parameters() == adapted.adapter.num_parameters()

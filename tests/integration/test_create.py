@@ -9,6 +9,7 @@ from published import logits, random_adapter
 from residuals import random_shift
 
 import mmicl_kernels as mk
+from mmicl_kernels.integration.anchors import known_type
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
 
 CONFIGS = {
@@ -141,3 +142,31 @@ def test_a_model_without_its_head(name, method, tmp_path):
         with mk.attach(headless, loaded):
             actual = headless(**inputs).last_hidden_state
     assert torch.equal(actual, expected) and not torch.allclose(actual, plain)
+
+
+def test_a_users_own_config_class(tmp_path):
+    """Its family is that of what it was made from; transformers' own classes are looked up by themselves."""
+    model = tiny_model("llava-llama")
+    adapter = random_adapter(model)
+    expected = saved(model, adapter, tmp_path)
+
+    class Config(type(model.config)):
+        model_type = "my_llava"
+
+    class Further(Config):
+        pass
+
+    class Mine(type(model)):
+        config_class = Further
+
+    described = {key: x for key, x in model.config.to_dict().items() if key != "model_type"}
+    mine = Mine(Further(**described)).eval()
+    mine.load_state_dict(model.state_dict())
+    assert mine.config.model_type == "my_llava"
+    with mk.attach(mine, mk.load(tmp_path, mine)):
+        assert torch.equal(logits(mine, tiny_inputs(model)), expected)
+    assert known_type(model.config, {"my_llava": None}) == "llava"
+    theirs = type(
+        "Theirs", (type(model.config),), {"model_type": "new", "__module__": "transformers.models.new"}
+    )
+    assert known_type(theirs(), {"llava": None}) == "new"

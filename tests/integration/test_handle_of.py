@@ -153,3 +153,29 @@ def test_a_dict_of_one_adapter_acts_on_all_rows(method):
         handle.add("more", adapter_of(model, method))
         with pytest.raises(RuntimeError, match="several adapters are attached"):
             model(**inputs)
+
+
+def test_models_whose_layers_were_cut_or_replaced():
+    """What is left of the patched layers tells whose they are."""
+    for change in (lambda layers: layers[1:], lambda layers: torch.nn.ModuleList([layers[1], layers[0]])):
+        model = tiny_model("llava-llama")
+        handle = mk.attach(model, random_adapter(model))
+        whole = model.model.language_model.layers
+        model.model.language_model.layers = change(whole)
+        assert mk.handle_of(model) is handle
+        mk.detach(model)
+        assert not [x for x in whole.modules() if hasattr(x, "mmicl_layer")] and mk.handle_of(model) is None
+
+
+def test_rows_under_another_default_device():
+    model = tiny_model("llava-llama")
+    inputs, adapters = tiny_inputs(model), {"a": random_adapter(model), "b": adapter_of(model, "m2iv")}
+    with mk.attach(model, adapters) as handle, handle.rows(["a", "b"]):
+        expected = logits(model, inputs)
+    with torch.device("meta"):
+        handle = mk.attach(model, adapters)
+        block = handle.rows(["a", "b"])
+        block.__enter__()
+    assert torch.equal(logits(model, inputs), expected)
+    block.__exit__(None, None, None)
+    handle.detach()

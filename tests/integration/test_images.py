@@ -66,6 +66,13 @@ def tiff(order, width, bits, data, *, photometric=1, samples=1, form=1):
     return head + made + bytes(4) + wide + data
 
 
+def fits(row):
+    """One row of 16-bit samples, which are signed by the standard."""
+    cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", f"NAXIS1  = {len(row) // 2}", "NAXIS2  = 1", "END"]
+    header = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
+    return header + row.ljust(2880, b"\0")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
 def test_16_bits_are_scaled(kind):
     assert np.array_equal(grey(saved(Image.fromarray(RAMP), kind)), EXPECTED)
@@ -156,6 +163,7 @@ def test_a_transparent_value_that_pillow_misses_is_refused(made):
         (tiff("<", 1, 32, bytes(4)), "samples are 'I'"),
         (tiff("<", 2, 16, struct.pack("<hh", -1, 1), form=2), "samples are signed"),
         (tiff("<", 2, 8, b"\xff\1", form=2), "samples are signed"),
+        (fits(struct.pack(">hh", -1, 25500)), "samples are signed"),
         (
             tiff("<", 1, 32, struct.pack("<fff", 0, 1, 2), samples=3, photometric=2, form=3),
             "it is no image that Pillow knows",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -95,7 +96,17 @@ def wrapped_sdpa_mask(*args, **kwargs):
     return sdpa_mask(*args, **kwargs)
 
 
-UNKNOWN = {"none": None, "a function of its own": wrapped_sdpa_mask}
+@dataclass
+class Maker:
+    """One that cannot be looked up in a dict."""
+
+    __name__ = "wrapped_sdpa_mask"
+
+    def __call__(self, *args, **kwargs):
+        return sdpa_mask(*args, **kwargs)
+
+
+UNKNOWN = {"none": None, "a function of its own": wrapped_sdpa_mask, "an object": Maker()}
 REFUSAL = "MimIC cannot stand in for attention implementation 'mine'"
 
 
@@ -155,10 +166,11 @@ def test_the_report_says_whose_function_is_replaced(registered):
             lines[base] = str(handle.report())
     assert lines["sdpa"] == lines["eager"] and "in place of" not in lines["sdpa"]
     assert lines["mine"] == lines["sdpa"].replace("of default", "of default; in place of 'mine'")
-    AttentionInterface.register("sdpa", lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs))
-    model = with_base("llava-llama", "sdpa")
-    with mk.attach(model, random_adapter(model)) as handle:
-        assert "in place of 'sdpa'" in str(handle.report())
+    for base in ("sdpa", "eager"):
+        AttentionInterface.register(base, lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs))
+        model = with_base("llava-llama", base)
+        with mk.attach(model, random_adapter(model)) as handle:
+            assert f"in place of {base!r}" in str(handle.report())
 
 
 def test_a_patched_attentions_config_is_one_to_show_and_to_save(tmp_path):

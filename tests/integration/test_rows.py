@@ -121,7 +121,10 @@ def test_dict_without_rows_raises(model, adapters):
             logits(model, inputs)
         with handle.disabled():
             assert torch.equal(logits(model, inputs), plain)
-    with mk.attach(model, {"a": adapters["a"]}), pytest.raises(RuntimeError, match="rows"):
+    with (
+        mk.attach(model, {"a": adapters["a"], "b": adapters["b"]}),
+        pytest.raises(RuntimeError, match="rows"),
+    ):
         logits(model, inputs)
 
 

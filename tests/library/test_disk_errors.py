@@ -514,3 +514,22 @@ def test_labels_that_have_no_utf8(library, value):
     assert library.search(value) == [] and library.search(tags=[value]) == []
     with pytest.raises(ValueError, match="expected Unicode"):
         mk.Demonstration((), value, "")
+
+
+def made_a_pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [made_a_pipe, os.mkdir])
+def test_what_stands_in_the_place_of_the_log(library, make):
+    """No reader waits for a pipe, no writer fails for ever: the log is made anew."""
+    log = library.folder / "index" / "log.jsonl"
+    log.unlink()
+    make(log)
+    assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
+    mk.VLibrary(library.folder).put("d", live())
+    assert log.is_file()
+    assert mk.VLibrary(library.folder).list() == library.list() == ["a", "b", "c", "d"]
+    library.remove("d")
+    library.rebuild()
+    assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]

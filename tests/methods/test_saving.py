@@ -271,3 +271,45 @@ def test_embeddings_that_could_not_be_read_back(tmp_path, bad):
     with pytest.raises((ValueError, TypeError), match="embedding"):
         library.put("a", MAKERS["live"](), embedding=BAD[bad](torch.ones(4)))
     assert not library.folder.exists()
+
+
+@pytest.mark.parametrize("which", ["json", "safetensors"])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_cannot_take_its_place(tmp_path, monkeypatch, which, links):
+    """Either one's rename fails: both are what they were, under their own names alone."""
+    good = MAKERS["live"]()
+    good.save_pretrained(tmp_path)
+    before, rename, failed = contents(tmp_path), os.replace, []
+
+    def refused(source, target, **options):
+        if os.fspath(target).endswith(which) and not failed:
+            failed.append(target)
+            raise PermissionError(1, "Operation not permitted", os.fspath(target))
+        rename(source, target, **options)
+
+    def no_links(*args, **options):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "replace", refused)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(PermissionError, match="not permitted"):
+        MAKERS["m2iv"]().save_pretrained(tmp_path)
+    assert failed and contents(tmp_path) == before
+    assert_equal_values(read_adapter(tmp_path), good)
+    MAKERS["m2iv"]().save_pretrained(tmp_path)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["mmicl_adapter.json", "mmicl_adapter.safetensors"]
+
+
+def test_the_first_save_into_a_folder_leaves_nothing_where_it_fails(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def refused(source, target, **options):
+        if os.fspath(target).endswith("safetensors"):
+            raise PermissionError(1, "Operation not permitted", os.fspath(target))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(PermissionError):
+        MAKERS["live"]().save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -476,6 +476,8 @@ BAD = {
     "vector_size": (changed(vector=torch.zeros(7)), ValueError, r"vector has shape \[7\].*C = 8"),
     "vector_stacked": (changed(vector=torch.zeros(2, 8)), ValueError, "a 2-D vector needs adapter_ids"),
     "vector_device": (changed(vector=torch.zeros(8, device="meta")), ValueError, "vector is on meta"),
+    "scale_large": (changed(scale=-1e39), ValueError, "scale is -1e.39, expected a number of fp32"),
+    "scale_huge": (changed(scale=10**400), ValueError, "scale is 1000.*expected a number of fp32"),
     "scale_type": (changed(scale="1"), TypeError, "scale must be a number or a tensor, got str"),
     "scale_shape": (changed(scale=torch.zeros(1)), ValueError, r"scale has shape \[1\], expected \[\]"),
     "scale_dtype": (changed(scale=torch.tensor(1)), TypeError, "scale has dtype torch.int64"),

@@ -342,6 +342,7 @@ BAD = {
     "norm_dtype": (changed(norm_bias=torch.zeros(6).int()), TypeError, "norm_bias has dtype torch.int32"),
     "norm_bias": (changed(norm_weight=None), ValueError, "norm_bias was given without norm_weight"),
     "eps": (changed(eps=0.0), ValueError, "eps is 0.0, expected a number above 0"),
+    "eps_large": (changed(eps=1e39), ValueError, "eps is 1e.39, expected a number of fp32"),
     "eps_type": (changed(eps="1"), TypeError, "eps must be a number, got str"),
     "dtype": (changed(dtype=torch.int8), TypeError, "dtype is torch.int8, expected None or torch.float16"),
     "rows_type": (changed(rows=[1]), TypeError, "rows must be a tensor, got list"),

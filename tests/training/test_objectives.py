@@ -10,7 +10,8 @@ from published import in_double, logits, published, random_adapter
 from torch import nn
 
 import mmicl_kernels as mk
-from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
+from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.testing.tiny_models import ALL_MODELS, TINY_MODELS, is_available, tiny_inputs, tiny_model
 from mmicl_kernels.training import MimICObjective
 from mmicl_kernels.training.record import record_outputs
 
@@ -234,3 +235,45 @@ def test_checkpointing_hides_what_is_inside_a_layer(site):
         else:
             with pytest.raises(ValueError, match=f"align is '{site}' and gradient checkpointing"):
                 gradient()
+
+
+@pytest.mark.parametrize("name", filter(is_available, ALL_MODELS))
+def test_what_is_compared_are_the_querys_states(name):
+    """Some MLPs return all tokens in one row: they are the same tokens there."""
+    model = tiny_model(name).requires_grad_(False)
+    inputs, anchors = tiny_inputs(model), find_anchors(model)
+    query = inputs["attention_mask"].bool().clone()
+    query[:, :-4] = False
+    whole = {}
+    hooks = [
+        anchor.mlp.register_forward_hook(lambda m, args, out, i=anchor.index: whole.update({i: out}))
+        for anchor in anchors
+    ]
+    with torch.no_grad(), record_outputs([anchor.mlp for anchor in anchors], query) as states:
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    for anchor, x in zip(anchors, states, strict=True):
+        out = whole[anchor.index]
+        out = out[0] if isinstance(out, tuple) else out
+        expected = out.flatten(0, -2)[query.flatten()]
+        assert x.shape == (int(query.sum()), model.config.get_text_config().hidden_size)
+        assert torch.equal(x, expected)
+
+
+def test_layers_that_were_compiled_by_themselves_are_refused():
+    """Their graphs do not see the hooks that record: nothing would be aligned."""
+    model = tiny_model("llava-llama").requires_grad_(False)
+    batch = episode(model)
+    with mk.attach(model, random_adapter(model)) as handle:
+        for anchor in handle.anchors:
+            anchor.mlp.compile(backend="eager")
+        model(**batch.student)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+            try:
+                losses = MimICObjective(handle)(batch)
+            except RuntimeError as error:
+                assert "outputs of" in str(error) and "compiled" in str(error)
+            else:
+                assert losses.parts["align"] > 0
+    torch._dynamo.reset()

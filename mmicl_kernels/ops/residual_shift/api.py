@@ -1,16 +1,16 @@
 """The public op: contract, checks, dispatch."""
 
-from numbers import Real
-
 from torch import Tensor
 
 from mmicl_kernels.ops._checks import (
     Sizes,
+    check_fits,
     check_float,
     check_integer,
     check_last_stride,
     check_range,
     check_same_device,
+    is_number,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
@@ -98,8 +98,8 @@ def check_entries(
 
 
 def _check_scale(sizes: Sizes, x: Tensor, scale: float | Tensor) -> None:
-    if isinstance(scale, Real) and not isinstance(scale, bool):
-        return
+    if is_number(scale):
+        return check_fits("scale", scale)
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
     check_float("scale", scale)

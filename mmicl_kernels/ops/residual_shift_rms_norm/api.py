@@ -1,10 +1,15 @@
 """The public op: contract, checks, dispatch."""
 
-from numbers import Real
-
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import Sizes, check_float, check_last_stride, check_same_device
+from mmicl_kernels.ops._checks import (
+    Sizes,
+    check_fits,
+    check_float,
+    check_last_stride,
+    check_same_device,
+    is_number,
+)
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops.residual_shift.api import check_entries, entries
 from mmicl_kernels.ops.residual_shift_rms_norm._op import residual_shift_rms_norm_op
@@ -75,7 +80,8 @@ def _check(x, residual, vector, scale, norm_weight, eps, weight_offset, adapter_
     check_float("norm_weight", norm_weight)
     check_same_device(x=x, residual=residual, vector=vector, norm_weight=norm_weight, adapter_ids=adapter_ids)
     for name, value in (("eps", eps), ("weight_offset", weight_offset)):
-        if not isinstance(value, Real):
+        if not is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_fits(name, value)
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, expected at least 0")

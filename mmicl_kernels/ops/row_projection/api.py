@@ -1,17 +1,17 @@
 """The public op: contract, checks, dispatch."""
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._checks import (
     FLOAT_DTYPES,
     Sizes,
+    check_fits,
     check_float,
     check_last_stride,
     check_range,
     check_same_device,
+    is_number,
     is_readable,
     is_whole,
 )
@@ -93,8 +93,9 @@ def _check_parameters(
 
 
 def _check_options(eps: float, dtype: torch.dtype | None) -> None:
-    if not isinstance(eps, Real) or isinstance(eps, bool):
+    if not is_number(eps):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    check_fits("eps", eps)
     # A row that is none has no variance: with eps 0 its norm would be NaN.
     if not eps > 0:
         raise ValueError(f"eps is {eps}, expected a number above 0")

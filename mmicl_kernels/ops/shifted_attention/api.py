@@ -1,12 +1,11 @@
 """The public op: contract, checks, dispatch."""
 
-import math
-from numbers import Real
-
 import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._checks import (
+    FP32_MAX,
+    FP32_TINY,
     Sizes,
     check_choice,
     check_float,
@@ -15,6 +14,7 @@ from mmicl_kernels.ops._checks import (
     check_range,
     check_same_device,
     check_shift,
+    is_number,
     is_readable,
     is_whole,
 )
@@ -184,14 +184,18 @@ def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> S
 def _check_scalars(scale, causal, window, softcap, normalizer) -> None:
     if not isinstance(causal, bool):
         raise TypeError(f"causal is {causal!r}, expected True or False")
-    if scale is not None and (not isinstance(scale, Real) or isinstance(scale, bool)):
+    if scale is not None and not is_number(scale):
         raise TypeError(f"scale is a {type(scale).__name__}, expected a number or None")
-    if scale is not None and not abs(scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"scale is {scale!r}, expected a finite number of fp32 or None")
+    if scale is not None and not abs(scale) <= FP32_MAX:
+        raise ValueError(f"scale is {scale!r:.40}, expected a finite number of fp32 or None")
     if window is not None and not (is_whole(window) and window >= 1):
         raise ValueError(f"window is {window!r}, expected an int of at least 1 or None")
-    if softcap is not None and not (isinstance(softcap, Real) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap is {softcap!r}, expected a positive finite number or None")
+    # Below the smallest normal number of fp32 it is 0 where kernels have it, and what is divided by it NaN.
+    if softcap is not None and not (is_number(softcap) and FP32_TINY <= softcap <= FP32_MAX):
+        raise ValueError(
+            f"softcap is {softcap!r:.40}, expected a positive finite number of fp32 or None, "
+            f"{FP32_TINY:.4g} to {FP32_MAX:.4g}"
+        )
     check_choice("normalizer", normalizer, NORMALIZERS)
 
 
