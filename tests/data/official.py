@@ -69,7 +69,7 @@ def karpathy(id, folder, filename, split, captions):
 
 
 CAPTIONS = [
-    ["A man with a red helmet on a small moped.", "Man riding a motor bike.\n", " A man."],
+    ["A man with a red helmet on a small moped.", "Man riding a motor bike.\n", " Man riding a motor bike."],
     ["A woman cutting a cake."],
     ["A dog {image}.", "Dogs."],
 ]
@@ -101,7 +101,11 @@ FLICKR_ROWS = [
         "image": "flickr30k-images/1000092795.jpg",
         "text": "",
         "answer": "A man with a red helmet on a small moped.",
-        "answers": ["A man with a red helmet on a small moped.", "Man riding a motor bike.", "A man."],
+        "answers": [
+            "A man with a red helmet on a small moped.",
+            "Man riding a motor bike.",
+            "Man riding a motor bike.",
+        ],
     },
     {
         "id": "1000268201",
