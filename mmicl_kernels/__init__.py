@@ -32,7 +32,8 @@ _LAZY = {
     "LIVEAdapter": "mmicl_kernels.methods",
     "AIMConfig": "mmicl_kernels.methods",
     "AIMAdapter": "mmicl_kernels.methods",
-    "Demonstration": "mmicl_kernels.library",
+    "Demonstration": "mmicl_kernels.data",
+    "Records": "mmicl_kernels.data",
     "DemonstrationBank": "mmicl_kernels.library",
 }
 

@@ -161,13 +161,13 @@ def _new_demonstrations(
     counts: Counter[str],
 ) -> Iterator["Demonstration"]:
     """Those of the file that the bank does not have. Bad lines are named on stderr and counted."""
+    from mmicl_kernels.data import parse_line, read_lines, record_of
     from mmicl_kernels.integration.images import decode_image
-    from mmicl_kernels.training import read_lines
 
     for number, line in read_lines(file):
         bar.update(file.tell() - bar.n)
         try:
-            demonstration = _demonstration(line, images)
+            demonstration = record_of(parse_line(line), images, number).demonstration()
             known = bank.find(demonstration) is not None
             if not known:
                 builder.check(demonstration)
@@ -181,21 +181,6 @@ def _new_demonstrations(
         counts["good"] += 1
         if not known:
             yield demonstration
-
-
-def _demonstration(line: bytes, images: Path) -> "Demonstration":
-    """What a line describes. Raises ValueError: it describes none."""
-    from mmicl_kernels.library import Demonstration
-    from mmicl_kernels.training import parse_line, read_image
-
-    record = parse_line(line)
-    names, text, answer = (record.get(name) for name in ("image", "text", "answer"))
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(x, str) for x in [*names, text, answer]):
-        raise ValueError(
-            "missing field: expected image, a file or a list of them, and strings text and answer"
-        )
-    return Demonstration(tuple(read_image(images, name) for name in names), text, answer)
 
 
 def _complain(message: str) -> None:

@@ -8,13 +8,13 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmicl_kernels.data import Demonstration
 from mmicl_kernels.library.bank_files import (
     INDEX,
     LOCK,
@@ -40,32 +40,6 @@ from mmicl_kernels.library.working_set import WorkingSet
 from mmicl_kernels.methods import AIMAdapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import is_plain
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """One example of a task, as a bank names it.
-
-    Attributes:
-        images: the bytes of the image files, in order; a bank hashes them and does not keep them.
-        text: what precedes the answer. answer: what follows. Either may be empty; both are Unicode.
-    """
-
-    images: tuple[bytes, ...] = field(repr=False)
-    text: str
-    answer: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.images, tuple) or not all(isinstance(x, bytes) for x in self.images):
-            raise TypeError(f"images is a {type(self.images).__name__}, expected a tuple of bytes")
-        for name in ("text", "answer"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"{name} is {value!r:.80}, expected a string")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{name} is {value!r:.80}, expected Unicode: {error}") from error
 
 
 class Wording(NamedTuple):

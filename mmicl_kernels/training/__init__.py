@@ -2,7 +2,7 @@
 
 from mmicl_kernels.training.aggregation import AggregationBatch, AIMObjective
 from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
-from mmicl_kernels.training.documents import Documents, document_batches, parse_line, read_image, read_lines
+from mmicl_kernels.training.documents import Documents, document_batches
 from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.loop import TrainingConfig, train
 from mmicl_kernels.training.module import TrainedModule
@@ -26,9 +26,6 @@ __all__ = [
     "document_batches",
     "draw_demonstrations",
     "joint_features",
-    "parse_line",
-    "read_image",
-    "read_lines",
     "split_shots",
     "train",
     "trainable",

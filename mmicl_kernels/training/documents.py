@@ -1,6 +1,5 @@
 """Interleaved documents (MMC4's JSON lines) as AIM's training data: each image with its sentence."""
 
-import json
 import os
 import random
 from collections import Counter
@@ -8,26 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from mmicl_kernels.data import BadRecord, Demonstration, parse_line, read_image, read_lines
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.images import decode_image
-from mmicl_kernels.library import Demonstration
 from mmicl_kernels.training.aggregation import AggregationBatch
 
-MAX_LINE_BYTES = 2**24  # a line is held in memory; those of MMC4 have some kilobytes
-
 Document = tuple[Demonstration, ...]
-
-
-class BadRecord(ValueError):
-    """Why a line, or an image of it, is not used; ``reason`` is what is counted."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -187,51 +176,6 @@ def _batch(documents: Sequence[Document], builder: PromptBuilder, k: int) -> Agg
         demonstrations += document[:used]
         queries.append(document[used])
     return AggregationBatch(*builder.demonstrations(demonstrations), *builder.queries(queries), chosen)
-
-
-def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and content of each line that is not blank; too long a one is cut off."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        rest = line
-        while not rest.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
-            pass
-        if line.strip():
-            yield number, line
-
-
-def parse_line(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises BadRecord: it is none, or too long."""
-    if len(line) > MAX_LINE_BYTES:
-        raise BadRecord("line too long", f"expected at most {MAX_LINE_BYTES} bytes")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("bad JSON", str(error)) from error
-    if not isinstance(record, dict):
-        raise BadRecord("bad JSON", f"it is a {type(record).__name__}, expected an object")
-    return record
-
-
-def read_image(folder: Path, name: str) -> bytes:
-    """The bytes of a file within ``folder``, links followed.
-
-    Raises:
-        BadRecord: the path leads out of the folder, or there is no file that can be read.
-    """
-    try:
-        root, path = os.path.realpath(folder), os.path.realpath(folder / name)
-    except (OSError, ValueError) as error:  # a NUL in the name
-        raise BadRecord("missing image", f"{name!r:.80}: {error}") from error
-    if os.path.isabs(name) or not path.startswith(os.path.join(root, "")):
-        raise BadRecord("path outside", f"{name!r:.80} leads out of {folder}")
-    if not os.path.isfile(path):
-        raise BadRecord("missing image", f"{name!r:.80} is no file in {folder}")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadRecord("unreadable image", f"{name!r:.80}: {error}") from error
 
 
 def _matched(info: object, sentences: list[Any]) -> tuple[int, _Pair]:

@@ -207,9 +207,9 @@ def test_bad_lines(build, tmp_path):
         4: "missing image: 'none.png'",
         5: "path outside: '../secret.png'",
         6: "image 1 cannot be decoded",
-        7: "missing field",
-        8: "missing field",
-        9: "missing field",
+        7: "missing field: image and images are missing",
+        8: "missing field: answer is missing",
+        9: "bad field: answer is 3",
         10: "text 'an <image>' has '<image>', expected no special token",
     }
     assert len(errors) == len(expected)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import mmicl_kernels as mk
+from mmicl_kernels.data import lines as lines_module
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_models import tiny_model
@@ -149,7 +150,7 @@ def test_images_whose_colours_are_not_known_cost_their_pairs(write):
 
 
 def test_long_lines_are_not_kept(write, monkeypatch):
-    monkeypatch.setattr(documents_module, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 200)
     long = record(("1.png", 0), sentences=["a" * 1000])
     short = record(("2.png", 0), sentences=["a"])
     for lines in ([long, short], [short, long], [long, short, long]):
