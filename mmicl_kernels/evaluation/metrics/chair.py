@@ -111,7 +111,8 @@ def _table(synonyms: Mapping[str, Sequence[str]], phrases: Mapping[str, str | No
 
 
 def _mentions(caption: str, table: Mapping[str, str | None]) -> list[str]:
-    words = re.findall(r"[^\W_]+(?:-[^\W_]+)*", re.sub(r"['’]s\b", "", caption.lower()))
+    # A mark is a word too: "hot, dogs" are not hot dogs.
+    words = re.findall(r"[^\W_]+(?:-[^\W_]+)*|[^\w\s]", re.sub(r"['’]s\b", "", caption.lower()))
     longest = max((len(name.split()) for name in table), default=0)
     found, start = [], 0
     while start < len(words):

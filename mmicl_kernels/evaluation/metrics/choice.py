@@ -64,14 +64,16 @@ def choice_accuracy(
 
 
 def choice_of(prediction: str, choices: Sequence[str], first_index: int = 0) -> int | None:
-    """Position of the choice that ``prediction`` means, from 0, or ``None``. The first rule that fits decides:
+    """Position of the choice that ``prediction`` means, from 0, or ``None``.
 
-    1. the whole prediction is a choice's text (case, outer spaces and a last period aside); 2. it is, or
-    begins with, a choice's letter that is set apart: ``B``, ``b``, ``(B)``, ``B.``, ``B) red``, ``B: red``;
-    3. it is a whole number: the choice's index, counted from ``first_index``; 4. it says ``answer is B``,
-    ``option B`` or ``choice (b)``, and of no other letter; 5. the text of exactly one choice stands in it as
-    whole words; a choice inside a longer one that also stands
-       there does not count.
+    The first rule that fits decides:
+
+    1. the whole prediction is a choice's text (case, outer spaces and a last period aside);
+    2. it is, or begins with, a letter set apart: ``B``, ``b``, ``(B)``, ``B.``, ``B) red``, ``B: red``;
+    3. it is a whole number: the choice's index, counted from ``first_index``;
+    4. it says ``answer is B``, ``option (b)`` or ``choice B`` of one letter, and a mark or nothing follows;
+    5. the text of exactly one choice stands in it as whole words; a choice that is part of a longer one there
+       does not count.
     """
     texts = [_plain(choice) for choice in choices]
     said = _plain(prediction)
@@ -82,7 +84,7 @@ def choice_of(prediction: str, choices: Sequence[str], first_index: int = 0) -> 
         return _letter(letter[1], len(texts))
     if re.fullmatch(r"-?\d+", said):
         return _inside(int(said) - first_index, len(texts))
-    named = {x[1] for x in re.finditer(r"\b(?:answer is|option|choice)\s*:?\s*\(?([a-z])\b(?!')", said)}
+    named = set(re.findall(r"\b(?:answer is|option|choice):?\s*\(?([a-z])\s*(?=[).,:;]|$)", said))
     if len(named) == 1 and (position := _letter(*named, len(texts))) is not None:
         return position
     return _only_text(said, texts)
@@ -168,7 +170,7 @@ class AurocScore(Score):
 
 
 def auroc(scores: Sequence[float], labels: Sequence[int | bool]) -> AurocScore:
-    """Probability that a positive has a higher score than a negative, ties counted half (Mann and Whitney's U).
+    """Probability that a positive has a higher score than a negative, ties counted half (Mann-Whitney).
 
     ``scores``: finite numbers ``[N]``, such as the probability of "yes". ``labels``: 1 or True for positives
     ``[N]``. ``samples`` are the placements: of a positive, the share of negatives below it; of a negative,

@@ -104,8 +104,8 @@ def _lmms_okvqa(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
 VARIANTS: dict[str, Callable[[str, list[str]], tuple[str, list[str]]]] = {
     "testbed": _both_sides,
     "official": _official,
-    "if-disagreeing": _if_disagreeing,
-    "lmms-okvqa": _lmms_okvqa,
+    "if_disagreeing": _if_disagreeing,
+    "lmms_okvqa": _lmms_okvqa,
 }
 
 
@@ -122,9 +122,9 @@ def vqa_accuracy(
     - ``"official"``: GT-Vision-Lab's ``vqaEval.py``. The prediction always, by both steps; the answers only
       where they differ, and their punctuation only, so that capitals, articles and number words among them
       never match.
-    - ``"if-disagreeing"``: both sides by both steps where the answers differ, else neither; the form that
+    - ``"if_disagreeing"``: both sides by both steps where the answers differ, else neither; the form that
       copies of the official script circulate.
-    - ``"lmms-okvqa"``: lmms-eval's for OK-VQA and VizWiz, after MMF's EvalAI processor: as ``"testbed"``,
+    - ``"lmms_okvqa"``: lmms-eval's for OK-VQA and VizWiz, after MMF's EvalAI processor: as ``"testbed"``,
       but first in lower case ``,`` and ``?`` vanish and ``'s`` becomes a word. No stemming.
 
     Warns where fewer than four answers make an accuracy of 1 impossible: one answer always scores 0, two 1/3,

@@ -16,7 +16,7 @@ _IRREGULAR = {
     "zombies": "zombie",
 }  # fmt: skip
 _SAME = """
-    always as bus chess christmas clothes deer dress electronics fish gas glass glasses grass has his is
+    always as bus chess christmas clothes deer dress electronics fish gas glass grass has his is
     its jeans las lens mathematics news pants paris perhaps physics plus scissors series sheep shorts
     species sunglasses tennis texas this trousers us vegas was yes
 """
@@ -32,7 +32,7 @@ _ENDINGS = (
 def singular(word: str) -> str:
     """A lower-case noun's singular: irregular forms of common nouns, else the spelling's rules.
 
-    A word that ends in ``ss`` or ``us``, or is in a short list (``jeans``, ``glasses``, ``tennis``), stays
+    A word that ends in ``ss`` or ``us``, or is in a short list (``jeans``, ``sheep``, ``tennis``), stays
     as it is. There is no dictionary: a rare irregular plural stays wrong.
     """
     if word in _SAME.split():
