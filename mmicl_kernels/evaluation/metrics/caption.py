@@ -65,8 +65,7 @@ class _Vector:
         for gram, count in counts.items():
             self.weights[len(gram) - 1][gram] = count * (log_total - math.log(max(1, images[gram])))
         self.norms = [math.sqrt(sum(x * x for x in weights.values())) for weights in self.weights]
-        # The original measures a caption's length by its pairs of words.
-        self.pairs = sum(count for gram, count in counts.items() if len(gram) == 2)
+        self.length = sum(count for gram, count in counts.items() if len(gram) == 1)
 
 
 def _score(hypothesis: _Vector, references: Sequence[_Vector]) -> float:
@@ -83,4 +82,4 @@ def _similarity(hypothesis: _Vector, reference: _Vector) -> float:
         if all(norms):
             dots = (min(weight, other[gram]) * other[gram] for gram, weight in own.items() if gram in other)
             total += sum(dots) / math.prod(norms)
-    return total * math.exp(-((hypothesis.pairs - reference.pairs) ** 2) / (2 * SIGMA**2))
+    return total * math.exp(-((hypothesis.length - reference.length) ** 2) / (2 * SIGMA**2))
