@@ -42,7 +42,12 @@ def test_what_a_caption_mentions(caption, expected):
 
 
 def test_chair():
-    captions = ["A man with a dog", "A dog and a puppy on a chair", "Nothing here", "A bear, a dog and a zebra"]
+    captions = [
+        "A man with a dog",
+        "A dog and a puppy on a chair",
+        "Nothing here",
+        "A bear, a dog and a zebra",
+    ]
     objects = [["person", "bear"], {"pup", "chair"}, [], ["zebra"]]
     found = chair(captions, objects, SYNONYMS)
     assert found.mentioned == [["person", "dog"], ["dog", "dog", "chair"], [], ["bear", "dog", "zebra"]]
