@@ -9,7 +9,7 @@ import pytest
 import mmicl_kernels
 
 PACKAGE = Path(mmicl_kernels.__file__).parent
-LAYERS = ("ops", "data", "modules", "methods", "library", "integration", "training", "cli")
+LAYERS = ("ops", "data", "modules", "methods", "library", "integration", "training", "evaluation", "cli")
 # Modules beside the layers. The package itself names what is public, lazily, as strings.
 LEFT_OF_ALL = ("_extension", "_build_info")
 TORCH_ALONE = ("ops", "modules")
@@ -102,6 +102,7 @@ def test_layers_that_hold_models_name_no_foreign_package_but_theirs():
         "library": {"safetensors", "huggingface_hub"},
         "integration": {"transformers", "tqdm", "PIL", "numpy"},
         "training": {"tqdm", "sklearn", "PIL"},
+        "evaluation": {"numpy", "nltk", "inflection"},
     }
     for path in FILES:
         layer = layer_of(name_of(path))

@@ -145,7 +145,6 @@ def test_scramble_changes_one_task_within_its_words(generator):
         (lambda: data.split_originals("dev"), "split must be one of .*got 'dev'"),
         (lambda: data.word_ids("colour"), "task must be one of .*got 'colour'"),
         (lambda: data.word_id("ten"), "'ten' is not in the vocabulary"),
-        (lambda: evaluate.wilson_interval(3, 2), "got 3 of 2"),
         (lambda: evaluate.accuracy(None, "digit", 1, samples=0), "samples must be at least 1, got 0"),
         (lambda: evaluate.accuracy(None, "digit", -1), "shots must be in .*got -1"),
     ],
@@ -159,12 +158,6 @@ def test_mismatched_demonstrations_are_refused(generator):
     demonstrations, queries = data.draw_episodes(4, 2, split="test", generator=generator)
     with pytest.raises(ValueError, match=r"\[3, shots\].*got \[4, 2\]"):
         data.episode_inputs(demonstrations, queries[:3], "digit")
-
-
-def test_wilson_interval():
-    # Newcombe (1998), Statistics in Medicine 17:857, table I: 81 of 263 and 15 of 148, method 3.
-    assert evaluate.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert evaluate.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
 
 
 def test_missing_weights_say_how_to_make_them(tmp_path):

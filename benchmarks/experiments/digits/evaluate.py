@@ -6,11 +6,12 @@ attach it and ask for ``shots=0``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from mmicl_kernels.evaluation import wilson_interval
 
 from . import data
 
@@ -35,16 +36,6 @@ class Accuracy:
 
     def __add__(self, other: Accuracy) -> Accuracy:
         return Accuracy(self.correct + other.correct, self.total + other.total)
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; ``z`` is the normal quantile, by default of 95 %."""
-    if not 0 <= correct <= total or total == 0:
-        raise ValueError(f"expected 0 <= correct <= total and total > 0, got {correct} of {total}")
-    rate, spread = correct / total, z * z / total
-    half = math.sqrt(spread * (rate * (1 - rate) + spread / 4))
-    centre = rate + spread / 2
-    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
 
 
 def plain_prompts(demonstrations: data.Samples, queries: data.Samples, task: str) -> data.Episode:
