@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from mmicl_kernels.integration.image_markers import image_markers
+from mmicl_kernels.integration.image_markers import BARE, image_markers
 from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.integration.presets import PRESETS, Preset
 from mmicl_kernels.integration.turns import ChatTurns, FormatTurns, Written
@@ -112,6 +112,8 @@ class PromptBuilder:
         self._special, self._special_ids = special_tokens(self._tokenizer)
         self._special.add(token)
         self._merging: dict[int, bool] = {}  # by the number of spaces
+        # Official code trains its students without the instruction that it has everywhere else.
+        self.instructs_students = template not in PRESETS
         self._separated = False
         self._turns = self._turns_of(template, instruction, image_marker)
 
@@ -227,8 +229,9 @@ class PromptBuilder:
                 raise ValueError(f"image_marker is {image_marker!r}, expected None with the template 'chat'")
             return ChatTurns(self.processor, self._image_token, self._special, instruction or "")
         preset = PRESETS.get(template)
-        # A preset is literal: around its images is what the processor writes by itself.
-        marker = self._image_token if preset and image_marker is None else image_marker
+        bare = any(cls.__name__ in BARE for cls in type(self.processor).__mro__)
+        # A preset is literal: not as a chat template has images, where the processor writes what they need.
+        marker = self._image_token if preset and bare and image_marker is None else image_marker
         markers = image_markers(self.processor, self._image_token, marker)
         chosen = preset or Preset(template)
         if instruction is not None:

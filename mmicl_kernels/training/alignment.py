@@ -1,0 +1,107 @@
+"""Queries asked twice by a builder of prompts: which tokens of both prompts are the same."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.integration import AnsweredPrompts, PromptBuilder
+from mmicl_kernels.library import Demonstration
+from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
+from mmicl_kernels.training.sampling import split_shots
+
+SHOWN = 40  # tokens of each prompt in a message
+
+
+def episode_batch(
+    builder: PromptBuilder,
+    queries: Sequence[Demonstration],
+    shots: Sequence[Sequence[Demonstration]],
+    *,
+    shots_per_pass: int | None = None,
+    padding_side: str = "right",
+) -> EpisodeBatch:
+    """Each of ``queries`` with its answer, alone and after its demonstrations ``shots``.
+
+    With ``shots_per_pass`` it is a ``ManyShotBatch``: no prompt of the teacher has more demonstrations, and
+    all of them see the query. A preset of official code instructs the teacher alone, as that does.
+
+    Raises:
+        TypeError, ValueError: as ``PromptBuilder.answered`` and :func:`align`; ``shots_per_pass`` is not
+        positive; with it, rows of ``shots`` that differ in length.
+    """
+    options = {"padding_side": padding_side}
+    none: list[tuple[Demonstration, ...]] = [()] * len(queries)
+    student = builder.answered(queries, none, instructed=builder.instructs_students, **options)
+    passes = [list(shots)] if shots_per_pass is None else _passes(shots, shots_per_pass)
+    teachers = [builder.answered(queries, rows, **options) for rows in passes]
+    tokenizer = builder.processor.tokenizer
+    aligned = [align(student, teacher, tokenizer.decode) for teacher in teachers]
+    first = (student.inputs, teachers[0].inputs, *aligned[0], student.labels)
+    if shots_per_pass is None:
+        return EpisodeBatch(*first)
+    further = [(made.inputs, query) for made, (_, query) in zip(teachers[1:], aligned[1:], strict=True)]
+    return ManyShotBatch(*first, further=tuple(further))
+
+
+def align(
+    student: AnsweredPrompts, teacher: AnsweredPrompts, decode: Callable[[list[int]], str]
+) -> tuple[Tensor, Tensor]:
+    """The query's tokens in both prompts, bool ``[B, T]`` of each.
+
+    They are the end that the ids of both have in common, without padding, as far as the student's head,
+    which is never among them: it has other attention there, that of a prompt's first tokens.
+
+    Raises:
+        ValueError: the common end does not reach back to the head. A tokenizer has merged the query's first
+        characters with what stands before them, or the processor makes other tokens of an image when there
+        are several. The text has both ends.
+    """
+    masks = torch.zeros_like(student.head), torch.zeros_like(teacher.head)
+    for row in range(len(student.head)):
+        mine, theirs = (x.inputs["attention_mask"][row].nonzero().flatten() for x in (student, teacher))
+        ids = [
+            x.inputs["input_ids"][row, places].tolist()
+            for x, places in zip((student, teacher), (mine, theirs), strict=True)
+        ]
+        wanted, common = len(mine) - int(student.head[row].sum()), _common_end(*ids)
+        if common < wanted:
+            raise ValueError(_complaint(row, ids, wanted, common, decode))
+        masks[0][row, mine[-wanted:]] = True
+        masks[1][row, theirs[-wanted:]] = True
+    return masks
+
+
+def _passes(shots: Sequence[Sequence[Demonstration]], limit: int) -> list[list[Sequence[Demonstration]]]:
+    """For each pass of the teacher the demonstrations of every row."""
+    if limit < 1:
+        raise ValueError(f"shots_per_pass is {limit!r}, expected at least 1")
+    lengths = sorted({len(row) for row in shots})
+    if len(lengths) > 1:
+        raise ValueError(f"shots has rows of {lengths} demonstrations, expected as many in each")
+    count = max(1, -(-lengths[0] // limit))
+    if count == 1:
+        return [list(shots)]
+    return [list(rows) for rows in zip(*(split_shots(row, count) for row in shots), strict=True)]
+
+
+def _common_end(x: list[int], y: list[int]) -> int:
+    count = 0
+    while count < min(len(x), len(y)) and x[-1 - count] == y[-1 - count]:
+        count += 1
+    return count
+
+
+def _complaint(
+    row: int, ids: list[list[int]], wanted: int, common: int, decode: Callable[[list[int]], str]
+) -> str:
+    # From where the query begins, or as much before the place where they part as fits.
+    begin = min(wanted, common + SHOWN // 2) + 2
+    tails = [x[-begin:][:SHOWN] for x in ids]
+    shown = [f"{decode(tail)!r}, ids {tail}" for tail in tails]
+    return (
+        f"prompts of query {row}: only the last {common} tokens are the same, expected all {wanted} of the "
+        f"query. The student's has {shown[0]} where the teacher's has {shown[1]}. Has the tokenizer merged "
+        "the query's beginning with what stands before it (begin the template with an image, a special token "
+        "or a word after a space), or the processor made other tokens of an image among several?"
+    )
