@@ -194,15 +194,16 @@ class ChatTurns:
             pieces = text_pieces(x.text)
             texts += [piece for piece in pieces if piece] if any(pieces) else [""] * ("text" in pattern)
             texts.append(x.answer)
+        complaints = []
         for listed in (True, False):  # some templates want an answer as a string
             rendered = self._try(_conversation(patterns, self._instruction if instructed else "", listed))
-            complaint = rendered if isinstance(rendered, Exception) else self._complaint(rendered, patterns)
-            if complaint is None:
+            failed = isinstance(rendered, Exception)
+            complaints.append(rendered if failed else self._complaint(rendered, patterns))
+            if complaints[-1] is None:
                 return rendered, texts
-        cause = complaint if isinstance(complaint, Exception) else None
         raise ValueError(
-            f"the chat template of {self._name} cannot write turns of {patterns}: {complaint}"
-        ) from cause
+            f"the chat template of {self._name} cannot write turns of {patterns}: {complaints[0]}"
+        ) from (complaints[0] if isinstance(complaints[0], Exception) else None)
 
     def _try(self, conversation: list[Message]) -> str | Exception:
         try:
