@@ -5,11 +5,10 @@ from mmicl_kernels.integration.anchors import UnsupportedModelError
 from mmicl_kernels.integration.attach import attach, detach, handle_of
 from mmicl_kernels.integration.create import create, load, load_official
 from mmicl_kernels.integration.handle import Handle
-from mmicl_kernels.integration.prompts import AnsweredPrompts, PromptBuilder
+from mmicl_kernels.integration.prompts import PromptBuilder
 
 __all__ = [
     "AdaptedModel",
-    "AnsweredPrompts",
     "Handle",
     "PromptBuilder",
     "UnsupportedModelError",

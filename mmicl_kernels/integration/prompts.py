@@ -36,12 +36,15 @@ class AnsweredPrompts:
         labels: int64 ``[B, T]``, the answer's tokens and its end; elsewhere -100.
         head: bool ``[B, T]``, what stands before the first turn: the begin of text, a system's turn.
         image: bool ``[B, T]``, the tokens of images.
+        texts: as the processor was given them. begins: where in each of them the first turn begins.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     head: Tensor
     image: Tensor
+    texts: tuple[str, ...]
+    begins: tuple[int, ...]
 
 
 class PromptBuilder:
@@ -183,7 +186,14 @@ class PromptBuilder:
             positions = own[row].nonzero().flatten()
             head[row, positions[: self._head_tokens(ids[row, positions].tolist(), x.head, text)]] = True
         labels = ids.masked_fill(~self._answer_mask(inputs, texts, spans), IGNORE)
-        return AnsweredPrompts(inputs, labels, head, image)
+        return AnsweredPrompts(inputs, labels, head, image, tuple(texts), tuple(len(x.head) for x in written))
+
+    def splits(self, text: str, place: int) -> bool:
+        """Whether no token of ``text`` has characters before and after ``place``."""
+        ids, before = (self._encoded(x)["input_ids"] for x in (text, text[:place]))
+        if before[-1:] == [self._tokenizer.eos_token_id] != ids[len(before) - 1 : len(before)]:
+            before = before[:-1]  # the end of text that some tokenizers write
+        return ids[: len(before)] == before
 
     def prompt(
         self,
@@ -338,9 +348,9 @@ class PromptBuilder:
         return items
 
     def _token_options(self, text: str) -> dict[str, bool]:
-        """A begin of text that is written, as by chat templates, is not added once more."""
+        """A begin of text that is written, as by chat templates and Idefics v1's, is not added once more."""
         bos = self._tokenizer.bos_token
-        written = bos is not None and text.startswith(bos)
+        written = self._interleaves or (bos is not None and text.startswith(bos))
         return {"add_special_tokens": False} if written else {}
 
     def _encoded(self, text: str, **options: bool) -> dict[str, list]:
@@ -355,7 +365,9 @@ class PromptBuilder:
         else:
             expected = self._encoded(text)["input_ids"]
             expected = expected[: _shared(expected, self._encoded(head)["input_ids"])]
-        return _shared(ids, expected)
+        bos = self._tokenizer.bos_token_id
+        written = int(ids[:1] == [bos] != expected[:1])  # by the processor
+        return written + _shared(ids[written:], expected)
 
     def _text_mask(self, inputs: dict[str, Tensor], demonstrations: Sequence[Demonstration]) -> Tensor:
         ids = inputs["input_ids"]

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mmicl_kernels.integration import AnsweredPrompts, PromptBuilder
+from mmicl_kernels.integration.prompts import AnsweredPrompts, PromptBuilder
 from mmicl_kernels.library import Demonstration
+from mmicl_kernels.training.batch import IGNORE
 from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.sampling import split_shots
 
@@ -35,8 +36,7 @@ def episode_batch(
     student = builder.answered(queries, none, instructed=builder.instructs_students, **options)
     passes = [list(shots)] if shots_per_pass is None else _passes(shots, shots_per_pass)
     teachers = [builder.answered(queries, rows, **options) for rows in passes]
-    tokenizer = builder.processor.tokenizer
-    aligned = [align(student, teacher, tokenizer.decode) for teacher in teachers]
+    aligned = [align(student, teacher, builder) for teacher in teachers]
     first = (student.inputs, teachers[0].inputs, *aligned[0], student.labels)
     if shots_per_pass is None:
         return EpisodeBatch(*first)
@@ -45,17 +45,18 @@ def episode_batch(
 
 
 def align(
-    student: AnsweredPrompts, teacher: AnsweredPrompts, decode: Callable[[list[int]], str]
+    student: AnsweredPrompts, teacher: AnsweredPrompts, builder: PromptBuilder
 ) -> tuple[Tensor, Tensor]:
     """The query's tokens in both prompts, bool ``[B, T]`` of each.
 
     They are the end that the ids of both have in common, without padding, as far as the student's head,
-    which is never among them: it has other attention there, that of a prompt's first tokens.
+    which is never among them: it has other attention there, that of a prompt's first tokens. The query's
+    first tokens may be missing, where a tokenizer begins a text with others ("▁Question" or "Question").
 
     Raises:
-        ValueError: the common end does not reach back to the head. A tokenizer has merged the query's first
-        characters with what stands before them, or the processor makes other tokens of an image when there
-        are several. The text has both ends.
+        ValueError: the common end has not all images of the query and its answer, or it is shorter than the
+            query since a token has characters of the query and of what stands before it. The text has both
+            ends.
     """
     masks = torch.zeros_like(student.head), torch.zeros_like(teacher.head)
     for row in range(len(student.head)):
@@ -64,12 +65,24 @@ def align(
             x.inputs["input_ids"][row, places].tolist()
             for x, places in zip((student, teacher), (mine, theirs), strict=True)
         ]
-        wanted, common = len(mine) - int(student.head[row].sum()), _common_end(*ids)
-        if common < wanted:
-            raise ValueError(_complaint(row, ids, wanted, common, decode))
-        masks[0][row, mine[-wanted:]] = True
-        masks[1][row, theirs[-wanted:]] = True
+        whole, common = len(mine) - int(student.head[row].sum()), _common_end(*ids)
+        count = min(whole, common)
+        masks[0][row, mine[len(mine) - count :]] = True
+        masks[1][row, theirs[len(theirs) - count :]] = True
+        needed = student.image[row] | (student.labels[row] != IGNORE)
+        short = count < whole and not _begins_apart(student, teacher, row, builder)
+        if short or (needed & ~masks[0][row]).any():
+            raise ValueError(_complaint(row, ids, whole, common, builder.processor.tokenizer.decode))
     return masks
+
+
+def _begins_apart(
+    student: AnsweredPrompts, teacher: AnsweredPrompts, row: int, builder: PromptBuilder
+) -> bool:
+    """Whether in both prompts a token begins where the texts begin to be the same."""
+    mine, theirs = student.texts[row], teacher.texts[row]
+    same = min(_common_end(mine, theirs), len(mine) - student.begins[row])
+    return all(builder.splits(text, len(text) - same) for text in (mine, theirs))
 
 
 def _passes(shots: Sequence[Sequence[Demonstration]], limit: int) -> list[list[Sequence[Demonstration]]]:
@@ -85,7 +98,7 @@ def _passes(shots: Sequence[Sequence[Demonstration]], limit: int) -> list[list[S
     return [list(rows) for rows in zip(*(split_shots(row, count) for row in shots), strict=True)]
 
 
-def _common_end(x: list[int], y: list[int]) -> int:
+def _common_end(x: Sequence[int] | str, y: Sequence[int] | str) -> int:
     count = 0
     while count < min(len(x), len(y)) and x[-1 - count] == y[-1 - count]:
         count += 1
@@ -100,8 +113,8 @@ def _complaint(
     tails = [x[-begin:][:SHOWN] for x in ids]
     shown = [f"{decode(tail)!r}, ids {tail}" for tail in tails]
     return (
-        f"prompts of query {row}: only the last {common} tokens are the same, expected all {wanted} of the "
-        f"query. The student's has {shown[0]} where the teacher's has {shown[1]}. Has the tokenizer merged "
-        "the query's beginning with what stands before it (begin the template with an image, a special token "
-        "or a word after a space), or the processor made other tokens of an image among several?"
+        f"prompts of query {row}: only the last {common} tokens are the same, of {wanted} that it has, "
+        f"expected its images and its answer. The student's has {shown[0]} where the teacher's has {shown[1]}. "
+        "Has the tokenizer merged the query's beginning with what stands before it (begin the template with "
+        "an image or a special token), or the processor made other tokens of an image among several?"
     )

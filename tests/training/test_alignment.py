@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from example_images import BLUE, GREEN, RED
+from tokenizers import pre_tokenizers, processors
 
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.library import Demonstration
@@ -141,7 +142,7 @@ def test_a_tokenizer_that_merges_over_the_boundary(shots):
     with pytest.raises(ValueError) as error:
         episode_batch(builder, [query], rows)
     message = str(error.value)
-    assert message.startswith("prompts of query 0: only the last 9 tokens are the same, expected all 10")
+    assert message.startswith("prompts of query 0: only the last 9 tokens are the same, of 10 that")
     ids = builder.processor.tokenizer.convert_tokens_to_ids
     student = ["<s>", "h", "i", "▁", "i", "s", "▁", "i", "t", "▁red", "</s>"]
     teacher = ["oh"[1], "▁red", "\nh", *student[2:]]
@@ -158,7 +159,7 @@ def test_merged_in_the_student_s_head():
     """The query's first letter belongs to the head's last token: it is no token of the query."""
     processor = builder_of("llava", PLAIN, words=("▁red", ".h")).processor
     builder = PromptBuilder(processor, PLAIN, instruction="look.")
-    with pytest.raises(ValueError, match="prompts of query 1: only the last 5 tokens .* all 6"):
+    with pytest.raises(ValueError, match="prompts of query 1: only the last 5 tokens .* of 6 that"):
         queries = [Demonstration((RED,), "a", "red"), Demonstration((), "hi x", "red")]
         episode_batch(builder, queries, [POOL[:1]] * 2)
 
@@ -182,14 +183,14 @@ def test_any_other_token_before_the_end_is_found():
     """Whatever the processor did to one prompt alone."""
     builder = builder_of("llava", PLAIN)
     student, teacher = builder.answered(QUERIES, [[], []]), builder.answered(QUERIES, [POOL, POOL])
-    masks = align(student, teacher, builder.processor.tokenizer.decode)
+    masks = align(student, teacher, builder)
     for row in range(2):
         for place in masks[1][row].nonzero().flatten().tolist():
             ids = teacher.inputs["input_ids"].clone()
             ids[row, place] = 50
             other = replace(teacher, inputs={**teacher.inputs, "input_ids": ids})
             with pytest.raises(ValueError, match=f"prompts of query {row}: only the last"):
-                align(student, other, builder.processor.tokenizer.decode)
+                align(student, other, builder)
 
 
 @pytest.mark.parametrize("shots, passes", [(0, [0]), (1, [1]), (4, [2, 2]), (5, [1, 2, 2])])
@@ -212,3 +213,50 @@ def test_many_shots(shots, passes):
         episode_batch(builder, QUERIES, rows, shots_per_pass=0)
     with pytest.raises(ValueError, match=r"shots has rows of \[1, 2\] demonstrations, expected as many"):
         episode_batch(builder, QUERIES, [POOL[:1], POOL[:2]], shots_per_pass=2)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["", "writes_the_end"])
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize(
+    "name, template, missing",
+    [
+        ("llava", "chat", 0),
+        ("llava", "{text} {image} {answer}\n", 1),
+        ("idefics2", "chat", {"first": 0, "always": 1}),  # its turns begin after a token and a line's end
+        ("idefics2", "mimic-idefics2", {"first": 1, "always": 0}),
+        ("idefics", "mimic-idefics", 0),
+        ("qwen2_vl", "chat", 0),
+        ("qwen2_vl", "{image}{text} {answer}\n", 0),
+    ],
+)
+def test_a_text_s_first_token(name, template, missing, scheme, ends):
+    """SentencePiece's "▁User" where a text, or what follows a token, begins: else "User". Nothing merges."""
+    processor = tiny_processor(name, chat=template == "chat")
+    if name == "qwen2_vl":
+        processor.chat_template = CHAT_TEMPLATES[name]
+    backend = processor.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    builder = PromptBuilder(processor, template)
+    batch = episode_batch(builder, QUERIES, [POOL, POOL[:1]])
+    missing = missing if isinstance(missing, int) else missing[scheme]
+    student = builder.answered(QUERIES, [[], []], instructed=builder.instructs_students)
+    own = student.inputs["attention_mask"].bool() & ~student.head
+    left = own & ~batch.student_query
+    assert left.sum(-1).tolist() == [missing, missing]
+    for row in range(2):
+        found = tokens(builder, student.inputs["input_ids"][row], left[row])
+        assert found in ([], ["▁"])
+        mine = tokens(builder, batch.student["input_ids"][row], batch.student_query[row])
+        assert mine == tokens(builder, batch.teacher["input_ids"][row], batch.teacher_query[row])
+    assert not (student.image & ~batch.student_query).any()
+
+
+def test_places_that_tokens_split():
+    builder = builder_of("llava", PLAIN, words=("▁red", "\nh"))
+    assert [builder.splits("a red\nhi", place) for place in range(9)] == [
+        True, True, False, False, False, True, False, True, True,
+    ]  # fmt: skip
