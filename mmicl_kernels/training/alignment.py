@@ -114,7 +114,7 @@ def _complaint(
     shown = [f"{decode(tail)!r}, ids {tail}" for tail in tails]
     return (
         f"prompts of query {row}: only the last {common} tokens are the same, of {wanted} that it has, "
-        f"expected its images and its answer. The student's has {shown[0]} where the teacher's has {shown[1]}. "
+        f"expected its images and its answer. The student has {shown[0]} where the teacher has {shown[1]}. "
         "Has the tokenizer merged the query's beginning with what stands before it (begin the template with "
         "an image or a special token), or the processor made other tokens of an image among several?"
     )
