@@ -22,6 +22,7 @@ BARE = {
     "Gemma3Processor": "writes <start_of_image>, <end_of_image> and the empty lines around them",
     "Gemma3nProcessor": "writes <start_of_image>, <end_of_image> and the empty lines around them",
     "Gemma4Processor": "writes the begin and the end of an image",
+    "IdeficsProcessor": "writes <fake_token_around_image>",
     "Idefics2Processor": "writes <fake_token_around_image>",
     "Idefics3Processor": "writes <fake_token_around_image> and the tokens of rows and columns",
     "InternVLProcessor": "writes <img> and </img>",
@@ -97,7 +98,7 @@ class FixedMarkers:
     """The same marker for each image; ``{number}`` in it counts them from 1."""
 
     def __init__(self, marker: str, *, images_first: bool = False) -> None:
-        self._marker, self._images_first = marker, images_first
+        self._marker, self.images_first = marker, images_first
 
     def write(self, pieces: Sequence[str], text_first: bool) -> str:
         """The prompt in which one image stands between each piece and the next.
@@ -108,7 +109,7 @@ class FixedMarkers:
         Raises:
             ValueError: the model's own prompts do not have images in such places.
         """
-        if self._images_first and any(pieces[:-1]):
+        if self.images_first and any(pieces[:-1]):
             raise ValueError("this model has images before all text, expected {image} first in the prompt")
         text = pieces[0]
         for number, piece in enumerate(pieces[1:], 1):
@@ -125,6 +126,8 @@ class TemplateMarkers:
     Raises:
         NoMarkers: there is no template, or it does not write images by their token.
     """
+
+    images_first = False
 
     def __init__(self, processor: ProcessorMixin, token: str) -> None:
         self._processor, self._token = processor, token

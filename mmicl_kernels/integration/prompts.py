@@ -1,33 +1,64 @@
-"""Demonstrations as prompts, made by a model's own HuggingFace processor."""
+"""Demonstrations and queries as prompts, made by a model's own HuggingFace processor."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from string import Formatter, ascii_letters
+from string import ascii_letters
 from typing import TYPE_CHECKING
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.integration.image_markers import image_markers
+from mmicl_kernels.integration.image_markers import BARE, image_markers
 from mmicl_kernels.integration.images import decode_image
+from mmicl_kernels.integration.presets import PRESETS, Preset
+from mmicl_kernels.integration.turns import ChatTurns, FormatTurns, Written
 from mmicl_kernels.library import Demonstration
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 TEMPLATE = "{image}{text} {answer}"
 IGNORE = -100  # a label that is not predicted
 
 
+@dataclass(frozen=True)
+class AnsweredPrompts:
+    """Prompts that end with the answers of their queries.
+
+    Attributes:
+        inputs: of ``model(**inputs)``, with ``[B, T]`` tokens.
+        labels: int64 ``[B, T]``, the answer's tokens and its end; elsewhere -100.
+        head: bool ``[B, T]``, what stands before the first turn: the begin of text, a system's turn.
+        image: bool ``[B, T]``, the tokens of images.
+        texts: as the processor was given them. begins: where in each of them the first turn begins.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    head: Tensor
+    image: Tensor
+    texts: tuple[str, ...]
+    begins: tuple[int, ...]
+
+
 class PromptBuilder:
     """Makes prompts of demonstrations: to be aggregated, to be learnt from, to be answered.
 
-    ``template`` is a format string in which ``{image}`` becomes all images, ``{text}`` and ``{answer}`` the
-    demonstration's. The answer is the last of them; what follows it is part of demonstrations alone. If a
-    demonstration's text has ``{image}`` itself, as often as there are images, these stand there instead;
+    ``template`` says how a demonstration is written, and several of them one after the other:
+
+    - A format string, in which ``{image}`` becomes all images, ``{text}`` and ``{answer}`` the
+      demonstration's. The answer is the last of them; what follows it is part of demonstrations alone.
+    - ``"chat"``: a turn of the user and one of the assistant, as the processor's chat template has them.
+    - The name of one of ``PRESETS``, the official code's prompts to the letter: "live", "mimic-idefics",
+      "mimic-idefics2", "mimic-llava", and the same with "-caption".
+
+    If a demonstration's text has ``{image}`` itself, as often as there are images, these stand there instead;
     ``{{image}}`` is the text "{image}". All returned tensors are on ``device``.
 
     Images are written as in the model's own prompts: as its chat template has them, with what that puts
@@ -36,17 +67,19 @@ class PromptBuilder:
     template moves them before it, is refused.
 
     Args:
-        processor: with an ``image_token`` and a tokenizer, as ``AutoProcessor`` returns it.
+        processor: with an ``image_token`` and a tokenizer, as ``AutoProcessor`` returns it; or Idefics v1's.
+        instruction: what prompts with a query begin with; by default a preset's. In a chat it is the
+            system's turn.
         image_marker: what to write for an image instead, with the image token once; ``{number}`` in it
-            counts a prompt's images.
+            counts a demonstration's images.
         answer_only: whether ``demonstrations`` points out the answers' tokens, which an adapter with
             positions "answer" needs.
         dtype: of the pixels; by default the processor's.
 
     Raises:
-        TypeError: a processor without an image token, such as Idefics v1's. ValueError: another template, or
-            one that has images elsewhere than the model's own prompts; an ``image_marker`` without the token,
-            or none where the model's own is not known.
+        TypeError: a processor without an image token. ValueError: another template, or one that has images
+            elsewhere than the model's own prompts; an ``image_marker`` without the token, or none where the
+            model's own is not known; "chat" without a chat template.
     """
 
     def __init__(
@@ -54,36 +87,44 @@ class PromptBuilder:
         processor: ProcessorMixin,
         template: str = TEMPLATE,
         *,
+        instruction: str | None = None,
         image_marker: str | None = None,
         answer_only: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        token = getattr(processor, "image_token", None)
+        families = [cls.__name__ for cls in type(processor).__mro__]
+        # Idefics v1's has no token: it takes texts and images in turn.
+        self._interleaves = "IdeficsProcessor" in families
+        # Mllama's writes the begin of text after the images that a text begins with.
+        self._moves_bos = "MllamaProcessor" in families
+        token = "<image>" if self._interleaves else getattr(processor, "image_token", None)
         self._tokenizer = getattr(processor, "tokenizer", None)
         if not isinstance(token, str) or self._tokenizer is None:
             raise TypeError(
                 f"processor is a {type(processor).__name__}, expected one with an image_token and a tokenizer"
             )
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(f"instruction is a {type(instruction).__name__}, expected a string")
         self.processor, self.template, self.answer_only = processor, template, answer_only
         self.device, self.dtype = device, dtype
-        self._before, self._after = parse_template(template)
-        self._image_token, self._markers = token, image_markers(processor, token, image_marker)
+        self._image_token = token
         own = getattr(processor, "image_token_ids", ())  # where the token is replaced by others
         ids = {self._tokenizer.convert_tokens_to_ids(token), *own}
         self._image_ids = sorted(ids - {None, self._tokenizer.unk_token_id})
         self._special, self._special_ids = special_tokens(self._tokenizer)
         self._special.add(token)
         self._merging: dict[int, bool] = {}  # by the number of spaces
-        self._check_template()
+        # Official code trains its students without the instruction that it has everywhere else.
+        self.instructs_students = template not in PRESETS
+        self._separated = False
+        self._turns = self._turns_of(template, instruction, image_marker)
 
     @property
     def description(self) -> str:
         """What decides the tokens of a demonstration's prompt, for ``DemonstrationBank.create``."""
         fused = "answer" if self.answer_only else "text"
-        images = self._markers.write(["", "", ""], text_first=False)
-        marked = "" if images == 2 * self._image_token else f", two images: {images!r}"
-        return f"{type(self.processor).__name__}, {self.template!r}{marked}, fused: {fused}"
+        return f"{type(self.processor).__name__}, {self._turns.description(self.template)}, fused: {fused}"
 
     def demonstrations(self, demonstrations: Sequence[Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs ``[B, T]``, padded on the right, and which of their tokens are fused: a ``Collate``.
@@ -94,46 +135,84 @@ class PromptBuilder:
         Raises:
             TypeError, ValueError: as :meth:`check`, or an image that cannot be decoded.
         """
-        befores = self._befores(demonstrations)
-        answers = [x.answer for x in demonstrations]
-        texts = [before + answer + self._after for before, answer in zip(befores, answers, strict=True)]
-        inputs = self._process(demonstrations, texts, "right")
+        self._check_all(demonstrations)
+        written = [self._fit(self._turns.alone(x)) for x in demonstrations]
+        texts = [x.before + x.answer + x.after for x in written]
+        inputs = self._process(self._images(demonstrations), texts, "right")
         if not self.answer_only:
             return inputs, self._text_mask(inputs, demonstrations)
-        spans = [self._answer_span(*parts) for parts in zip(befores, answers, texts, strict=True)]
+        spans = [self._answer_span(x.before, x.answer, text) for x, text in zip(written, texts, strict=True)]
         return inputs, self._answer_mask(inputs, texts, spans)
 
     def queries(self, demonstrations: Sequence[Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs ``[B, T]``, padded on the right, that end with the answers, and labels, int64 ``[B, T]``.
 
-        The labels are the answer's tokens and the end of text, if the tokenizer has one; elsewhere -100.
+        The labels are the answer's tokens and its end, at which ``generate`` stops: that of the turn in a
+        chat, else the end of text, if the tokenizer has one. Elsewhere they are -100.
 
         Raises:
             TypeError, ValueError: as :meth:`check` with ``answered``, or an image that cannot be decoded.
         """
-        befores = self._befores(demonstrations, answered=True)
-        plain = [before + x.answer for before, x in zip(befores, demonstrations, strict=True)]
-        texts = [self._ended(text) for text in plain]
-        inputs = self._process(demonstrations, texts, "right")
-        spans = []
-        for before, answered, text in zip(befores, plain, texts, strict=True):
-            prompt = self._without_the_answers_space(before)
-            begin, _, length = self._answer_span(prompt, answered[len(prompt) :], text)
-            spans.append((begin, length, length))  # what follows the answer is the end of text
-        mask = self._answer_mask(inputs, texts, spans)
-        return inputs, inputs["input_ids"].masked_fill(~mask, IGNORE)
+        made = self.answered(demonstrations)
+        return made.inputs, made.labels
 
-    def prompt(self, demonstrations: Sequence[Demonstration]) -> dict[str, Tensor]:
-        """Inputs ``[B, T]`` of ``generate``, padded on the left, which end where the answer begins.
+    def answered(
+        self,
+        queries: Sequence[Demonstration],
+        shots: Sequence[Sequence[Demonstration]] | None = None,
+        *,
+        padding_side: str = "right",
+        instructed: bool = True,
+    ) -> AnsweredPrompts:
+        """Queries with their answers, each after its own demonstrations ``shots``, by default none.
 
-        Where a word's token may include the space before it, the prompt ends before that space: its tokens
-        are those that precede the labels of :meth:`queries`.
+        ``instructed`` is whether prompts begin with the instruction.
 
         Raises:
-            TypeError, ValueError: as :meth:`check`, or an image that cannot be decoded.
+            TypeError, ValueError: as :meth:`check`, with ``answered`` for the queries; not as many rows of
+            ``shots`` as queries; an image that cannot be decoded.
         """
-        befores = self._befores(demonstrations)
-        return self._process(demonstrations, [self._without_the_answers_space(x) for x in befores], "left")
+        written = self._asked(queries, shots, answered=True, instructed=instructed)
+        plain = [x.before + x.answer for x in written]
+        texts = [self._ended(x) for x in written]
+        inputs = self._process(self._images(queries, shots), texts, padding_side)
+        ids, own = inputs["input_ids"], inputs["attention_mask"].bool()
+        image = torch.isin(ids, torch.tensor(self._image_ids, device=ids.device)) & own
+        head, spans = torch.zeros_like(own), []
+        for row, (x, answered, text) in enumerate(zip(written, plain, texts, strict=True)):
+            prompt = self._without_the_answers_space(x.before)
+            begin, _, length = self._answer_span(prompt, answered[len(prompt) :], text)
+            spans.append((begin, length, length))  # what follows the answer is its end
+            positions = own[row].nonzero().flatten()
+            head[row, positions[: self._head_tokens(ids[row, positions].tolist(), x.head, text)]] = True
+        labels = ids.masked_fill(~self._answer_mask(inputs, texts, spans), IGNORE)
+        return AnsweredPrompts(inputs, labels, head, image, tuple(texts), tuple(len(x.head) for x in written))
+
+    def splits(self, text: str, place: int) -> bool:
+        """Whether no token of ``text`` has characters before and after ``place``."""
+        ids, before = (self._encoded(x)["input_ids"] for x in (text, text[:place]))
+        if before[-1:] == [self._tokenizer.eos_token_id] != ids[len(before) - 1 : len(before)]:
+            before = before[:-1]  # the end of text that some tokenizers write
+        return ids[: len(before)] == before
+
+    def prompt(
+        self,
+        demonstrations: Sequence[Demonstration],
+        shots: Sequence[Sequence[Demonstration]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Inputs ``[B, T]`` of ``generate``, padded on the left, which end where the answer begins.
+
+        Each of ``demonstrations`` is asked after its own ``shots``, by default none. Where a word's token may
+        include the space before it, the prompt ends before that space: its tokens are those that precede the
+        labels of :meth:`queries`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`check`; not as many rows of ``shots`` as demonstrations; an image
+            that cannot be decoded.
+        """
+        written = self._asked(demonstrations, shots)
+        texts = [self._without_the_answers_space(x.before) for x in written]
+        return self._process(self._images(demonstrations, shots), texts, "left")
 
     def check(self, demonstration: Demonstration, *, answered: bool = False) -> None:
         """Raise TypeError or ValueError unless prompts can be made of it; the images are not looked at.
@@ -152,58 +231,143 @@ class PromptBuilder:
             raise ValueError(f"answer is {demonstration.answer!r:.80}, expected one with tokens")
         self._write(demonstration)
 
-    def _check_template(self) -> None:
-        """Raise ValueError: it has images where they cannot stand, or what their markers already have."""
-        try:
-            self._write(Demonstration((b"",), "text", ""))
-        except ValueError as error:
-            raise ValueError(f"template is {self.template!r}: {error}") from error
-        begins, ends = self._markers.write(["", ""], text_first=False).split(self._image_token)
-        place = [field for _, field in self._before].index("image")
-        before, after = (literal for literal, _ in self._before[place : place + 2])
-        for marked, doubled in ((begins, before.endswith(begins)), (ends, after.startswith(ends))):
-            if marked.strip() and doubled:
-                expected = f"expected it without the {marked!r} that {{image}} has by itself"
-                raise ValueError(f"template is {self.template!r}, {expected}")
+    def _turns_of(
+        self, template: str, instruction: str | None, image_marker: str | None
+    ) -> FormatTurns | ChatTurns:
+        if template == "chat":
+            if image_marker is not None:
+                raise ValueError(f"image_marker is {image_marker!r}, expected None with the template 'chat'")
+            return ChatTurns(self.processor, self._image_token, self._special, instruction or "")
+        preset = PRESETS.get(template)
+        bare = any(cls.__name__ in BARE for cls in type(self.processor).__mro__)
+        # A preset is literal: not as a chat template has images, where the processor writes what they need.
+        marker = self._image_token if preset and bare and image_marker is None else image_marker
+        markers = image_markers(self.processor, self._image_token, marker)
+        chosen = preset or Preset(template)
+        if instruction is not None:
+            chosen = replace(chosen, instruction=instruction)
+        separator = self._separator(template) if chosen.separated else ""
+        turns = FormatTurns(chosen, markers, self._image_token, separator)
+        turns.check(template)
+        self._separated = chosen.separated
+        return turns
 
-    def _befores(self, demonstrations: Sequence[Demonstration], answered: bool = False) -> list[str]:
-        """The prompts as far as their answers."""
+    def _separator(self, template: str) -> str:
+        pad, eos = self._tokenizer.pad_token, self._tokenizer.eos_token
+        if pad is None or pad == eos:
+            raise ValueError(
+                f"template is {template!r}, whose parts a padding token keeps apart, and the tokenizer's is "
+                f"{pad!r}, expected one that is not its end of text"
+            )
+        return pad
+
+    def _asked(
+        self,
+        queries: Sequence[Demonstration],
+        shots: Sequence[Sequence[Demonstration]] | None,
+        *,
+        answered: bool = False,
+        instructed: bool = True,
+    ) -> list[Written]:
+        """Each query after its demonstrations; separated if ``answered``."""
+        self._check_all(queries, answered=answered)
+        rows = [()] * len(queries) if shots is None else shots
+        if len(rows) != len(queries):
+            raise ValueError(f"shots has {len(rows)} rows, expected {len(queries)}, one for each query")
+        for x in (x for row in rows for x in row):
+            self.check(x)
+        options = {"instructed": instructed, "separated": answered}
+        written = [self._turns.prompt(row, x, **options) for row, x in zip(rows, queries, strict=True)]
+        begin = self._tokenizer.bos_token if self._moves_bos and shots is not None else None
+        if begin is not None:
+            written = [
+                x if x.before.startswith(begin) else x._replace(head=begin + x.head, before=begin + x.before)
+                for x in written
+            ]
+        return [self._fit(x) for x in written]
+
+    def _check_all(self, demonstrations: Sequence[Demonstration], answered: bool = False) -> None:
         if not demonstrations:
             raise ValueError("demonstrations is empty, expected at least one")
         for x in demonstrations:
             self.check(x, answered=answered)
-        return [self._write(x) for x in demonstrations]
+
+    def _fit(self, x: Written) -> Written:
+        """As the processor will read it: Idefics v1's strips texts beside images."""
+        if not self._interleaves:
+            return x
+        before = re.sub(f" *{re.escape(self._image_token)} *", self._image_token, x.before).lstrip(" ")
+        beside = before.endswith(self._image_token)
+        return x._replace(before=before, answer=x.answer.lstrip(" ") if beside else x.answer)
 
     def _write(self, x: Demonstration) -> str:
-        """The prompt as far as its answer. Raises ValueError: its images cannot stand where they should."""
-        first, *others = text_pieces(x.text)
-        if others and (len(others) != len(x.images) or "text" not in [field for _, field in self._before]):
-            raise ValueError(
-                f"text {x.text!r:.80} has {{image}} {len(others)} times, expected never or, in a template "
-                f"with {{text}}, once for each of its {len(x.images)} images"
-            )
-        pieces, text_first = [""], False
-        for literal, field in self._before:
-            pieces[-1] += literal
-            if field == "text":
-                text_first |= len(pieces) == 1 and first != ""
-                pieces[-1] += first
-                pieces += others
-            elif field == "image" and not others:
-                pieces += [""] * len(x.images)
-        return self._markers.write(pieces, text_first)
+        """A demonstration as far as its answer. Raises ValueError: its images cannot stand where they are."""
+        return self._turns.alone(x).before
 
-    def _process(
-        self, demonstrations: Sequence[Demonstration], texts: list[str], padding_side: str
-    ) -> dict[str, Tensor]:
-        images = [
-            [decode_image(data, f"image {j} of demonstration {i}") for j, data in enumerate(x.images)]
-            for i, x in enumerate(demonstrations)
-        ]
+    def _images(
+        self,
+        queries: Sequence[Demonstration],
+        shots: Sequence[Sequence[Demonstration]] | None = None,
+    ) -> list[list[Image]]:
+        """The images of each prompt, those of its demonstrations first."""
+        made: list[list[Image]] = []
+        for i, query in enumerate(queries):
+            row = () if shots is None else shots[i]
+            named = [(f"demonstration {j} of query {i}", x) for j, x in enumerate(row)]
+            named.append((f"demonstration {i}" if shots is None else f"query {i}", query))
+            made.append([])
+            for name, x in named:
+                made[-1] += [decode_image(data, f"image {j} of {name}") for j, data in enumerate(x.images)]
+        return made
+
+    def _process(self, images: list[list[Image]], texts: list[str], padding_side: str) -> dict[str, Tensor]:
         options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
-        made = self.processor(images=images if any(images) else None, text=list(texts), **options)
+        options |= self._token_options(texts[0])
+        if self._interleaves:
+            prompts = [self._interleaved(text, row) for text, row in zip(texts, images, strict=True)]
+            made = self.processor(text=prompts, **options)
+        else:
+            made = self.processor(images=images if any(images) else None, text=list(texts), **options)
         made.pop("labels", None)  # PaliGemma's, of another prompt
-        return dict(made.to(self.device, self.dtype))
+        inputs = dict(made.to(self.device, self.dtype))
+        if self._separated:
+            inputs["attention_mask"] *= inputs["input_ids"] != self._tokenizer.pad_token_id
+        return inputs
+
+    def _interleaved(self, text: str, images: Sequence[Image]) -> list[str | Image]:
+        """Texts and images in turn. Raises ValueError: a text is an address, which would be opened."""
+        first, *others = text.split(self._image_token)
+        items: list[str | Image] = [first] if first else []
+        for image, part in zip(images, others, strict=True):
+            items += [image, *([part] if part else [])]
+        for item in items:
+            if isinstance(item, str) and " " not in item and all(urlparse(item)[:2]):
+                raise ValueError(
+                    f"text {item!r:.80} is an address, which {type(self.processor).__name__} opens"
+                )
+        return items
+
+    def _token_options(self, text: str) -> dict[str, bool]:
+        """A begin of text that is written, as by chat templates and Idefics v1's, is not added once more."""
+        bos = self._tokenizer.bos_token
+        written = self._interleaves or (bos is not None and text.startswith(bos))
+        return {"add_special_tokens": False} if written else {}
+
+    def _encoded(self, text: str, **options: bool) -> dict[str, list]:
+        return self._tokenizer(text, **options, **self._token_options(text))
+
+    def _head_tokens(self, ids: list[int], head: str, text: str) -> int:
+        """How many of a prompt's tokens ``ids`` stand before its first turn."""
+        if self._tokenizer.is_fast:
+            made = self._encoded(text, return_offsets_mapping=True)
+            ends = takewhile(lambda span: span[1] <= len(head), made["offset_mapping"])
+            expected = made["input_ids"][: sum(1 for _ in ends)]
+        else:
+            expected = self._encoded(text)["input_ids"]
+            expected = expected[: _shared(expected, self._encoded(head)["input_ids"])]
+        bos = self._tokenizer.bos_token_id
+        written = int(ids[:1] == [bos] != expected[:1])  # by the processor
+        return written + _shared(ids[written:], expected)
 
     def _text_mask(self, inputs: dict[str, Tensor], demonstrations: Sequence[Demonstration]) -> Tensor:
         ids = inputs["input_ids"]
@@ -231,7 +395,7 @@ class PromptBuilder:
             if begin >= end:
                 raise ValueError(f"the answer of demonstration {row} has no tokens, expected at least one")
             last = own[row].nonzero().flatten()[begin - length :]
-            expected = self._tokenizer(text)["input_ids"][begin:]
+            expected = self._encoded(text)["input_ids"][begin:]
             if ids[row, last].tolist() != expected:
                 raise ValueError(
                     f"the processor's prompt {row} ends with tokens {ids[row, last].tolist()}, expected "
@@ -247,7 +411,7 @@ class PromptBuilder:
         shared with what follows is not.
         """
         if self._tokenizer.is_fast:
-            made = self._tokenizer(text, return_offsets_mapping=True)
+            made = self._encoded(text, return_offsets_mapping=True)
             length, first, last = len(made["input_ids"]), len(before), len(before) + len(answer)
             # A special token may take up white space beside it, also that of the answer.
             own = [i not in self._special_ids for i in made["input_ids"]]
@@ -255,21 +419,23 @@ class PromptBuilder:
             found = [i for i, (own, (a, b)) in enumerate(spans) if own and a < last and b > first]
             begin, end = (found[0], found[-1] + 1) if found else (length, length)
         else:
-            ids = self._tokenizer(text)["input_ids"]
-            length, begin = len(ids), _shared(ids, self._tokenizer(before)["input_ids"])
-            end = _shared(ids, self._tokenizer(before + answer)["input_ids"])
+            ids = self._encoded(text)["input_ids"]
+            length, begin = len(ids), _shared(ids, self._encoded(before)["input_ids"])
+            end = _shared(ids, self._encoded(before + answer)["input_ids"])
         return begin, end, length
 
-    def _ended(self, text: str) -> str:
-        """``text`` and the end of text, unless the tokenizer has none or writes it by itself."""
-        eos = self._tokenizer.eos_token
-        if eos is None or self._tokenizer(text)["input_ids"][-1:] == [self._tokenizer.eos_token_id]:
+    def _ended(self, x: Written) -> str:
+        """The text and its end, unless the tokenizer has none or writes it by itself."""
+        text, eos = x.before + x.answer + x.after, self._tokenizer.eos_token
+        if x.closed or eos is None or self._encoded(text)["input_ids"][-1:] == [self._tokenizer.eos_token_id]:
             return text
         return text + eos
 
     def _without_the_answers_space(self, before: str) -> str:
         """Without the spaces at its end, if a word's token may include one."""
         stripped = before.rstrip(" ")
+        if self._interleaves:
+            return stripped
         spaces = len(before) - len(stripped)
         if spaces not in self._merging:
             self._merging[spaces] = self._merges("a" + " " * spaces)
@@ -283,28 +449,6 @@ class PromptBuilder:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def parse_template(template: str) -> tuple[list[tuple[str, str]], str]:
-    """A template's fields up to ``{answer}``, each after a piece of text, and the text that follows them.
-
-    Raises:
-        ValueError: a template without ``{image}`` or ``{answer}``, where the answer is not the last field,
-        with a field twice, or with any other.
-    """
-    expected = "expected {image}, {text} and, last, {answer}, each once; {text} may be missing"
-    try:
-        parsed = list(Formatter().parse(template))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"template is {template!r}, {expected}: {error}") from error
-    fields = [field for _, field, _, _ in parsed if field is not None]
-    plain = all(not spec and conversion is None for _, _, spec, conversion in parsed)
-    known = sorted(fields) in (["answer", "image"], ["answer", "image", "text"])
-    if not known or not plain or fields[-1] != "answer":
-        raise ValueError(f"template is {template!r}, {expected}")
-    index = next(i for i, (_, field, _, _) in enumerate(parsed) if field == "answer")
-    before = [(literal, field) for literal, field, _, _ in parsed[: index + 1]]
-    return before, "".join(literal for literal, _, _, _ in parsed[index + 1 :])
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[str], list[int]]:
     """The tokens that are no text, and their ids: without that of unknown text, which stands for some."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -312,17 +456,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[str], list[i
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
     unknown = {tokenizer.unk_token} - named
     return tokens, tokenizer.convert_tokens_to_ids(sorted(tokens - unknown))
-
-
-def text_pieces(text: str) -> list[str]:
-    """What is before, between and after the ``{image}`` of a text, with ``{image}`` for ``{{image}}``."""
-    pieces = [""]
-    for part in re.split(r"(\{\{image\}\}|\{image\})", text):
-        if part == "{image}":
-            pieces.append("")
-        else:
-            pieces[-1] += "{image}" if part == "{{image}}" else part
-    return pieces
 
 
 def _shared(x: list[int], y: list[int]) -> int:

@@ -19,11 +19,16 @@ PIXELS = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}  # of an image, who
 QWEN = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|im_start|>", "<|im_end|>")
 
 
-def _in_order(image: str, text: str = "{{ part['text'] }}", begin: str = "{{ message['role'] }}\n") -> str:
+def _in_order(
+    image: str,
+    text: str = "{{ part['text'] }}",
+    begin: str = "{{ message['role'] }}\n",
+    end: str = "</s>",
+) -> str:
     """A chat template with the parts of a turn as they come."""
     parts = f"{{% if part['type'] == 'image' %}}{image}{{% else %}}{text}{{% endif %}}"
     turn = f"{begin}{{% for part in message['content'] %}}{parts}{{% endfor %}}"
-    return f"{{{{ bos_token }}}}{{% for message in messages %}}{turn}</s>{{% endfor %}}"
+    return f"{{{{ bos_token }}}}{{% for message in messages %}}{turn}{end}{{% endfor %}}"
 
 
 def _images_first(image: str, text: str) -> str:
@@ -40,6 +45,7 @@ def _images_first(image: str, text: str) -> str:
 CHAT_TEMPLATES = {
     "gemma3": _in_order("<start_of_image>", "{{ part['text'] | trim }}", "<start_of_turn>user\n"),
     "glm4v": _in_order("<|begin_of_image|><|image|><|end_of_image|>", begin="<|user|>\n"),
+    "idefics2": _in_order("<image>", begin="{{ message['role'] | capitalize }}:", end="<end_of_utterance>\n"),
     "idefics3": _in_order(
         "<image>", begin="User{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
     ),
@@ -127,9 +133,21 @@ def _llava_onevision(tokenizer: Callable) -> ProcessorMixin:
         "llava_onevision", "LlavaOnevision", size=SQUARE, image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]]
     )
     return _without_videos(
-        "LlavaOnevisionProcessor", images, tokenizer(), None,
+        "LlavaOnevisionProcessor", images, tokenizer("<video>"), None,
         num_image_tokens=4, vision_feature_select_strategy="full",
     )  # fmt: skip
+
+
+def _idefics(tokenizer: Callable) -> ProcessorMixin:
+    images = _images("idefics", "Idefics", image_size=IMAGE_SIZE)
+    return transformers.IdeficsProcessor(images, tokenizer("<fake_token_around_image>"))
+
+
+def _idefics2(tokenizer: Callable) -> ProcessorMixin:
+    edges = {"longest_edge": 2 * IMAGE_SIZE, "shortest_edge": IMAGE_SIZE}
+    images = _images("idefics2", "Idefics2", size=edges, do_image_splitting=False)
+    special = ("<fake_token_around_image>", "<end_of_utterance>")
+    return transformers.Idefics2Processor(images, tokenizer(*special), image_seq_len=2)
 
 
 def _idefics3(tokenizer: Callable) -> ProcessorMixin:
@@ -190,6 +208,8 @@ def _paligemma(tokenizer: Callable) -> ProcessorMixin:
 MAKERS = {
     "gemma3": _gemma3,
     "glm4v": _glm4v,
+    "idefics": _idefics,  # has no chat template
+    "idefics2": _idefics2,
     "idefics3": _idefics3,
     "internvl": _internvl,
     "llava": _llava,

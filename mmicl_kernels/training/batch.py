@@ -27,9 +27,16 @@ class Batch:
 
     def to(self: Self, device: torch.device | str) -> Self:
         """The same batch with every tensor on ``device``."""
-        moved = copy.copy(self)
-        vars(moved).update({name: _mapped(x, lambda t: t.to(device)) for name, x in vars(self).items()})
-        return moved
+        return self._changed(lambda x: x.to(device))
+
+    def pin_memory(self: Self) -> Self:
+        """The same batch in pinned memory; a ``DataLoader`` with ``pin_memory=True`` calls this."""
+        return self._changed(lambda x: x.pin_memory())
+
+    def _changed(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
+        changed = copy.copy(self)
+        vars(changed).update({name: _mapped(x, change) for name, x in vars(self).items()})
+        return changed
 
 
 def _mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:

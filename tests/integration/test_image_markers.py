@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.image_markers import BARE, USUAL, image_markers
-from mmicl_kernels.integration.prompts import text_pieces
+from mmicl_kernels.integration.turns import text_pieces
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN, tiny_processor
 

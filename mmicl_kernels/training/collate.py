@@ -1,0 +1,181 @@
+"""Queries as batches, with demonstrations drawn for each: what a ``DataLoader`` collates with."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmicl_kernels.integration import PromptBuilder
+from mmicl_kernels.library import Demonstration
+from mmicl_kernels.training.aggregation import AggregationBatch
+from mmicl_kernels.training.alignment import episode_batch
+from mmicl_kernels.training.batch import Batch
+from mmicl_kernels.training.episodes import EpisodeBatch
+from mmicl_kernels.training.sampling import Draw as DrawnIndices
+from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, key_of
+
+Made = TypeVar("Made", bound=Batch)
+
+
+class Collator(Generic[Made]):
+    """Makes a batch of queries, or of pairs of a query and its demonstrations.
+
+    For a query alone demonstrations are drawn from ``pool``. What is drawn depends on the seed, the epoch and
+    the query, so neither on its batch nor on which worker makes it. An example is a ``Demonstration``, or
+    what makes one by ``.demonstration()``; one that has an ``id`` is known by it, else by its content.
+
+    Attributes:
+        epoch: the same query has other demonstrations in each. It is shared with the workers of a
+            ``DataLoader``, those that persist included.
+    """
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        pool: Sequence[Any],
+        shots: int | tuple[int, int],
+        *,
+        draw: Draw | None = None,
+        seed: int = 0,
+    ) -> None:
+        """``shots`` is how many demonstrations, or (low, high), of which the number is drawn for each query.
+
+        Raises:
+            TypeError, ValueError: ``builder`` is no PromptBuilder, ``shots`` is negative or not in order.
+        """
+        if not isinstance(builder, PromptBuilder):
+            raise TypeError(f"builder is a {type(builder).__name__}, expected a PromptBuilder")
+        low, high = (shots, shots) if isinstance(shots, int) else shots
+        if not 0 <= low <= high:
+            raise ValueError(f"shots is {shots!r}, expected a number or (low, high) with 0 <= low <= high")
+        self.builder, self.pool, self.shots, self.seed = builder, pool, (low, high), seed
+        self.draw = RandomShots() if draw is None else draw
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Before a ``DataLoader`` begins its batches: workers make some of them ahead."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, queries: Sequence[Any]) -> Made:
+        """Raises as the builder and the batch; ValueError: the pool is too small."""
+        pairs = [x if isinstance(x, tuple) else (x, self.drawn(x)) for x in queries]
+        return self._batch(
+            [demonstration_of(x) for x, _ in pairs],
+            [[demonstration_of(x) for x in shots] for _, shots in pairs],
+        )
+
+    def arguments(self, queries: Sequence[Any]) -> dict[str, object]:
+        """The batch's ``arguments()``: the ``data_collator`` of a Trainer."""
+        return self(queries).arguments()
+
+    def drawn(self, query: Any) -> list[Any]:
+        """The demonstrations of a query in this epoch."""
+        text = f"{self.seed} {self.epoch} {key_of(query)}"
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        generator = torch.Generator().manual_seed(number)
+        low, high = self.shots
+        shots = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
+        return [self.pool[i] for i in self.draw(self.pool, query, shots, generator)]
+
+    def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> Made:
+        raise NotImplementedError
+
+
+class EpisodeCollator(Collator[EpisodeBatch]):
+    """Batches for MimIC, LIVE and M2IV: each query alone and after its demonstrations.
+
+    Args:
+        shots_per_pass: how many demonstrations a prompt of the teacher has at most; with it batches are
+            ``ManyShotBatch``, for LIVE and M2IV.
+        padding_side: "right" or "left".
+    """
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        pool: Sequence[Any] = (),
+        shots: int = 8,
+        *,
+        draw: Draw | None = None,
+        shots_per_pass: int | None = None,
+        padding_side: str = "right",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(builder, pool, shots, draw=draw, seed=seed)
+        if shots_per_pass is not None and shots_per_pass < 1:
+            raise ValueError(f"shots_per_pass is {shots_per_pass!r}, expected at least 1")
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side is {padding_side!r}, expected 'right' or 'left'")
+        self.shots_per_pass, self.padding_side = shots_per_pass, padding_side
+
+    def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> EpisodeBatch:
+        options = {"shots_per_pass": self.shots_per_pass, "padding_side": self.padding_side}
+        return episode_batch(self.builder, queries, shots, **options)
+
+
+class AggregationCollator(Collator[AggregationBatch]):
+    """Batches for AIM: demonstrations, each a prompt of its own, and queries that come after some of them.
+
+    A demonstration that several queries have is there once.
+    """
+
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        pool: Sequence[Any] = (),
+        shots: int | tuple[int, int] = (1, 4),
+        *,
+        draw: Draw | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(builder, pool, shots, draw=draw, seed=seed)
+
+    def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> AggregationBatch:
+        """Raises ValueError: no query has a demonstration."""
+        places: dict[str, int] = {}
+        once: list[Demonstration] = []
+        for x in (x for row in shots for x in row):
+            if key_of(x) not in places:
+                places[key_of(x)] = len(once)
+                once.append(x)
+        chosen = [[places[key_of(x)] for x in row] for row in shots]
+        return AggregationBatch(*self.builder.demonstrations(once), *self.builder.queries(queries), chosen)
+
+
+class DrawnEpisodes(Dataset):
+    """Pairs of a query and its demonstrations, of which :func:`draw_demonstrations` has the indices: M2IV."""
+
+    def __init__(self, pool: Sequence[Any], draws: Sequence[DrawnIndices]) -> None:
+        self.pool, self.draws = pool, draws
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, index: int) -> tuple[Any, tuple[Any, ...]]:
+        draw = self.draws[index]
+        return self.pool[draw.query], tuple(self.pool[i] for i in draw.demonstrations)
+
+
+def epochs(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches without end, with other demonstrations in each epoch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for epoch in count():
+        for part in (loader.collate_fn, loader.sampler):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        some = False
+        for batch in loader:
+            some = True
+            yield batch
+        if not some:
+            raise ValueError("loader has no batches, expected at least one")

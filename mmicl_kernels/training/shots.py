@@ -1,0 +1,156 @@
+"""Which examples of a pool become the demonstrations of a query."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmicl_kernels.library import Demonstration
+
+
+class Example(Protocol):
+    """What is no ``Demonstration`` itself, but makes one, such as a record of a file.
+
+    Attributes:
+        id: what it is known by, or None. It is the same example as another with this id.
+    """
+
+    id: str | None
+
+    def demonstration(self) -> Demonstration:
+        """Reads the images."""
+
+
+# Indices of a pool's examples for a query, in the order of the prompt; how many, and what to draw with.
+Draw = Callable[[Sequence[Any], Any, int, torch.Generator], Sequence[int]]
+
+
+def demonstration_of(example: Demonstration | Example) -> Demonstration:
+    """Raises TypeError: it is none and makes none."""
+    if isinstance(example, Demonstration):
+        return example
+    make = getattr(example, "demonstration", None)
+    if not callable(make):
+        raise TypeError(
+            f"an example is a {type(example).__name__}, expected Demonstration or what has .demonstration()"
+        )
+    return make()
+
+
+def key_of(example: Demonstration | Example) -> str:
+    """What an example is told from others by: its ``id`` if it has one, else its content."""
+    name = getattr(example, "id", None)
+    if name is not None:
+        return f"id {name}"
+    x = demonstration_of(example)
+    digest = hashlib.sha256()
+    for part in (x.text.encode(), x.answer.encode(), *x.images):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+class RandomShots:
+    """Drawn uniformly, each at most once, and never the query.
+
+    Args:
+        replacement: whether one may come several times, as in MimIC's and LIVE's official code.
+        own_query: whether the query may be among them. MimIC's official code lets it, and then leaves out
+            that demonstration's answer; here it is shown.
+    """
+
+    def __init__(self, *, replacement: bool = False, own_query: bool = False) -> None:
+        self.replacement, self.own_query = replacement, own_query
+
+    def __call__(
+        self, pool: Sequence[Any], query: Any, shots: int, generator: torch.Generator
+    ) -> Sequence[int]:
+        """Raises ValueError: the pool has too few others than the query."""
+        drawn: list[int] = []
+        key = None if self.own_query else key_of(query)
+        order = torch.randperm(len(pool), generator=generator).tolist() if shots else []
+        others = (i for i in order if key is None or key_of(pool[i]) != key)
+        if not self.replacement:
+            for i in others:
+                drawn.append(i)
+                if len(drawn) == shots:
+                    break
+        elif next(others, None) is not None:  # there is one, so the loop ends
+            while len(drawn) < shots:
+                i = int(torch.randint(len(pool), (), generator=generator))
+                if key is None or key_of(pool[i]) != key:
+                    drawn.append(i)
+        if len(drawn) < shots:
+            raise ValueError(
+                f"the pool has {len(pool)} examples, {len(drawn)} of them others than the query, expected at "
+                f"least {'1' if self.replacement else shots}"
+            )
+        return drawn
+
+
+class NearestShots:
+    """Those most similar to the query, which is never among them: RICES.
+
+    LIVE's official code takes CLIP's image features, the inner product, and the most similar one first.
+
+    Args:
+        features: of the pool's examples ``[N, C]``, floating.
+        embed: features ``[C]`` of a query. By default the query must be in the pool, whose features it has.
+        similarity: "cosine" or "inner".
+        nearest: "last", beside the query, or "first".
+
+    Raises:
+        ValueError: another ``similarity`` or ``nearest``, or features of another shape or not finite.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        embed: Callable[[Any], Tensor] | None = None,
+        *,
+        similarity: str = "cosine",
+        nearest: str = "last",
+    ) -> None:
+        if similarity not in ("cosine", "inner"):
+            raise ValueError(f"similarity is {similarity!r}, expected 'cosine' or 'inner'")
+        if nearest not in ("last", "first"):
+            raise ValueError(f"nearest is {nearest!r}, expected 'last' or 'first'")
+        if features.dim() != 2 or not features.isfinite().all():
+            raise ValueError(f"features has shape {list(features.shape)}, expected finite ones [N, C]")
+        features = features.detach().float().cpu()
+        self.features = F.normalize(features, dim=-1) if similarity == "cosine" else features
+        self.embed, self.similarity, self.nearest = embed, similarity, nearest
+        self._places: dict[str, int] | None = None
+
+    def __call__(
+        self, pool: Sequence[Any], query: Any, shots: int, generator: torch.Generator
+    ) -> Sequence[int]:
+        """``generator`` is not used. Raises ValueError: a pool of another size, or with too few examples.
+
+        KeyError: the query is not in the pool and there is no ``embed``.
+        """
+        if len(self.features) != len(pool):
+            raise ValueError(f"features has {len(self.features)} rows, expected {len(pool)} like the pool")
+        key, drawn = key_of(query), []
+        scores = self.features @ self._features_of(pool, query, key)
+        for i in scores.argsort(descending=True, stable=True).tolist() if shots else ():
+            if key_of(pool[i]) != key:
+                drawn.append(i)
+            if len(drawn) == shots:
+                break
+        if len(drawn) < shots:
+            raise ValueError(
+                f"the pool has {len(drawn)} other examples than the query, expected at least {shots}"
+            )
+        return drawn if self.nearest == "first" else drawn[::-1]
+
+    def _features_of(self, pool: Sequence[Any], query: Any, key: str) -> Tensor:
+        if self.embed is not None:
+            return self.embed(query).detach().float().cpu()
+        if self._places is None:
+            self._places = {key_of(pool[i]): i for i in reversed(range(len(pool)))}
+        if key not in self._places:
+            raise KeyError(f"the query {key} is not in the pool, expected embed to make its features")
+        return self.features[self._places[key]]

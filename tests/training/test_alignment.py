@@ -1,0 +1,262 @@
+"""The query in both prompts: every processor, template, number of shots and side of the padding."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from example_images import BLUE, GREEN, RED
+from tokenizers import pre_tokenizers, processors
+
+from mmicl_kernels.integration import PromptBuilder
+from mmicl_kernels.library import Demonstration
+from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
+from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
+
+POOL = [
+    Demonstration((RED,), "what?", "red"),
+    Demonstration((BLUE, GREEN), "which?", "blue cat"),
+    Demonstration((GREEN,), "a b", "do"),
+]
+# Several images, and of other sizes: other numbers of tokens, so that rows are padded.
+QUERIES = [Demonstration((BLUE,), "who is it?", "cat"), Demonstration((RED, GREEN), "say", "red blue")]
+ANSWERS = [["cat", "▁cat"], ["red▁blue", "▁red▁blue"]]
+OFFICIAL = {"idefics": "mimic-idefics", "idefics2": "mimic-idefics2", "llava": "mimic-llava"}
+PLAIN = "{image}{text} {answer}\n"
+MATRIX = [
+    (name, template)
+    for name in sorted(MAKERS.keys() - {"paligemma"})  # whose prompts have all images before all text
+    for template in ("chat", PLAIN, OFFICIAL.get(name, "live"))
+    if template != "chat" or name in CHAT_TEMPLATES
+]
+
+
+@cache
+def builder_of(name, template, **options):
+    try:
+        processor = tiny_processor(name, chat=name in CHAT_TEMPLATES, **options)
+    except ImportError as error:  # an older transformers has its image processor with torchvision alone
+        pytest.skip(str(error))
+    return PromptBuilder(processor, template)
+
+
+def tokens(builder, row, mask):
+    return builder.processor.tokenizer.convert_ids_to_tokens(row[mask.bool()])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shots", [0, 1, 3])
+@pytest.mark.parametrize("name, template", MATRIX)
+def test_the_query_is_the_same(name, template, shots, side):
+    """All of its images and its answer, never what the prompt begins with."""
+    builder = builder_of(name, template)
+    # LLaVA-OneVision makes other tokens of an image alone than of several.
+    queries = QUERIES if name != "llava_onevision" or shots == 0 else QUERIES[1:]
+    rows = [POOL[:shots], POOL[::-1][:shots]][: len(queries)]
+    batch = episode_batch(builder, queries, rows, padding_side=side)
+    assert type(batch) is EpisodeBatch
+    student = builder.answered(queries, [[]] * len(queries), instructed=builder.instructs_students)
+    teacher = builder.answered(queries, rows)
+    assert int(batch.teacher["attention_mask"].sum()) == int(teacher.inputs["attention_mask"].sum())
+    for i, query in enumerate(queries):
+        mine = tokens(builder, batch.student["input_ids"][i], batch.student_query[i])
+        theirs = tokens(builder, batch.teacher["input_ids"][i], batch.teacher_query[i])
+        assert mine == theirs
+        own = student.inputs["attention_mask"][i].bool()
+        head = tokens(builder, student.inputs["input_ids"][i], student.head[i])
+        whole = tokens(builder, student.inputs["input_ids"][i], own)
+        assert head + mine == whole and head[0] == "<s>" and "<s>" not in mine
+        image = tokens(builder, student.inputs["input_ids"][i], student.image[i])
+        assert len(image) >= len(query.images) and [x for x in mine if x in image] == image
+        answer = tokens(builder, batch.labels[i], batch.labels[i] >= 0)
+        assert mine[-len(answer) :] == answer and answer[-1] in ("</s>", "<end_of_utterance>")
+        text = "".join(x for x in answer[:-1] if x not in "\n.")
+        assert text in ANSWERS[QUERIES.index(query)], answer
+        # The demonstrations of the row are before the query, and nothing is after it.
+        before = tokens(builder, batch.teacher["input_ids"][i], batch.teacher["attention_mask"][i])
+        assert before[-len(theirs) :] == theirs
+        shown = "".join(before[: -len(theirs)])
+        assert all(x.answer.replace(" ", "▁") in shown for x in rows[i])
+    padding = ~batch.teacher["attention_mask"].bool()
+    if shots and padding[:, 0].any() != padding[:, -1].any():
+        assert bool(padding[:, 0].any()) == (side == "left")
+
+
+def marked(name, template, query, shots, **options):
+    """The student's query, what precedes it, and what precedes it in the teacher's prompt."""
+    builder = builder_of(name, template, **options)
+    batch = episode_batch(builder, [query], [shots])
+    parts = []
+    for inputs, mask in ((batch.student, batch.student_query), (batch.teacher, batch.teacher_query)):
+        query_mask = mask[0]
+        parts += ["".join(tokens(builder, inputs["input_ids"][0], x)) for x in (query_mask, ~query_mask)]
+    assert parts[0] == parts[2]
+    return parts[0], parts[1], parts[3]
+
+
+def test_by_hand():
+    """Token strings of four families, written by hand."""
+    shot, query = Demonstration((RED,), "a", "red"), Demonstration((GREEN,), "b", "cat")
+    image = "<image>" * 4
+    assert marked("llava", PLAIN, query, [shot]) == (
+        f"{image}\nb▁cat</s>",
+        "<s>",
+        f"<s>{image}\na▁red\n",
+    )
+    assert marked("qwen2_vl", "chat", query, [shot]) == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>b</s>"
+        "<|im_start|>user\ncat</s>",
+        "<s><|im_start|>system\nhi<|im_end|>\n<s>",
+        "<s><|im_start|>system\nhi<|im_end|>\n<s><|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>a</s><|im_start|>user\nred</s>",
+    )
+    mark = "<fake_token_around_image><global-img><image><image><fake_token_around_image>"
+    assert marked("idefics3", "chat", query, [shot]) == (
+        f"<unk>ser:{mark}b</s><unk>ser:▁cat</s>",
+        "<s>",
+        f"<s><unk>ser:{mark}a</s><unk>ser:▁red</s>",
+    )
+    fake = "<fake_token_around_image>"
+    head = "<unk>nstruction:▁<unk>rovide▁an▁answer▁to▁the▁question.▁<unk>se▁the▁image▁to▁answer.\n"
+    question = f"<unk>mage:{fake}<image>{fake}<unk>uestion:▁"
+    assert marked("idefics", "mimic-idefics", query, [shot]) == (
+        f"{question}b▁<unk>nswer:cat</s>",
+        "<s><pad>",  # before its answer, and not attended to
+        f"<s>{head}{question}a▁<unk>nswer:▁red\n<pad><pad>",
+    )
+
+
+def test_a_query_s_images_are_where_its_text_has_them():
+    query = Demonstration((RED, GREEN), "is{image}or{image}", "cat")
+    found, _, _ = marked("qwen2_vl", PLAIN, query, POOL[:1])
+    one, two = (f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (1, 2))
+    assert found == f"is{one}or{two}▁cat</s>"
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_a_tokenizer_that_merges_over_the_boundary(shots):
+    """As SentencePiece may: the line's end before the query is one token with the query's first letter."""
+    builder = builder_of("llava", PLAIN, words=("▁red", "\nh"))
+    query = Demonstration((), "hi is it", "red")
+    rows = [[Demonstration((), "oh", "red")] * shots]
+    with pytest.raises(ValueError) as error:
+        episode_batch(builder, [query], rows)
+    message = str(error.value)
+    assert message.startswith("prompts of query 0: only the last 9 tokens are the same, of 10 that")
+    ids = builder.processor.tokenizer.convert_tokens_to_ids
+    student = ["<s>", "h", "i", "▁", "i", "s", "▁", "i", "t", "▁red", "</s>"]
+    teacher = ["oh"[1], "▁red", "\nh", *student[2:]]
+    for tail in (student, teacher):
+        assert f"ids {ids(tail)}"[:-1] in message
+    assert "'<s>hi is it red</s>'" in message and "h red\\nhi is it red</s>'" in message
+    # With an image, a special token or no line's end between them there is nothing to merge.
+    episode_batch(builder, [replace(query, images=(RED,))], rows)
+    episode_batch(PromptBuilder(builder.processor, "{image}{text} {answer}."), [query], rows)
+    episode_batch(PromptBuilder(builder.processor, "mimic-idefics"), [query], rows)
+
+
+def test_merged_in_the_student_s_head():
+    """The query's first letter belongs to the head's last token: it is no token of the query."""
+    processor = builder_of("llava", PLAIN, words=("▁red", ".h")).processor
+    builder = PromptBuilder(processor, PLAIN, instruction="look.")
+    with pytest.raises(ValueError, match="prompts of query 1: only the last 5 tokens .* of 6 that"):
+        queries = [Demonstration((RED,), "a", "red"), Demonstration((), "hi x", "red")]
+        episode_batch(builder, queries, [POOL[:1]] * 2)
+
+
+def test_an_image_alone_that_has_other_tokens():
+    builder = builder_of("llava_onevision", PLAIN)
+    with pytest.raises(ValueError, match="only the last .* other tokens of an image among several"):
+        episode_batch(builder, QUERIES[:1], [POOL[:1]])
+
+
+def test_long_tails_are_shown_where_they_part():
+    builder = builder_of("llava", PLAIN, words=("\nh",))
+    query = Demonstration((), "hi " + "a b " * 50, "red")
+    with pytest.raises(ValueError) as error:
+        episode_batch(builder, [query], [[Demonstration((), "oh", "red")]])
+    message = str(error.value)
+    assert "<s>hi a b a b" in message and "ed\\nhi a b" in message and len(message) < 1500
+
+
+def test_any_other_token_before_the_end_is_found():
+    """Whatever the processor did to one prompt alone."""
+    builder = builder_of("llava", PLAIN)
+    student, teacher = builder.answered(QUERIES, [[], []]), builder.answered(QUERIES, [POOL, POOL])
+    masks = align(student, teacher, builder)
+    for row in range(2):
+        for place in masks[1][row].nonzero().flatten().tolist():
+            ids = teacher.inputs["input_ids"].clone()
+            ids[row, place] = 50
+            other = replace(teacher, inputs={**teacher.inputs, "input_ids": ids})
+            with pytest.raises(ValueError, match=f"prompts of query {row}: only the last"):
+                align(student, other, builder)
+
+
+@pytest.mark.parametrize("shots, passes", [(0, [0]), (1, [1]), (4, [2, 2]), (5, [1, 2, 2])])
+def test_many_shots(shots, passes):
+    builder = builder_of("qwen2_vl", "chat")
+    rows = [[POOL[(i + j) % 3] for j in range(shots)] for i in range(2)]
+    batch = episode_batch(builder, QUERIES, rows, shots_per_pass=2)
+    assert isinstance(batch, ManyShotBatch)
+    teachers = [(batch.teacher, batch.teacher_query), *batch.further]
+    assert len(teachers) == len(passes)
+    done = 0
+    for (inputs, query), count in zip(teachers, passes, strict=True):
+        expected = episode_batch(builder, QUERIES, [row[done : done + count] for row in rows])
+        assert torch.equal(inputs["input_ids"], expected.teacher["input_ids"])
+        assert torch.equal(inputs["pixel_values"], expected.teacher["pixel_values"])
+        assert torch.equal(query, expected.teacher_query)
+        done += count
+    assert done == shots
+    with pytest.raises(ValueError, match="shots_per_pass is 0, expected at least 1"):
+        episode_batch(builder, QUERIES, rows, shots_per_pass=0)
+    with pytest.raises(ValueError, match=r"shots has rows of \[1, 2\] demonstrations, expected as many"):
+        episode_batch(builder, QUERIES, [POOL[:1], POOL[:2]], shots_per_pass=2)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["", "writes_the_end"])
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize(
+    "name, template, missing",
+    [
+        ("llava", "chat", 0),
+        ("llava", "{text} {image} {answer}\n", 1),
+        ("idefics2", "chat", {"first": 0, "always": 1}),  # its turns begin after a token and a line's end
+        ("idefics2", "mimic-idefics2", {"first": 1, "always": 0}),
+        ("idefics", "mimic-idefics", 0),
+        ("qwen2_vl", "chat", 0),
+        ("qwen2_vl", "{image}{text} {answer}\n", 0),
+    ],
+)
+def test_a_text_s_first_token(name, template, missing, scheme, ends):
+    """SentencePiece's "▁User" where a text, or what follows a token, begins: else "User". Nothing merges."""
+    processor = tiny_processor(name, chat=template == "chat")
+    if name == "qwen2_vl":
+        processor.chat_template = CHAT_TEMPLATES[name]
+    backend = processor.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    builder = PromptBuilder(processor, template)
+    batch = episode_batch(builder, QUERIES, [POOL, POOL[:1]])
+    missing = missing if isinstance(missing, int) else missing[scheme]
+    student = builder.answered(QUERIES, [[], []], instructed=builder.instructs_students)
+    own = student.inputs["attention_mask"].bool() & ~student.head
+    left = own & ~batch.student_query
+    assert left.sum(-1).tolist() == [missing, missing]
+    for row in range(2):
+        found = tokens(builder, student.inputs["input_ids"][row], left[row])
+        assert found in ([], ["▁"])
+        mine = tokens(builder, batch.student["input_ids"][row], batch.student_query[row])
+        assert mine == tokens(builder, batch.teacher["input_ids"][row], batch.teacher_query[row])
+    assert not (student.image & ~batch.student_query).any()
+
+
+def test_places_that_tokens_split():
+    builder = builder_of("llava", PLAIN, words=("▁red", "\nh"))
+    assert [builder.splits("a red\nhi", place) for place in range(9)] == [
+        True, True, False, False, False, True, False, True, True,
+    ]  # fmt: skip
