@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 from example_images import BLUE, GREEN, RED
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 import mmicl_kernels as mk
 from mmicl_kernels.integration import PromptBuilder
@@ -113,25 +113,32 @@ def test_what_a_draw_depends_on(builder):
         assert one.epoch == 0
 
 
+class Epochs(SequentialSampler):
+    """A sampler that is told the epoch, as a distributed one is."""
+
+    heard = ()
+
+    def set_epoch(self, epoch):
+        self.heard += (epoch,)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("kind", ["episodes", "aggregation"])
-def test_workers(builder, kind, persistent):
-    """None, one and two workers make the same batches in every epoch; those that persist hear of epochs."""
-
-    def batches(workers, count=8):
-        make = {"episodes": EpisodeCollator, "aggregation": AggregationCollator}[kind]
+@pytest.mark.parametrize("make", [EpisodeCollator, AggregationCollator])
+def test_workers(builder, make, persistent):
+    """None and two workers make the same batches in every epoch; those that persist hear of epochs."""
+    for workers in (0, 2):
+        sampler = Epochs(POOL)
         loader = DataLoader(
-            POOL, batch_size=2, collate_fn=make(builder, POOL, 2, seed=1),
-            num_workers=workers, persistent_workers=persistent and workers > 0,
-            sampler=RandomSampler(POOL, generator=generator(3)),
+            POOL, batch_size=2, collate_fn=make(builder, POOL, 2, seed=1), num_workers=workers,
+            persistent_workers=persistent and workers > 0, sampler=sampler,
         )  # fmt: skip
-        return list(islice(epochs(loader), count))
-
-    alone = batches(0)
-    assert_equal(batches(2), alone)
-    whole = [x.teacher if kind == "episodes" else x.demonstrations for x in alone]
-    ids = [tuple(sorted(map(tuple, x["input_ids"].tolist()))) for x in whole]
-    assert len(set(ids)) > 6  # the second epoch's are others than the first's
+        found, here = list(islice(epochs(loader), 12)), make(builder, POOL, 2, seed=1)
+        for i, batch in enumerate(found):
+            here.set_epoch(i // 4)
+            assert_equal(batch, here(POOL[2 * (i % 4) :][:2]))
+        assert sampler.heard == (0, 1, 2)
+    with pytest.raises(AssertionError):
+        assert_equal(found[0], found[4])
 
 
 @pytest.mark.slow
