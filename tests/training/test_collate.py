@@ -334,6 +334,18 @@ CONFIGS = {
 RATES = {"aim": 0.02}
 
 
+@pytest.mark.parametrize("method", ["mimic", "live"])
+def test_official_prompts_of_idefics_train(method):
+    """The first Idefics, with MimIC's own prompts: padding that nothing sees stands before its answers."""
+    model = tiny_model("idefics")
+    module = TrainedModule(model, mk.create(model, CONFIGS[method]))
+    collate = EpisodeCollator(PromptBuilder(tiny_processor("idefics"), "mimic-idefics"), POOL, 2)
+    loader = DataLoader(POOL, batch_size=4, collate_fn=collate)
+    config = TrainingConfig(learning_rate=0.05)
+    log = train(module, trainable(module.adapter), epochs(loader), 10, config=config, progress=False)
+    assert log[-1]["ce"] < log[1]["ce"] and log[-2]["ce"] < log[0]["ce"]  # of the same queries
+
+
 @pytest.mark.parametrize("method", CONFIGS)
 def test_from_examples_to_an_adapter(method, builder):
     """Eight examples, a tiny model, its processor: the loss of a fixed batch falls."""
