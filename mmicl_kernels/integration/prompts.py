@@ -36,7 +36,7 @@ class AnsweredPrompts:
         labels: int64 ``[B, T]``, the answer's tokens and its end; elsewhere -100.
         head: bool ``[B, T]``, what stands before the first turn: the begin of text, a system's turn.
         image: bool ``[B, T]``, the tokens of images.
-        texts: as the processor was given them. begins: where in each of them the first turn begins.
+        texts: as the processor was given them.
     """
 
     inputs: dict[str, Tensor]
@@ -44,7 +44,6 @@ class AnsweredPrompts:
     head: Tensor
     image: Tensor
     texts: tuple[str, ...]
-    begins: tuple[int, ...]
 
 
 class PromptBuilder:
@@ -186,7 +185,7 @@ class PromptBuilder:
             positions = own[row].nonzero().flatten()
             head[row, positions[: self._head_tokens(ids[row, positions].tolist(), x.head, text)]] = True
         labels = ids.masked_fill(~self._answer_mask(inputs, texts, spans), IGNORE)
-        return AnsweredPrompts(inputs, labels, head, image, tuple(texts), tuple(len(x.head) for x in written))
+        return AnsweredPrompts(inputs, labels, head, image, tuple(texts))
 
     def splits(self, text: str, place: int) -> bool:
         """Whether no token of ``text`` has characters before and after ``place``."""

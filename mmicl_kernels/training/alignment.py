@@ -81,7 +81,7 @@ def _begins_apart(
 ) -> bool:
     """Whether in both prompts a token begins where the texts begin to be the same."""
     mine, theirs = student.texts[row], teacher.texts[row]
-    same = min(_common_end(mine, theirs), len(mine) - student.begins[row])
+    same = _common_end(mine, theirs)
     return all(builder.splits(text, len(text) - same) for text in (mine, theirs))
 
 

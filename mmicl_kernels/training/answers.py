@@ -66,16 +66,26 @@ def labelled_tokens(labels: Tensor) -> Tensor:
 
 
 def rows_before(what: str, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """The positions before ``tokens``, which ``what`` marks; ValueError if one of them is padding."""
-    before = F.pad(tokens[:, 1:], (0, 1), value=False)
+    """The positions that predict ``tokens``, which ``what`` marks: before each the last that is not padding.
+
+    Padding between a prompt's tokens, as of MimIC's official prompts, predicts nothing. Raises ValueError: a
+    token has only padding before it.
+    """
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.shape == before.shape:
-        padding = (before & (mask == 0).to(before.device)).sum(-1)
-        if padding.any():
-            raise ValueError(
-                f"{what} marks {padding.tolist()} answer tokens per row right after padding, "
-                "expected tokens before them"
-            )
+    if mask is None or mask.shape != tokens.shape:
+        return F.pad(tokens[:, 1:], (0, 1), value=False)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    last = torch.where(mask.to(tokens.device) != 0, places, -1).cummax(-1).values
+    previous = F.pad(last[:, :-1], (1, 0), value=-1)
+    # Position 0 of a longer row stands for none.
+    marked = torch.where(tokens, previous + 1, 0)
+    before = torch.zeros_like(F.pad(tokens, (1, 0))).scatter(1, marked, True)[:, 1:]
+    missing = tokens.sum(-1) - before.sum(-1)
+    if missing.any():
+        raise ValueError(
+            f"{what} marks {missing.tolist()} answer tokens per row right after padding, "
+            "expected tokens before them"
+        )
     return before
 
 

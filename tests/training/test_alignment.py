@@ -12,6 +12,7 @@ from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
+from mmicl_kernels.training.distillation import student_rows, teacher_rows
 
 POOL = [
     Demonstration((RED,), "what?", "red"),
@@ -260,3 +261,17 @@ def test_places_that_tokens_split():
     assert [builder.splits("a red\nhi", place) for place in range(9)] == [
         True, True, False, False, False, True, False, True, True,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["mimic-idefics", "mimic-llava", "live", PLAIN, "chat"])
+def test_what_predicts_the_answer(template):
+    """The token before it, not the padding that keeps it apart: as ``generate`` begins."""
+    builder = builder_of("llava", template)
+    batch = episode_batch(builder, QUERIES, [POOL, POOL[:1]])
+    prompt = builder.prompt(QUERIES, [[], []])
+    rows = student_rows(batch), teacher_rows(batch, batch.teacher, batch.teacher_query)
+    for i in range(2):
+        answer = tokens(builder, batch.labels[i], batch.labels[i] >= 0)
+        last = tokens(builder, prompt["input_ids"][i], prompt["attention_mask"][i])[-1]
+        for found, inputs in zip(rows, (batch.student, batch.teacher), strict=True):
+            assert tokens(builder, inputs["input_ids"][i], found[i]) == [last, *answer[:-1]]

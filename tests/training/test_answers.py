@@ -13,7 +13,7 @@ from watching import Largest
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
 from mmicl_kernels.training import AIMObjective, LIVEObjective, M2IVObjective, MimICObjective
-from mmicl_kernels.training.answers import answer_cross_entropy, answer_logits, answer_loss
+from mmicl_kernels.training.answers import answer_cross_entropy, answer_logits, answer_loss, rows_before
 
 OBJECTIVES = {"mimic": MimICObjective, "live": LIVEObjective, "m2iv": M2IVObjective, "aim": AIMObjective}
 # Some hundreds of fp64 roundings one after another; a wrong row or label is off by far more.
@@ -169,3 +169,38 @@ def test_a_head_that_is_not_cut_is_an_error(monkeypatch):
     with pytest.raises(IndexError):
         answer_logits(model, {**batch.student, "input_ids": torch.full((2, 12), 10**6)}, rows)
     assert sum(len(x._forward_pre_hooks) for x in model.modules()) == hooks
+
+
+def test_padding_between_tokens_predicts_nothing():
+    """The last token before it does; where there is none the answer cannot be predicted."""
+    tokens = torch.zeros(3, 8, dtype=torch.bool)
+    tokens[0, 4:6] = tokens[1, 6:] = tokens[2, 5] = True
+    mask = torch.ones(3, 8, dtype=torch.int64)
+    mask[0, 3] = mask[1, 3:6] = mask[2, :2] = 0
+    expected = torch.zeros_like(tokens)
+    expected[0, [2, 4]] = expected[1, [2, 6]] = expected[2, 4] = True
+    assert torch.equal(rows_before("labels", tokens, {"attention_mask": mask}), expected)
+    shifted = F.pad(tokens[:, 1:], (0, 1))
+    assert torch.equal(rows_before("labels", tokens, {"attention_mask": torch.ones_like(mask)}), shifted)
+    assert torch.equal(rows_before("labels", tokens, {}), shifted)
+    for places, count in ((slice(0, 5), "0, 0, 1"), (slice(0, 4), "1, 0, 0")):
+        hidden = mask.clone()
+        hidden[2 if count[-1] == "1" else 0, places] = 0
+        with pytest.raises(ValueError, match=rf"labels marks \[{count}\] answer tokens per row right after"):
+            rows_before("labels", tokens, {"attention_mask": hidden})
+
+
+def test_the_loss_after_padding_is_that_without_it():
+    model = tiny_model("llava-llama").double()
+    batch = episode(model, batch=2)
+    inputs, labels = batch.student, batch.labels
+    cut = int((labels[0] != -100).nonzero()[0])
+
+    def padded(x, value):
+        return torch.cat([x[:, :cut], torch.full_like(x[:, :1], value), x[:, cut:]], 1)
+
+    ids, mask = padded(inputs["input_ids"], 0), padded(inputs["attention_mask"], 0)
+    positions = mask.cumsum(-1) - 1  # the same places for all that is seen
+    wide = {**inputs, "input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    loss, expected = answer_loss(model, wide, padded(labels, -100)), answer_loss(model, inputs, labels)
+    assert abs(loss - expected) <= TOLERANCE * expected

@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import torch
 from example_images import BLUE, GREEN, RED
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, SequentialSampler
 
 import mmicl_kernels as mk
 from mmicl_kernels.integration import PromptBuilder
@@ -113,25 +113,32 @@ def test_what_a_draw_depends_on(builder):
         assert one.epoch == 0
 
 
+class Epochs(SequentialSampler):
+    """A sampler that is told the epoch, as a distributed one is."""
+
+    heard = ()
+
+    def set_epoch(self, epoch):
+        self.heard += (epoch,)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("kind", ["episodes", "aggregation"])
-def test_workers(builder, kind, persistent):
-    """None, one and two workers make the same batches in every epoch; those that persist hear of epochs."""
-
-    def batches(workers, count=8):
-        make = {"episodes": EpisodeCollator, "aggregation": AggregationCollator}[kind]
+@pytest.mark.parametrize("make", [EpisodeCollator, AggregationCollator])
+def test_workers(builder, make, persistent):
+    """None and two workers make the same batches in every epoch; those that persist hear of epochs."""
+    for workers in (0, 2):
+        sampler = Epochs(POOL)
         loader = DataLoader(
-            POOL, batch_size=2, collate_fn=make(builder, POOL, 2, seed=1),
-            num_workers=workers, persistent_workers=persistent and workers > 0,
-            sampler=RandomSampler(POOL, generator=generator(3)),
+            POOL, batch_size=2, collate_fn=make(builder, POOL, 2, seed=1), num_workers=workers,
+            persistent_workers=persistent and workers > 0, sampler=sampler,
         )  # fmt: skip
-        return list(islice(epochs(loader), count))
-
-    alone = batches(0)
-    assert_equal(batches(2), alone)
-    whole = [x.teacher if kind == "episodes" else x.demonstrations for x in alone]
-    ids = [tuple(sorted(map(tuple, x["input_ids"].tolist()))) for x in whole]
-    assert len(set(ids)) > 6  # the second epoch's are others than the first's
+        found, here = list(islice(epochs(loader), 12)), make(builder, POOL, 2, seed=1)
+        for i, batch in enumerate(found):
+            here.set_epoch(i // 4)
+            assert_equal(batch, here(POOL[2 * (i % 4) :][:2]))
+        assert sampler.heard == (0, 1, 2)
+    with pytest.raises(AssertionError):
+        assert_equal(found[0], found[4])
 
 
 @pytest.mark.slow
@@ -325,6 +332,18 @@ CONFIGS = {
     "aim": mk.AIMConfig(),
 }
 RATES = {"aim": 0.02}
+
+
+@pytest.mark.parametrize("method", ["mimic", "live"])
+def test_official_prompts_of_idefics_train(method):
+    """The first Idefics, with MimIC's own prompts: padding that nothing sees stands before its answers."""
+    model = tiny_model("idefics")
+    module = TrainedModule(model, mk.create(model, CONFIGS[method]))
+    collate = EpisodeCollator(PromptBuilder(tiny_processor("idefics"), "mimic-idefics"), POOL, 2)
+    loader = DataLoader(POOL, batch_size=4, collate_fn=collate)
+    config = TrainingConfig(learning_rate=0.05)
+    log = train(module, trainable(module.adapter), epochs(loader), 10, config=config, progress=False)
+    assert log[-1]["ce"] < log[1]["ce"] and log[-2]["ce"] < log[0]["ce"]  # of the same queries
 
 
 @pytest.mark.parametrize("method", CONFIGS)
