@@ -187,21 +187,24 @@ class Subject:
         with published(model, copy.deepcopy(adapter).to(model.dtype)):
             self._configs["published"] = self._current()
         self._handle = mk.attach(model, adapter)
-        self._configs |= dict.fromkeys(self._impls, self._current())
         self.use("plain")
 
     def use(self, variant: str) -> None:
         """Patch the model as ``variant`` is. KeyError: no such variant."""
-        for attention, config in zip(self._attentions, self._configs[variant], strict=True):
-            attention.config = config
         if variant in self._impls:
             self._handle.impl = self._impls[variant]
+            self._handle.enable()
+            return
+        self._handle.disable()
+        for attention, config in zip(self._attentions, self._configs[variant], strict=True):
+            attention.config = config
 
     def __enter__(self) -> "Subject":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._handle.detach()  # whichever variant is in use: the configs are the model's own again
+        self.use("plain")
+        self._handle.detach()
 
     def _current(self) -> list:
         return [attention.config for attention in self._attentions]
