@@ -87,7 +87,7 @@ class Record:
                 raise BadRecord("bad field", f"{name} is {values!r:.80}, {expected}")
             for i, value in enumerate(values):
                 _check_text(f"{name}[{i}]", value)
-        places = count_placeholders(self.text)
+        places = len(text_pieces(self.text)) - 1
         if places not in (0, len(self.images)):
             raise BadRecord(
                 "bad field",
@@ -284,9 +284,15 @@ def check_images(record: Record) -> None:
                 raise error.at(record.place) from error
 
 
-def count_placeholders(text: str) -> int:
-    """How often a text has ``{image}``, which ``{{image}}`` is not."""
-    return sum(x == "{image}" for x in re.findall(r"\{\{image\}\}|\{image\}", text))
+def text_pieces(text: str) -> list[str]:
+    """What is before, between and after the ``{image}`` of a text, with ``{image}`` for ``{{image}}``."""
+    pieces = [""]
+    for part in re.split(r"(\{\{image\}\}|\{image\})", text):
+        if part == "{image}":
+            pieces.append("")
+        else:
+            pieces[-1] += "{image}" if part == "{{image}}" else part
+    return pieces
 
 
 def _record_of_row(row: Any, images: Path | None, index: int) -> Record:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from string import Formatter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.records import text_pieces
 from mmicl_kernels.integration.image_markers import FixedMarkers, TemplateMarkers
 from mmicl_kernels.integration.presets import Preset
-from mmicl_kernels.library import Demonstration
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -319,14 +320,3 @@ def parse_template(template: str) -> tuple[list[tuple[str, str]], str]:
     index = next(i for i, (_, field, _, _) in enumerate(parsed) if field == "answer")
     before = [(literal, field) for literal, field, _, _ in parsed[: index + 1]]
     return before, "".join(literal for literal, _, _, _ in parsed[index + 1 :])
-
-
-def text_pieces(text: str) -> list[str]:
-    """What is before, between and after the ``{image}`` of a text, with ``{image}`` for ``{{image}}``."""
-    pieces = [""]
-    for part in re.split(r"(\{\{image\}\}|\{image\})", text):
-        if part == "{image}":
-            pieces.append("")
-        else:
-            pieces[-1] += "{image}" if part == "{{image}}" else part
-    return pieces

@@ -8,9 +8,9 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mmicl_kernels.data.records import text_pieces
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.image_markers import BARE, USUAL, image_markers
-from mmicl_kernels.integration.turns import text_pieces
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN, tiny_processor
 
