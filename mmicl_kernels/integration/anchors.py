@@ -87,7 +87,7 @@ def family_of(model: nn.Module) -> Family:
     """Raises UnsupportedModelError, which says what was found, if the model's family is not in the table."""
     config = getattr(model, "config", None)
     name = known_type(config, FAMILIES)
-    if name not in FAMILIES or not hasattr(config, "get_text_config"):
+    if not isinstance(name, str) or name not in FAMILIES or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has config.model_type {name!r}, expected one of "
             f"{', '.join(map(repr, sorted(FAMILIES)))}; found {_survey(model)}. Missing: an entry in "
@@ -101,12 +101,14 @@ def known_type(config: object, table: Mapping[str, object]) -> object:
 
     Of transformers' own classes one may be made from another and be built otherwise.
     """
-    name = getattr(config, "model_type", None)
+    name = own = getattr(config, "model_type", None)
     for kind in type(config).__mro__:
-        if isinstance(name, str) and name in table or kind.__module__.partition(".")[0] == "transformers":
+        if isinstance(name, str) and name in table:
             return name
+        if kind.__module__.partition(".")[0] == "transformers":
+            break
         name = next((vars(x)["model_type"] for x in kind.__mro__[1:] if "model_type" in vars(x)), None)
-    return name
+    return own
 
 
 def find_anchors(model: nn.Module) -> list[Anchor]:

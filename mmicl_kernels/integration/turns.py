@@ -182,8 +182,7 @@ class ChatTurns:
         before, answer, position = "", "", 0
         for text, found in zip(texts, STAND_IN.finditer(rendered), strict=True):
             before += answer + rendered[position : found.start()]
-            answer = text if found[1] else text.lstrip()
-            answer = answer if found[3] else answer.rstrip()
+            answer = _as_written(found, text)
             position = found.end()
         return Written(self._head(turns[-1], instructed), before, answer, rendered[position:])
 
@@ -197,9 +196,11 @@ class ChatTurns:
             texts.append(x.answer)
         complaints = []
         for listed in (True, False):  # some templates want an answer as a string
-            rendered = self._try(_conversation(patterns, self._instruction if instructed else "", listed))
+            conversation = _conversation(patterns, self._instruction if instructed else "", listed)
+            rendered = self._try(conversation)
             failed = isinstance(rendered, Exception)
-            complaints.append(rendered if failed else self._complaint(rendered, patterns))
+            wrong = rendered if failed else self._complaint(rendered, patterns)
+            complaints.append(wrong or self._changes(conversation, rendered, texts))
             if complaints[-1] is None:
                 return rendered, texts
         raise ValueError(
@@ -211,6 +212,12 @@ class ChatTurns:
             return self._writer.apply_chat_template(conversation, tokenize=False)
         except Exception as error:  # templates raise what they like
             return error
+
+    def _changes(self, conversation: list[Message], rendered: str, texts: Sequence[str]) -> str | None:
+        """What the template makes of the texts themselves, if that is more than to strip them."""
+        own = self._try(_filled(conversation, texts))
+        expected = STAND_IN.sub(lambda found: _as_written(found, texts[int(found[2])]), rendered)
+        return None if own == expected else f"it writes {str(own)!r:.200} where {expected!r:.200} is expected"
 
     def _complaint(self, rendered: str, patterns: Sequence[tuple[str, ...]]) -> str | None:
         """What is wrong with the order of images and texts: those of a turn must stay in it."""
@@ -255,6 +262,27 @@ class ChatTurns:
         common = os.path.commonprefix([prefix[::-1], begin[::-1]])[::-1]
         special = self._special.search(common)
         return prefix[: len(prefix) - len(common) + special.start()] if special else prefix
+
+
+def _as_written(found: re.Match[str], text: str) -> str:
+    """``text`` where its stand-in was found: a template that strips texts took a tab away."""
+    text = text if found[1] else text.lstrip()
+    return text if found[3] else text.rstrip()
+
+
+def _filled(conversation: list[Message], texts: Sequence[str]) -> list[Message]:
+    """A conversation of stand-ins with the texts in their places."""
+
+    def fill(content: str) -> str:
+        return STAND_IN.sub(lambda found: texts[int(found[2])], content)
+
+    def part(x: Message) -> Message:
+        return {**x, **_text(fill(x["text"]))} if "text" in x else x
+
+    return [
+        {**x, "content": fill(x["content"]) if isinstance(x["content"], str) else [*map(part, x["content"])]}
+        for x in conversation
+    ]
 
 
 def _pattern(x: Demonstration) -> tuple[str, ...]:

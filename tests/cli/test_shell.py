@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -235,7 +236,9 @@ def test_interrupted_by_a_signal(places):
     fcntl = pytest.importorskip("fcntl")
     with open(places["LIBRARY"] / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        code = "import sys, mmicl_kernels as mk\nfrom mmicl_kernels.cli import main\nmk.VLibrary\n"
+        # A process that was begun in the background of a shell does not hear the signal.
+        code = "import signal, sys, mmicl_kernels as mk\nfrom mmicl_kernels.cli import main\nmk.VLibrary\n"
+        code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         code += f"sys.argv[1:] = {arguments_of('library verify', places)!r}\n"
         code += "print('ready', flush=True)\nsys.exit(main())"
         process = subprocess.Popen(
@@ -243,7 +246,8 @@ def test_interrupted_by_a_signal(places):
         )
         assert process.stdout.readline() == "ready\n"
         with open(f"/proc/{process.pid}/wchan") as wchan:
-            while "lock" not in wchan.read() and process.poll() is None:
+            end = time.monotonic() + 30
+            while "lock" not in wchan.read() and process.poll() is None and time.monotonic() < end:
                 wchan.seek(0)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 128 + signal.SIGINT

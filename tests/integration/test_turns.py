@@ -462,3 +462,42 @@ def test_a_chat_for_a_bank():
     inputs, fused = answers.demonstrations(SHOTS[:1])
     assert tokens(builder, inputs["input_ids"][0], fused[0]) == [*"red"]
     assert torch.equal(answers.queries(SHOTS)[1], builder.answered(SHOTS).labels)
+
+
+CHANGED = {
+    "quotes": "{{ part['text'] | tojson }}",
+    "capitals": "{{ part['text'] | upper }}",
+    "some": "{{ part['text'][:2] }}",
+    "length": "[{{ part['text'] | length }}]",
+}
+
+
+@pytest.mark.parametrize("how", CHANGED)
+def test_chat_templates_that_change_texts_are_refused(how):
+    """Stripping a text and writing around it is all that can be followed."""
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}TEXT{% endif %}{% endfor %}{% endfor %}"
+    )
+    processor = tiny_processor("llava")
+    processor.chat_template = template.replace("TEXT", CHANGED[how])
+    with pytest.raises(ValueError, match="the chat template of LlavaProcessor cannot write turns"):
+        PromptBuilder(processor, "chat")
+    processor.chat_template = template.replace("TEXT", "'{{ part['text'] | trim }}'")
+    made = PromptBuilder(processor, "chat").prompt([Demonstration((RED,), " a b ", "red")])
+    assert "'a" in processor.tokenizer.decode(made["input_ids"][0]).replace("<unk>", "'")
+
+
+def test_texts_that_a_chat_template_answers_to_are_refused():
+    """As those that leave out what an earlier turn thought."""
+    processor = tiny_processor("llava")
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'].split('thought')[-1] }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    builder = PromptBuilder(processor, "chat")
+    builder.prompt([Demonstration((RED,), "a", "red")])
+    refused = r"writes 'user:<image> bassistant:a' where 'user:<image>a thought bassistant:a' is expected"
+    with pytest.raises(ValueError, match=refused):
+        builder.prompt([Demonstration((RED,), "a thought b", "a")])

@@ -211,7 +211,9 @@ def list_for_a_name():
 
 
 def inner_model():
-    return tiny_model("llava-llama").model, r"LlavaModel \(llava\) has no 'model'"
+    return tiny_model(
+        "llava-llama"
+    ).model.vision_tower, "has config.model_type 'clip_vision_model', expected one"
 
 
 def config_alone():

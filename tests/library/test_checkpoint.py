@@ -267,7 +267,7 @@ def smaller(model):
     [
         (lambda: tiny_model("llava-llama", seed=1), "weights are not those"),
         (lambda: tiny_model("llava-qwen2"), "text_model_type"),
-        (lambda: tiny_model("idefics2"), "model_class.*model_type"),
+        (lambda: tiny_model("idefics2"), "model_type.*text_model_type"),
         (lambda: tiny_model("idefics"), "layers"),
         (lambda: smaller(tiny_model("llava-llama")), "layers is"),
     ],

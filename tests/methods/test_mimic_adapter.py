@@ -190,7 +190,6 @@ def test_config_is_frozen():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"model_class": "Other"}, ["model_class", "Other"]),
         ({"model_type": "idefics2"}, ["model_type", "idefics2"]),
         ({"text_model_type": "qwen2"}, ["text_model_type", "qwen2"]),
         ({"hidden_size": 128}, ["hidden_size", "128"]),
