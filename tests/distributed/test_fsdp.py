@@ -19,7 +19,7 @@ from short_training import (
     loss_of,
     train,
 )
-from test_ddp_objectives import adapter_for, batch_for, gradient_of
+from test_ddp_objectives import ALIGNED, adapter_for, batch_for, gradient_of
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -157,7 +157,7 @@ def check_objective(rank, kind, checkpointing):
 def check_objectives(rank):
     for kind in ("mimic", "ffn_shift", "live", "many_shot", "m2iv"):
         check_objective(rank, kind, False)
-    for kind in ("mimic_layer", "live"):
+    for kind in (*ALIGNED, "live"):
         check_objective(rank, kind, True)
 
 
