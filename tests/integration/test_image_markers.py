@@ -1,10 +1,9 @@
 """Images in prompts as the model's own chat template has them: markers, numbers, places; or a refusal."""
 
-import io
-
 import pytest
 import torch
-from PIL import Image
+from example_images import BLUE, GREEN, RED
+from example_processors import processor_of
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,29 +11,9 @@ from mmicl_kernels.data.records import text_pieces
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.image_markers import BARE, USUAL, image_markers
 from mmicl_kernels.library import Demonstration
-from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN, tiny_processor
+from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def png(colour, size):
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-# With Qwen's and GLM's patches of 28 x 28 pixels they make 1, 2 and 4 tokens.
-RED, GREEN, BLUE = png("red", (28, 28)), png("lime", (28, 56)), png("blue", (56, 56))
-
-
-def processor_of(name, *, chat=True, template=None, **options):
-    try:
-        processor = tiny_processor(name, chat=chat, **options)
-    except ImportError as error:  # an older transformers has its image processor with torchvision alone
-        pytest.skip(str(error))
-    if template is not None:
-        processor.chat_template = template
-    return processor
 
 
 def turn(image, *, begin="user: ", text="{{ part['text'] }}"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from example_images import BLUE, GREEN, RED
+from example_processors import processor_of
 
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.presets import PRESETS
@@ -63,16 +64,6 @@ OFFICIAL = {
         "",
     ),
 }
-
-
-def processor_of(name, *, chat=True, template=None, **options):
-    try:
-        processor = tiny_processor(name, chat=chat, **options)
-    except ImportError as error:  # an older transformers has its image processor with torchvision alone
-        pytest.skip(str(error))
-    if template is not None:
-        processor.chat_template = template
-    return processor
 
 
 class Spy:

@@ -42,19 +42,6 @@ def failing(error, *paths, calls=("open", "stat")):
         yield
 
 
-@pytest.fixture
-def library(tmp_path):
-    library = mk.VLibrary(tmp_path / "library")
-    for value, name in enumerate("abc", 1):
-        library.put(name, live(float(value)), embedding=[1.0, value])
-    return library
-
-
-@pytest.fixture
-def bank(tmp_path):
-    return filled(tmp_path / "bank")
-
-
 # Entries that cannot be read
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from banks import add, assert_holds, filled
+from banks import add, assert_holds
 from test_vector_library_crash import in_child
 from torch.utils.data import DataLoader, Dataset
 from vectors import live
@@ -21,19 +21,6 @@ from mmicl_kernels.library import locking
 from mmicl_kernels.library.index import Row
 
 fcntl = pytest.importorskip("fcntl")
-
-
-@pytest.fixture
-def library(tmp_path):
-    library = mk.VLibrary(tmp_path / "library")
-    for value, name in enumerate("abc", 1):
-        library.put(name, live(float(value)), embedding=[1.0, value])
-    return library
-
-
-@pytest.fixture
-def bank(tmp_path):
-    return filled(tmp_path / "bank")
 
 
 @contextmanager
