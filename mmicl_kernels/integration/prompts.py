@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from string import ascii_letters
@@ -106,6 +107,7 @@ class PromptBuilder:
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction is a {type(instruction).__name__}, expected a string")
         self.processor, self.template, self.answer_only = processor, template, answer_only
+        self.instruction, self.image_marker = instruction, image_marker
         self.device, self.dtype = device, dtype
         self._image_token = token
         own = getattr(processor, "image_token_ids", ())  # where the token is replaced by others
@@ -118,6 +120,15 @@ class PromptBuilder:
         self.instructs_students = template not in PRESETS
         self._separated = False
         self._turns = self._turns_of(template, instruction, image_marker)
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """The arguments beside the processor that decide a prompt's tokens, to be stored and given again."""
+        return {
+            "template": self.template,
+            "instruction": self.instruction,
+            "image_marker": self.image_marker,
+        }
 
     @property
     def description(self) -> str:
@@ -446,6 +457,23 @@ class PromptBuilder:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def builder_of(
+    processor: ProcessorMixin | PromptBuilder, *, answer_only: bool = False, dtype: torch.dtype | None = None
+) -> PromptBuilder:
+    """A builder is copied; a processor gets one of its chat template, or of ``TEMPLATE`` where it has none.
+
+    Raises TypeError as :class:`PromptBuilder`.
+    """
+    if isinstance(processor, PromptBuilder):
+        builder = copy(processor)
+    else:
+        tokenizer = getattr(processor, "tokenizer", None)
+        chats = any(getattr(x, "chat_template", None) for x in (processor, tokenizer))
+        builder = PromptBuilder(processor, "chat" if chats else TEMPLATE)
+    builder.answer_only, builder.dtype = answer_only, dtype
+    return builder
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[str], list[int]]:

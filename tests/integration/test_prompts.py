@@ -9,6 +9,7 @@ from PIL import Image
 import mmicl_kernels as mk
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.images import decode_image
+from mmicl_kernels.integration.prompts import TEMPLATE, builder_of
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
@@ -259,3 +260,18 @@ def test_into_a_bank_and_out_again(positions, tmp_path):
     states = states[-1:] if positions == "answer" else states[first:]
     expected = torch.nn.functional.linear(states, adapter.fuser.weight, adapter.fuser.bias)
     torch.testing.assert_close(bank.tokens(0), expected)
+
+
+def test_builder_of():
+    """A processor's own chat template, or the plain one; a builder is kept as it is, and not changed."""
+    chatting, silent = tiny_processor("llava", chat=True), tiny_processor("llava")
+    assert builder_of(chatting).settings == {"template": "chat", "instruction": None, "image_marker": None}
+    assert builder_of(silent).template == TEMPLATE
+    builder = PromptBuilder(silent, "{image}{text}: {answer}", instruction="Short.")
+    made = builder_of(builder, answer_only=True, dtype=torch.bfloat16)
+    assert (made.settings, made.answer_only, made.dtype) == (builder.settings, True, torch.bfloat16)
+    assert (builder.answer_only, builder.dtype) == (False, None)
+    again = PromptBuilder(silent, **builder.settings)
+    assert again.description == builder.description and again.settings == builder.settings
+    with pytest.raises(TypeError, match="processor is a str, expected one with an image_token"):
+        builder_of("llava")
