@@ -75,9 +75,9 @@ class Collator(Generic[Made]):
         """The batch's ``arguments()``: the ``data_collator`` of a Trainer."""
         return self(queries).arguments()
 
-    def drawn(self, query: Any) -> list[Any]:
-        """The demonstrations of a query in this epoch."""
-        text = f"{self.seed} {self.epoch} {key_of(query)}"
+    def drawn(self, query: Any, epoch: int | None = None) -> list[Any]:
+        """The demonstrations of a query in an epoch, by default in this one."""
+        text = f"{self.seed} {self.epoch if epoch is None else epoch} {key_of(query)}"
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
         generator = torch.Generator().manual_seed(number)
         low, high = self.shots

@@ -1,5 +1,7 @@
 """What LIVE and M2IV minimise: the answer's distribution after demonstrations, without them."""
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +29,7 @@ class LIVEObjective(Objective):
     """
 
     method = LIVEAdapter
+    means_over = MappingProxyType({"ce": "answer", "kl": "answer"})
 
     def __init__(self, handle: Handle) -> None:
         super().__init__(handle)
@@ -52,6 +55,7 @@ class M2IVObjective(Objective):
     """
 
     method = M2IVAdapter
+    means_over = MappingProxyType({"ce": "answer", "mimicry": "answer"})
 
     def __init__(self, handle: Handle) -> None:
         super().__init__(handle)

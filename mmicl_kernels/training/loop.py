@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mmicl_kernels.training.measures import describe_large_shares
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.objectives import Losses, Objective
+from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 
 Batch = TypeVar("Batch")  # what the objective takes
 
@@ -75,8 +76,9 @@ def train(
     _refuse_unaveraged(objective, parameters)
     config = config or TrainingConfig()
     inner = _inner(objective)
-    optimizer = torch.optim.AdamW(_groups(parameters, config, getattr(inner, "learning_rates", {})))
-    to_identity = _named(parameters, getattr(inner, "decay_to_identity", ()))
+    groups = parameter_groups(parameters, config.learning_rate, config.weight_decay, inner)
+    optimizer = torch.optim.AdamW(groups)
+    decay_to_identity(optimizer, parameters, inner)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
     log, warned = [], False
     bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
@@ -90,7 +92,6 @@ def train(
             log.append({"loss": losses.total.item()} | {k: x.item() for k, x in losses.parts.items()})
             _refuse_infinite(log, norm)
             optimizer.step()
-            _decay_to_identity(optimizer, to_identity)
             schedule.step()
             warned = warned or _warn_of_shares(log[-1])
             bar.update()
@@ -177,32 +178,6 @@ def frozen(model: nn.Module, except_for: dict[str, nn.Parameter]) -> Iterator[No
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def _decay_to_identity(optimizer: torch.optim.Optimizer, matrices: set[int]) -> None:
-    """AdamW's decay took a share of each matrix; as much of the identity takes its place."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in matrices:
-                parameter.diagonal().add_(group["lr"] * group["weight_decay"])
-
-
-def _named(parameters: Mapping[str, nn.Parameter], ends: Iterable[str]) -> set[int]:
-    """The ids of those whose name is, or ends with, one of ``ends``."""
-    return {id(x) for name, x in parameters.items() if any(f".{name}".endswith(f".{end}") for end in ends)}
-
-
-def _groups(
-    parameters: dict[str, nn.Parameter], config: TrainingConfig, rates: Mapping[str, float]
-) -> list[dict]:
-    """By learning rate and weight decay, which the biases have none of, as in the official code."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        rate = rates.get(name.rpartition(".")[2], config.learning_rate)
-        decay = 0.0 if "bias" in name else config.weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

@@ -1,10 +1,15 @@
 """A model, its adapter and what is minimised as one module, whose forward makes all passes."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from mmicl_kernels.integration import AdaptedModel
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.training.aggregation import AIMObjective
+from mmicl_kernels.training.batch import IGNORE
 from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
 from mmicl_kernels.training.objectives import MimICObjective, Objective
 
@@ -33,10 +38,36 @@ class TrainedModule(AdaptedModel):
     accepts_loss_kwargs = False
 
     # That `labels` has this name tells it to report the loss of an evaluation.
-    def forward(self, inputs: dict[str, object], labels: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        inputs: dict[str, object],
+        labels: Tensor,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """``"loss"``, which is minimised, and its parts without weights or gradients, all ``[]``.
 
-        ``inputs`` and ``labels`` are a batch's ``arguments()``. Raises as the batch and the objective.
+        ``inputs`` and ``labels`` are a batch's ``arguments()``. Of several batches of one update, accumulated
+        or of several processes, ``shares`` says how much of the tokens this one has, as a multiple of an
+        equal share: the mean of their losses is then that over all tokens (see :func:`token_shares`).
+        Raises as the batch and the objective.
         """
         losses = self.objective(self.objective.batch(**inputs, labels=labels))
-        return {"loss": losses.total, **losses.parts}
+        total = losses.total
+        if shares is not None:
+            kinds = self.objective.means_over
+            terms = losses.terms.items()
+            total = sum(x * shares[kinds[name]].to(x) if name in kinds else x for name, x in terms)
+        return {"loss": total, **losses.parts}
+
+
+def token_counts(arguments: Mapping[str, Any]) -> Tensor:
+    """How many tokens a batch's losses are means over, fp32 ``[2]``: the answers', and the queries'."""
+    labelled = (arguments["labels"][:, 1:] != IGNORE).sum()
+    query = arguments["inputs"].get("student_query")
+    return torch.stack([labelled, labelled if query is None else query.sum()]).float()
+
+
+def token_shares(counts: Tensor, total: Tensor, batches: int) -> dict[str, Tensor]:
+    """The ``shares`` of a batch with ``counts`` in an update of ``batches``, which have ``total``."""
+    answer, query = counts * batches / total
+    return {"answer": answer, "query": query}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -22,10 +22,11 @@ from mmicl_kernels.training.record import record_outputs
 
 @dataclass(frozen=True)
 class Losses:
-    """``total`` is minimised; the parts are reported unweighted."""
+    """``total`` is minimised; the parts are reported unweighted; ``terms``, if known, are what it sums."""
 
     total: Tensor
     parts: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:
@@ -33,8 +34,9 @@ class Objective:
 
     Attributes:
         method: the adapter's class. ``batch``: what it is called with.
-        learning_rates: by the last part of a parameter's name, instead of the common one; for :func:`train`.
-        decay_to_identity: square matrices that weight decay pulls to the identity; for :func:`train`.
+        means_over: whose tokens a part is the mean over, "answer" or "query"; M2IV's synergy is no mean.
+        learning_rates: by the last part of a parameter's name, instead of the common one; for an optimizer.
+        decay_to_identity: square matrices that weight decay pulls to the identity; for an optimizer.
         measures: whether the parts say, under keys with a slash, which of them decides: see
             ``training/measures.py``. Costs a backward pass for each part. Under reentrant gradient
             checkpointing, which allows no such pass, their gradients are left out.
@@ -42,6 +44,7 @@ class Objective:
 
     method: type[Adapter]
     batch: type[Batch] = ManyShotBatch
+    means_over: Mapping[str, str] = MappingProxyType({"ce": "answer"})
     learning_rates: Mapping[str, float] = MappingProxyType({})
     decay_to_identity: tuple[str, ...] = ()
     measures = False
@@ -69,7 +72,7 @@ class Objective:
             # Reentrant checkpointing refuses to differentiate anything but the whole loss.
             if not repeats_reentrant(self.handle.anchors[0].layer):
                 parts |= gradient_norms(weighted, trainable(self.handle.single).values())
-        return Losses(sum(weighted.values()), parts)
+        return Losses(sum(weighted.values()), parts, weighted)
 
 
 class MimICObjective(Objective):
@@ -81,6 +84,7 @@ class MimICObjective(Objective):
     """
 
     method = MimICAdapter
+    means_over = MappingProxyType({"ce": "answer", "align": "query"})
 
     def __init__(self, handle: Handle) -> None:
         super().__init__(handle)

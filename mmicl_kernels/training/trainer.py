@@ -1,0 +1,226 @@
+"""The Trainer of transformers for an adapter: what it does not do by itself for a :class:`TrainedModule`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mmicl_kernels.library import read_adapter
+from mmicl_kernels.methods import CheckpointError
+from mmicl_kernels.training.collate import Collator
+from mmicl_kernels.training.measures import describe_large_shares
+from mmicl_kernels.training.module import TrainedModule, token_counts, token_shares
+from mmicl_kernels.training.objectives import trainable
+from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
+
+DESCRIPTION_FILE = "training.json"
+# What a Trainer writes last, and what it needs to go on where it was.
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+class AdapterTrainer(Trainer):
+    """Trains the adapter of a :class:`TrainedModule`.
+
+    Beside what a Trainer does: the learning rates and the decay of the method's own; losses that are means
+    over all tokens of an update, whether accumulated or of several processes; other demonstrations in each
+    epoch; the parts of the loss in the log, with what decides it every ``measure_every`` updates; a
+    checkpoint is an adapter's folder, with ``description``, which JSON can hold, in ``training.json``.
+
+    A ``Collator`` makes the batches. The evaluation's demonstrations are the same each time.
+    """
+
+    def __init__(
+        self,
+        module: TrainedModule,
+        arguments: TrainingArguments,
+        collator: Collator,
+        queries: Dataset,
+        validation: Dataset | None = None,
+        *,
+        description: Mapping[str, Any] | None = None,
+        measure_every: int = 100,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(
+            module,
+            arguments,
+            train_dataset=queries,
+            eval_dataset=validation,
+            data_collator=collator.arguments,
+            callbacks=[_Epochs(collator), *(callbacks or ())],
+        )
+        self.module, self.description, self.measure_every = module, dict(description or {}), measure_every
+        self._sums: dict[str, Tensor] = {}  # of the parts since the last line of the log
+        self._count = 0
+        self._measured: int | None = None
+        self._warned = False
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.module)
+            parameters, objective = trainable(self.module.adapter), self.module.objective
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = kind(parameter_groups(parameters, rate, decay, objective), **options)
+            decay_to_identity(self.optimizer, parameters, objective)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The batches of an update, each with its share of all tokens."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            counts = [token_counts(x).to(device) for x in batches]
+            total = self.accelerator.reduce(sum(counts), "sum")
+            number = len(batches) * self.accelerator.num_processes
+            batches = [
+                {**x, "shares": token_shares(n, total, number)} for x, n in zip(batches, counts, strict=True)
+            ]
+        return batches, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Raises FloatingPointError: the loss is not finite; nothing was changed by it."""
+        step, objective = self.state.global_step, self.module.objective
+        due = self.measure_every > 0 and step % self.measure_every == 0
+        objective.measures = due and self._measured != step  # an update may have several batches
+        self._measured = step
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            objective.measures = False
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)} at step {step}, expected finite")
+        return loss
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._note(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _note(self, outputs: Mapping[str, Tensor]) -> None:
+        measured = {name: x for name, x in outputs.items() if "/" in name}
+        if measured and self.args.should_log:
+            found = {name: float(x) for name, x in measured.items()}
+            self.log(found)
+            message = None if self._warned else describe_large_shares(found)
+            if message is not None:
+                self._warned = True
+                warnings.warn(message, stacklevel=2)
+        for name in outputs.keys() - measured.keys() - {"loss"}:
+            self._sums[name] = self._sums.get(name, 0) + outputs[name].detach()
+        self._count += 1
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """With the means of the parts, this process's own, beside the loss."""
+        if "loss" in logs and self._count:
+            logs = {**logs, **{name: float(x) / self._count for name, x in sorted(self._sums.items())}}
+            self._sums, self._count = {}, 0
+        super().log(logs, *args)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The loss and its parts, means over all tokens of the data, whatever the batches and processes."""
+        model = self.model_wrapped if self.is_in_train else self.model
+        was_training = model.training
+        model.eval()
+        sums: dict[str, Tensor] = {}
+        kinds = self.module.objective.means_over
+        try:
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(inputs)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    outputs = model(**inputs)
+                answer, query = token_counts(inputs).double()
+                for name, x in outputs.items():
+                    count = query if kinds.get(name) == "query" else answer
+                    add = torch.stack([x.detach().double() * count, count])
+                    sums[name] = sums.get(name, 0) + add
+        finally:
+            model.train(was_training)
+        metrics = {}
+        for name, x in sums.items():
+            total, count = self.accelerator.reduce(x, "sum").tolist()
+            metrics[f"{metric_key_prefix}_{name}"] = total / count
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter's folder and its description, by the main process; all must call it."""
+        whole = {name: _whole(x) for name, x in self.module.adapter.state_dict().items()}
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        adapter = self.module.adapter
+        adapter.from_tensors(adapter.config, adapter.backbone, whole).save_pretrained(folder)
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(self.description, indent=2))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
+        """Raises CheckpointError: the folder has no adapter, or one of another method or model."""
+        adapter, mine = read_adapter(resume_from_checkpoint), self.module.adapter
+        differences = mine.backbone.differences(adapter.backbone)
+        if type(adapter) is not type(mine) or adapter.config != mine.config or differences:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} has {adapter.config}, expected {mine.config}"
+                f"{'; '.join(['', *differences])}"
+            )
+        with torch.no_grad():
+            for x, value in zip(mine.state_dict().values(), adapter.state_dict().values(), strict=True):
+                value = value.to(x.device)
+                if isinstance(x, DTensor):
+                    value = distribute_tensor(value, x.device_mesh, x.placements)
+                x.copy_(value)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _Epochs(TrainerCallback):
+    """Tells a collator which epoch begins, so that its demonstrations are drawn anew."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        self.collator.set_epoch(int(state.epoch or 0))
+
+
+def _whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a training; one that was being written when it was killed is none."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and _is_complete(path):
+            found.append((int(number), path))
+    return max(found)[1] if found else None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_adapter(folder)
+        json.loads((folder / STATE_FILES[-1]).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
