@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmicl_kernels.data import as_records
+from mmicl_kernels.data import Demonstration, as_records
 from mmicl_kernels.integration import PromptBuilder, create
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.methods import Adapter, AIMConfig
 from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.recipes import RECIPES, Recipe
-from mmicl_kernels.training.shots import Draw, Example, RandomShots
+from mmicl_kernels.training.shots import Draw, Example, RandomShots, key_of
 
 if TYPE_CHECKING:  # importing the Trainer takes seconds
     from transformers import ProcessorMixin, TrainerCallback, TrainingArguments
@@ -51,7 +51,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
 ) -> Adapter:
-    The model is left as it was, on the Trainer's device. The same call with ``resume`` goes on where a run was
+    """An adapter that stands in for demonstrations of ``records``, trained by the Trainer of transformers.
 
     The model is left as it was, on the Trainer's device. The same call with ``resume`` goes on where a run
     was killed, to the same adapter, bit for bit on the same machine. Of several processes (``accelerate
@@ -251,7 +251,8 @@ def _fields(recipe: Recipe, kept: bool, validated: bool) -> dict[str, Any]:
         "metric_for_best_model": "ce",
         "greater_is_better": False,
         "logging_steps": 0.01,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
+        "dataloader_pin_memory": torch.accelerator.is_available(),
         "report_to": "none",
     }
 
@@ -263,18 +264,16 @@ def examples_of(source: Any, name: str) -> Sequence[Any]:
     """
     if isinstance(source, DrawnEpisodes):
         return source
-    own = (
-        not isinstance(source, str | os.PathLike | Mapping)
-        and hasattr(source, "__getitem__")
-        and len(source) > 0
-    )
-    examples = source if own and hasattr(source[0], "demonstration") else as_records(source)
+    rows = not isinstance(source, str | os.PathLike | Mapping) and hasattr(source, "__getitem__")
+    first = source[0] if rows and len(source) > 0 else None
+    own = isinstance(first, Demonstration) or hasattr(first, "demonstration")
+    examples = source if own else as_records(source)
     if len(examples) == 0:
         raise ValueError(f"{name} is empty, expected at least one example")
     for i in range(len(examples)):
         answer = getattr(examples[i], "answer", None)
         if answer is not None and not answer.strip():
-            raise ValueError(f"{name} has no answer in {examples[i].id!r}, expected one to learn")
+            raise ValueError(f"{name} has no answer in {key_of(examples[i])}, expected one to learn")
     return examples
 
 

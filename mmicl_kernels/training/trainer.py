@@ -25,8 +25,7 @@ from mmicl_kernels.training.objectives import trainable
 from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 
 DESCRIPTION_FILE = "training.json"
-# What a Trainer writes last, and what it needs to go on where it was.
-STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+STATE_FILE = "trainer_state.json"  # what a Trainer writes last into a checkpoint
 
 
 class AdapterTrainer(Trainer):
@@ -219,8 +218,7 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        read_adapter(folder)
-        json.loads((folder / STATE_FILES[-1]).read_text())
+        json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError):
         return False
     return True

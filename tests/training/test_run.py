@@ -1,0 +1,361 @@
+"""mk.train: the same updates as written out, accumulation, resuming, the best checkpoint, what is refused."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from records_of_colours import write_records
+from transformers import TrainerCallback, TrainerState, get_cosine_schedule_with_warmup
+
+import mmicl_kernels as mk
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.integration import attach, handle_of
+from mmicl_kernels.integration.prompts import builder_of
+from mmicl_kernels.testing.tiny_models import tiny_model
+from mmicl_kernels.testing.tiny_processors import tiny_processor
+from mmicl_kernels.training import (
+    AggregationCollator,
+    EpisodeCollator,
+    TrainedModule,
+    epochs,
+    trainable,
+)
+from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
+from mmicl_kernels.training.recipes import RECIPES, Recipe
+from mmicl_kernels.training.run import Training
+from mmicl_kernels.training.trainer import last_checkpoint
+
+pytest.importorskip("accelerate")
+# The same sums in another order, through three or four layers: see test_trainer.py.
+EPS = torch.finfo(torch.float32).eps
+ROUNDINGS = 64 * EPS
+CONFIGS = {
+    "mimic": mk.MimICConfig(),
+    "live": mk.LIVEConfig(),
+    "m2iv": mk.M2IVConfig(),
+    "aim": mk.AIMConfig(),
+}
+METHODS = [pytest.param(x, marks=[] if x in ("mimic", "aim") else pytest.mark.slow) for x in CONFIGS]
+SHORT = Recipe(steps=5, batch_size=4, accumulate=1, shots=2, warmup=0.4, weight_decay=0.1, shuffle=False)
+
+
+def recipe_for(method, **options):
+    return replace(SHORT, **({"shots": (1, 2)} if method == "aim" else {}), **options)
+
+
+@pytest.fixture
+def records(tmp_path):
+    return write_records(tmp_path)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_model("llava-llama")
+
+
+@pytest.fixture
+def processor():
+    return tiny_processor("llava", chat=True)
+
+
+def demonstrations(records):
+    return [x.demonstration() for x in mk.Records(records)]
+
+
+def assert_same(x, y):
+    assert x.state_dict().keys() == y.state_dict().keys()
+    for (name, a), b in zip(x.state_dict().items(), y.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def written_out(model, processor, records, config, recipe, seed):
+    """The same training without a Trainer."""
+    records = mk.Records(records)
+    collate = {"aim": AggregationCollator}.get(type(config).__name__[:3].lower(), EpisodeCollator)(
+        builder_of(processor), records, recipe.shots, seed=seed
+    )
+    loader = torch.utils.data.DataLoader(records, batch_size=recipe.batch_size, collate_fn=collate)
+    torch.manual_seed(seed)
+    module = TrainedModule(model, mk.create(model, config)).train()
+    parameters = trainable(module.adapter)
+    groups = parameter_groups(parameters, recipe.learning_rate, recipe.weight_decay, module.objective)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    decay_to_identity(optimizer, parameters, module.objective)
+    rising = math.ceil(recipe.warmup * recipe.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, rising, recipe.steps)
+    for _, batch in zip(range(recipe.steps), epochs(loader), strict=False):
+        optimizer.zero_grad()
+        module(**batch.arguments())["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
+        optimizer.step()
+        schedule.step()
+    module.handle.detach()
+    return module.adapter
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_updates_as_written_out(model, processor, records, method, tmp_path):
+    recipe, config = recipe_for(method), CONFIGS[method]
+    options = {"recipe": recipe, "seed": 3, "progress": False}
+    adapter = mk.train(model, processor, records, config, out=tmp_path / "out", **options)
+    expected = written_out(tiny_again(), processor, records, config, recipe, 3)
+    assert_same(adapter, expected)
+    assert_same(adapter, mk.load(tmp_path / "out", model))
+    assert_same(adapter, mk.load(tmp_path / "out" / "checkpoint-5", model))
+    assert not any(x.requires_grad for x in adapter.parameters())
+    sizes = [x.stat().st_size for x in (tmp_path / "out" / "checkpoint-5").iterdir()]
+    assert sum(sizes) < 100_000, "a checkpoint is the adapter, its optimizer and the log"
+
+
+def tiny_again():
+    torch.manual_seed(0)
+    return tiny_model("llava-llama")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulated_batches_are_one(model, processor, records, method, tmp_path):
+    """Whatever the lengths of their answers: all tokens of an update count the same."""
+    config = CONFIGS[method] if method != "m2iv" else mk.M2IVConfig(synergy_weight=0)
+    steps = {"steps": 1, "warmup": 0.0, "learning_rate": 0.5}
+    plain = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    start = Training.of(model, processor, records, config, recipe=recipe_for(method))
+    with start._module() as module:
+        before = {name: x.detach().clone() for name, x in module.adapter.named_parameters()}
+    made = [
+        mk.train(
+            model, processor, records, config,
+            recipe=recipe_for(method, batch_size=size, accumulate=4 // size, **steps),
+            arguments=plain, progress=False,
+        )
+        for size in (4, 1, 2)
+    ]  # fmt: skip
+    for kind in {name.rpartition(".")[2] for name in before}:
+        whole, *others, old = (
+            torch.cat([x.flatten() for name, x in of.items() if name.endswith(kind)])
+            for of in (*(dict(x.named_parameters()) for x in made), before)
+        )
+        # A scale's gradient is a sum over C terms, about sqrt(C) times smaller than they are.
+        cancellation = 32**0.5 if kind == "scale" else 1.0
+        allowed = ROUNDINGS * cancellation * (whole - old).norm() + EPS * old.norm()
+        for other in others:
+            assert (other - whole).norm() <= allowed < (whole - old).norm(), kind
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_is_the_same(model, processor, records, method, tmp_path):
+    """Shuffled queries, with demonstrations of their epoch, from the middle of an epoch."""
+    recipe = recipe_for(method, steps=8, batch_size=2, accumulate=2, shuffle=True)
+    options = {"recipe": recipe, "progress": False, "seed": 1, "validation": records}
+    whole = mk.train(model, processor, records, CONFIGS[method], out=tmp_path / "whole", **options)
+    options["out"] = tmp_path / "killed"
+    with pytest.raises(Killed):
+        mk.train(model, processor, records, CONFIGS[method], callbacks=[Kill(5)], **options)
+    assert handle_of(model) is None and last_checkpoint(options["out"]).name == "checkpoint-4"
+    with pytest.raises(ValueError, match="checkpoint-4 of a training: expected resume=True, or another"):
+        mk.train(model, processor, records, CONFIGS[method], **options)
+    with pytest.raises(ValueError, match=r"was trained with seed 1, expected 2"):
+        mk.train(model, processor, records, CONFIGS[method], resume=True, **(options | {"seed": 2}))
+    again = mk.train(model, processor, records, CONFIGS[method], resume=True, **options)
+    assert_same(again, whole)
+    logs = [json.loads((tmp_path / x / "training.json").read_text())["log"] for x in ("whole", "killed")]
+    losses = [[x["loss"] for x in log if "loss" in x] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_a_half_written_checkpoint_is_none(model, processor, records, monkeypatch, tmp_path):
+    """Killed before the last of its files was there, or was whole: the one before it is the last."""
+    recipe = recipe_for("live", steps=6)
+    options = {"recipe": recipe, "progress": False, "arguments": {"save_steps": 2}}
+    whole = mk.train(model, processor, records, mk.LIVEConfig(), out=tmp_path / "whole", **options)
+    options["out"] = tmp_path / "killed"
+    save = TrainerState.save_to_json
+
+    def killed(state, path):
+        if state.global_step == 4:
+            raise Killed
+        save(state, path)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(TrainerState, "save_to_json", killed)
+        mk.train(model, processor, records, mk.LIVEConfig(), **options)
+    files = {x.name for x in (options["out"] / "checkpoint-4").iterdir()}
+    written = {x.name for x in (tmp_path / "whole" / "checkpoint-4").iterdir()}
+    assert files == written - {"trainer_state.json"}, "it is the last one"
+    (options["out"] / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.')
+    assert last_checkpoint(options["out"]).name == "checkpoint-2"
+    again = mk.train(model, processor, records, mk.LIVEConfig(), resume=True, **options)
+    assert_same(again, whole)
+    assert last_checkpoint(options["out"]).name == "checkpoint-6"
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_the_best_checkpoint_is_the_result(model, processor, records, tmp_path):
+    """The least cross-entropy of the validation's answers, whose words are never learnt."""
+    others = [Demonstration(x.images, x.text, "what is it what is it") for x in demonstrations(records)]
+    recipe = recipe_for("mimic", learning_rate=2.0)
+    options = {"recipe": recipe, "progress": False, "out": tmp_path / "out"}
+    adapter = mk.train(model, processor, records, mk.MimICConfig(), validation=others, **options)
+    log = json.loads((tmp_path / "out" / "training.json").read_text())["log"]
+    found = {x["step"]: x["eval_ce"] for x in log if "eval_ce" in x}
+    best = min(found, key=found.get)
+    assert len(found) == 5 and best != 5, "otherwise the last one is the best, and nothing is shown"
+    assert_same(adapter, mk.load(tmp_path / "out" / f"checkpoint-{best}", model))
+
+    collate = EpisodeCollator(builder_of(processor), mk.Records(records), 2)
+    module = TrainedModule(model, adapter).eval()
+    with torch.no_grad():
+        whole = module(**collate(others).arguments())
+    module.handle.detach()
+    for name, value in whole.items():
+        (logged,) = [x[f"eval_{name}"] for x in log if "eval_ce" in x and x["step"] == best]
+        assert logged == pytest.approx(float(value), rel=ROUNDINGS), name
+
+
+def test_the_model_is_left_as_it_was(model, processor, records):
+    def state():
+        flags = {n: (x.requires_grad, x.data_ptr()) for n, x in model.named_parameters()}
+        modes = {n: (x.training, type(x)) for n, x in model.named_modules()}
+        checkpointed = [getattr(x, "gradient_checkpointing", None) for x in model.modules()]
+        return flags, modes, checkpointed, model.config.use_cache
+
+    model.get_input_embeddings().weight.requires_grad_(False)
+    model.config.use_cache = True
+    model.model.language_model.train()
+    before = state()
+    recipe, checkpointing = recipe_for("live"), {"gradient_checkpointing": True}
+    options = {"recipe": recipe, "progress": False}
+    plain = mk.train(model, processor, records, mk.LIVEConfig(), **options)
+    assert state() == before
+    cheaper = mk.train(model, processor, records, mk.LIVEConfig(), arguments=checkpointing, **options)
+    assert state() == before and handle_of(model) is None
+    assert_same(plain, cheaper)
+    with pytest.raises(Killed):
+        mk.train(model, processor, records, mk.LIVEConfig(), callbacks=[Kill(1)], **options)
+    assert state() == before and handle_of(model) is None
+
+
+def test_bf16(model, processor, records):
+    options = {"recipe": recipe_for("mimic"), "progress": False}
+    exact = mk.train(model, processor, records, mk.MimICConfig(), **options)
+    rounded = mk.train(model, processor, records, mk.MimICConfig(), arguments={"bf16": True}, **options)
+    half = tiny_again().bfloat16()
+    loaded = mk.train(half, processor, records, mk.MimICConfig(), **options)
+    for x, y, z in zip(exact.parameters(), rounded.parameters(), loaded.parameters(), strict=True):
+        assert y.dtype == z.dtype == torch.float32
+        # AdamW's updates are as large as the rate, whatever the gradient's size: of five, none is far off.
+        for other in (y, z):
+            assert not torch.equal(x, other) and (x - other).abs().max() <= 5 * SHORT.learning_rate
+
+
+def test_demonstrations_are_drawn_anew_each_epoch(model, processor, records):
+    asked = []
+
+    def draw(pool, query, shots, generator):
+        asked.append((query.id, int(torch.randint(1000, (), generator=generator))))
+        return range(shots)
+
+    mk.train(
+        model, processor, records, mk.LIVEConfig(), draw=draw, progress=False, validation=records,
+        recipe=recipe_for("live", steps=9, batch_size=4), arguments={"eval_steps": 3, "save_steps": 3},
+    )  # fmt: skip
+    names = [f"r{i}" for i in range(12)]
+    passes = [asked[i : i + 12] for i in range(0, len(asked), 12)]
+    assert [[name for name, _ in x] for x in passes] == [names] * 6
+    training, validation = passes[::2], passes[1::2]
+    assert training[0] != training[1] != training[2] and validation == [training[0]] * 3
+
+
+def test_examples_of_any_kind(model, processor, records):
+    """A path, rows, Records, demonstrations and drawn episodes are the same examples."""
+    rows = [json.loads(x) for x in records.read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(records.parent / row["image"])
+    of = mk.Records(records)
+    options = {"recipe": recipe_for("live", steps=2), "progress": False, "draw": lambda *_: [0, 1]}
+    made = [
+        mk.train(model, processor, x, mk.LIVEConfig(), **options)
+        for x in (records, str(records), rows, of, demonstrations(records))
+    ]
+    for other in made[1:]:
+        assert_same(other, made[0])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"recipe": "fast"}, ValueError, r"recipe is 'fast', expected one of mimic, live, m2iv, aim, mimic-"),
+        ({"recipe": 3}, TypeError, "recipe is a int, expected a Recipe or its name"),
+        ({"shots": -1}, ValueError, "shots is -1, expected at least 0"),
+        ({"shots": 12}, ValueError, "the pool has 12 examples, 11 of them others than the query"),
+        ({"shots": (1, 2)}, ValueError, r"shots is \(1, 2\), expected a number: pairs are AIM's"),
+        ({"steps": 0}, ValueError, "steps is 0, expected at least 1"),
+        ({"steps": 1.5}, TypeError, "steps is 1.5, expected an integer"),
+        ({"arguments": {"lr": 1}}, ValueError, r"arguments has \['lr'\], expected fields of transformers"),
+        ({"config": "mimic"}, TypeError, "config is a str, expected one of a method"),
+        ({"records": []}, ValueError, "records is empty, expected at least one example"),
+        ({"validation": []}, ValueError, "validation is empty, expected at least one example"),
+        ({"processor": "llava"}, TypeError, "processor is a str, expected one with an image_token"),
+        (
+            {"records": [{"image": [], "text": "what?", "answer": " "}]},
+            ValueError,
+            "records has no answer in id 0, expected one to learn",
+        ),
+    ],
+)
+def test_errors(model, processor, records, change, error, message):
+    given = {"processor": processor, "records": records, "config": mk.LIVEConfig(), "steps": 1} | change
+    with pytest.raises(error, match=message):
+        mk.train(model, progress=False, **given)
+    assert handle_of(model) is None
+    attach(model, mk.create(model, mk.LIVEConfig())).detach()
+
+
+def test_a_loss_that_is_not_finite_stops(model, processor, records, tmp_path):
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0, expected finite"):
+        mk.train(
+            model, processor, records, mk.LIVEConfig(), out=tmp_path / "out",
+            recipe=recipe_for("live"), progress=False,
+        )  # fmt: skip
+    assert last_checkpoint(tmp_path / "out") is None
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"epochs": 0}, ValueError), ({"epochs": "3"}, TypeError), ({"warmup": 1.5}, ValueError),
+        ({"learning_rate": math.nan}, ValueError), ({"clip": -1}, ValueError),
+        ({"batch_size": True}, TypeError),
+        ({"accumulate": 0}, ValueError), ({"shots": (3, 1)}, ValueError), ({"shots": (1, 2, 3)}, ValueError),
+        ({"shots_per_pass": 0}, ValueError), ({"weight_decay": None}, TypeError),
+    ],
+)  # fmt: skip
+def test_recipes_are_checked(change, error):
+    ((name, value),) = change.items()
+    with pytest.raises(error, match=f"{name} is "):
+        Recipe(**change)
+    assert json.loads(json.dumps(Recipe().description()))["shots"] == 8
+
+
+def test_recipes_name_templates_that_exist():
+    from mmicl_kernels.integration.presets import PRESETS
+
+    assert {"mimic", "live", "m2iv", "aim"} <= RECIPES.keys()
+    assert all(x.template in {None, *PRESETS} for x in RECIPES.values())
