@@ -30,7 +30,12 @@ def add_parser(actions: Any) -> None:
         "Demonstrations that the bank has are not read again, so an interrupted run may be repeated.",
     )
     build.add_argument("folder", help="the bank, made if it does not exist")
-    build.add_argument("--model", required=True, metavar="PATH", help="folder of the model and its processor")
+    build.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="folder of the model and its processor, or the hub's name",
+    )
     build.add_argument("--adapter", required=True, metavar="PATH", help="folder that save_pretrained wrote")
     build.add_argument("--data", required=True, metavar="FILE", help="the demonstrations, JSON lines")
     build.add_argument("--images", metavar="FOLDER", help="where the images are (default: beside the data)")
@@ -75,20 +80,14 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
-    """Model, processor and adapter, on the GPU if there is one."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+    """Model, processor and adapter."""
     from mmicl_kernels.integration import load
+    from mmicl_kernels.integration.pretrained import load_model, load_processor
     from mmicl_kernels.methods import AIMAdapter
 
-    if not Path(options.model).is_dir():
-        raise FileNotFoundError(f"--model: {options.model} does not exist, expected a folder")
     if not Path(options.adapter).exists():
         raise FileNotFoundError(f"--adapter: {options.adapter} does not exist, expected a folder")
-    processor = AutoProcessor.from_pretrained(options.model, local_files_only=True)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", local_files_only=True)
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_model(options.model), load_processor(options.model)
     adapter = load(options.adapter, model)
     if not isinstance(adapter, AIMAdapter):
         raise TypeError(

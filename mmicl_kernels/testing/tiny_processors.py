@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from mmicl_kernels.integration.pretrained import NoVideos, image_only
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, IMAGE_SIZE, PATCH_SIZE
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # with the ids of the tiny models
@@ -77,13 +78,12 @@ def tiny_tokenizer(*special: str, words: tuple[str, ...] = WORDS, **named: str) 
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **names, additional_special_tokens=["<image>", *special]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **names,
+        extra_special_tokens=["<image>", *special],
+        model_specific_special_tokens=named,
     )
-    for name, token in named.items():
-        setattr(made, name, token)
-        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
-    return made
 
 
 def tiny_processor(name: str, *, words: tuple[str, ...] = WORDS, chat: bool = False) -> ProcessorMixin:
@@ -110,13 +110,8 @@ def _images(family: str, name: str, **options: object) -> BaseImageProcessor:
 
 
 def _without_videos(name: str, *parts: object, **options: object) -> ProcessorMixin:
-    """A processor whose part for videos, which needs torchvision, is None."""
-    family = getattr(transformers, name)
-
-    def check(self: ProcessorMixin, role: str, part: object) -> type | None:
-        return None if part is None else family.check_argument_for_proper_class(self, role, part)
-
-    return type(name, (family,), {"check_argument_for_proper_class": check})(*parts, **options)
+    """A processor whose last part, for videos, needs torchvision and is left out."""
+    return image_only(getattr(transformers, name), [*parts, NoVideos()], options)
 
 
 def _llava(tokenizer: Callable) -> ProcessorMixin:
@@ -133,7 +128,7 @@ def _llava_onevision(tokenizer: Callable) -> ProcessorMixin:
         "llava_onevision", "LlavaOnevision", size=SQUARE, image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]]
     )
     return _without_videos(
-        "LlavaOnevisionProcessor", images, tokenizer("<video>"), None,
+        "LlavaOnevisionProcessor", images, tokenizer("<video>"),
         num_image_tokens=4, vision_feature_select_strategy="full",
     )  # fmt: skip
 
@@ -161,15 +156,15 @@ def _idefics3(tokenizer: Callable) -> ProcessorMixin:
 
 def _qwen(name: str) -> Callable:
     def make(tokenizer: Callable) -> ProcessorMixin:
-        return _without_videos(name, _images("qwen2_vl", "Qwen2VL", size=PIXELS), tokenizer(*QWEN), None)
+        return _without_videos(name, _images("qwen2_vl", "Qwen2VL", size=PIXELS), tokenizer(*QWEN))
 
     return make
 
 
 def _glm4v(tokenizer: Callable) -> ProcessorMixin:
     images = _images("glm4v", "Glm4v", size={**PIXELS, "longest_edge": 2 * 56 * 56})  # of two frames
-    parts = tokenizer("<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>"), None
-    return _without_videos("Glm4vProcessor", images, *parts)
+    text = tokenizer("<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>")
+    return _without_videos("Glm4vProcessor", images, text)
 
 
 def _gemma3(tokenizer: Callable) -> ProcessorMixin:
@@ -190,8 +185,8 @@ def _internvl(tokenizer: Callable) -> ProcessorMixin:
         "video_token": "<video>",
     }
     images = _images("got_ocr2", "GotOcr2", size=SQUARE, max_patches=1)
-    parts = (images, tokenizer(*names.values(), **names), None)
-    return _without_videos("InternVLProcessor", *parts, image_seq_length=2)
+    text = tokenizer(*names.values(), **names)
+    return _without_videos("InternVLProcessor", images, text, image_seq_length=2)
 
 
 def _mllama(tokenizer: Callable) -> ProcessorMixin:
