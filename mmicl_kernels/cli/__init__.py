@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from mmicl_kernels.cli import bank, data, library, support
+from mmicl_kernels.cli import bank, data, library, support, train
 from mmicl_kernels.cli.shell import guarded
 
 
@@ -28,6 +28,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     demo.add_argument("--quick", action="store_true", help="few steps and samples, to see that it runs")
 
     data.add_parser(commands)
+    train.add_parser(commands)
     library.add_parser(commands)
     bank.add_parser(commands)
     support.add_parser(commands)
@@ -40,6 +41,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     if parsed.command == "data":
         return data.run(parsed)
+    if parsed.command == "train":
+        return train.run(parsed)
     if parsed.command == "library":
         return library.run(parsed)
     if parsed.command == "bank":

@@ -160,7 +160,7 @@ class Training:
             folder = Path(nowhere if out is None else out)
             checkpoint = None if out is None else self._checkpoint(folder, resume)
             made = self._arguments(folder, out is not None, arguments or {}, progress)
-            with self._module() as module:
+            with self.module() as module:
                 trainer = self._trainer(module, made, callbacks)
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 trainer.description["log"] = trainer.state.log_history
@@ -169,7 +169,7 @@ class Training:
         return module.adapter.requires_grad_(False).eval()
 
     @contextmanager
-    def _module(self) -> Iterator[TrainedModule]:
+    def module(self) -> Iterator[TrainedModule]:
         """The model with a new adapter, which the seed decides, within a ``with`` block."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -205,9 +205,13 @@ class Training:
         """The recipe's and, before them, ``arguments``. Raises ValueError: there is no such field."""
         from transformers import TrainingArguments
 
-        unknown = sorted(set(arguments) - set(TrainingArguments.__dataclass_fields__))
+        mine = {"output_dir", "remove_unused_columns", "seed"}
+        unknown = sorted(set(arguments) - set(TrainingArguments.__dataclass_fields__) | mine & set(arguments))
         if unknown:
-            raise ValueError(f"arguments has {unknown}, expected fields of transformers.TrainingArguments")
+            raise ValueError(
+                f"arguments has {unknown}, expected fields of transformers.TrainingArguments, without "
+                f"{sorted(mine)}"
+            )
         options = _fields(self.recipe, kept, self.validation is not None)
         options |= {"seed": self.seed, "disable_tqdm": not progress, **arguments}
         return TrainingArguments(**{**options, "output_dir": str(folder), "remove_unused_columns": False})

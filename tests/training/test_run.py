@@ -122,7 +122,7 @@ def test_accumulated_batches_are_one(model, processor, records, method, tmp_path
     steps = {"steps": 1, "warmup": 0.0, "learning_rate": 0.5}
     plain = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     start = Training.of(model, processor, records, config, recipe=recipe_for(method))
-    with start._module() as module:
+    with start.module() as module:
         before = {name: x.detach().clone() for name, x in module.adapter.named_parameters()}
     made = [
         mk.train(

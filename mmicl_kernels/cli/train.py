@@ -1,0 +1,219 @@
+"""`mmicl train`: an adapter for a model of one's own, out of a file of examples."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmicl_kernels.cli.printing import FAILED, complain
+
+if TYPE_CHECKING:  # torch is imported when the command runs
+    import torch
+
+    from mmicl_kernels.training.recipes import Recipe
+    from mmicl_kernels.training.run import Training
+
+METHODS = ("mimic", "live", "m2iv", "aim")
+# Of the recipe, by the option's name.
+RECIPE = ("epochs", "steps", "batch_size", "accumulate", "learning_rate", "shots_per_pass", "template")
+
+
+def add_parser(commands: Any) -> None:
+    """Add `train` to the subparsers of `mmicl`."""
+    train = commands.add_parser(
+        "train",
+        help="train an adapter on a file of your own examples",
+        description="Each line of the data is JSON: image, text, answer (mmicl data converts benchmarks'). "
+        "What is not given is the recipe's. An interrupted run goes on with --resume. On several GPUs: "
+        "accelerate launch -m mmicl_kernels.cli train ...",
+    )
+    train.add_argument("--model", required=True, metavar="PATH", help="of the model and its processor")
+    train.add_argument("--data", required=True, metavar="FILE", help="queries and demonstrations, JSON lines")
+    train.add_argument("--out", metavar="FOLDER", help="of the adapter and its checkpoints")
+    train.add_argument("--method", choices=METHODS, help="needed unless --recipe names one")
+    train.add_argument(
+        "--recipe", "--preset", metavar="NAME", help="mimic-vqa-idefics2, ...: as a paper's code"
+    )
+    train.add_argument("--dry-run", action="store_true", help="print an episode, its tokens and the cost")
+    train.add_argument("--resume", action="store_true", help="go on where a run with this --out was killed")
+    train.add_argument("--validation", metavar="FILE", help="other examples, which choose the checkpoint")
+    train.add_argument("--images", metavar="FOLDER", help="where the images are (default: beside the data)")
+    train.add_argument("--skip-bad", action="store_true", help="leave out bad lines, and count them")
+    train.add_argument("--seed", type=int, default=0)
+
+    prompts = train.add_argument_group("prompts")
+    prompts.add_argument("--shots", metavar="N", help="demonstrations; for aim also LOW-HIGH")
+    prompts.add_argument("--shots-per-pass", type=int, metavar="N", help="of them in one prompt, at most")
+    prompts.add_argument("--template", help='"chat", a preset, or a format (default: the chat template)')
+    prompts.add_argument("--instruction", metavar="TEXT", help="what prompts begin with")
+    prompts.add_argument("--image-marker", metavar="TEXT", help="of an image (default: the chat template's)")
+
+    updates = train.add_argument_group("updates")
+    updates.add_argument("--steps", type=int, metavar="N", help="updates")
+    updates.add_argument("--epochs", type=float, metavar="N", help="passes over the data, instead of --steps")
+    updates.add_argument("--batch-size", type=int, metavar="N", help="queries at once, in each process")
+    updates.add_argument("--accumulate", type=int, metavar="N", help="batches for one update")
+    updates.add_argument("--learning-rate", "--lr", type=float, metavar="X")
+    updates.add_argument("--bf16", action="store_true", help="autocast")
+    updates.add_argument("--fp16", action="store_true", help="autocast, with a scaled loss")
+    updates.add_argument("--checkpointing", action="store_true", help="compute activations twice")
+    updates.add_argument("--dtype", default="auto", help="of the model: bfloat16, ... (default: its own)")
+    updates.add_argument("--quantization", choices=("4bit", "8bit"), help="of the model, by bitsandbytes")
+    updates.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make batches")
+
+    others = train.add_argument_group("others")
+    others.add_argument(
+        "--config", action="append", default=[], metavar="NAME=VALUE", help="of the method: align_weight=0.02"
+    )
+    others.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a field of transformers.TrainingArguments: report_to=wandb",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train and return the exit code; an error is one line on stderr."""
+    try:
+        return _train(options)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
+        complain("mmicl train", str(error))
+        return FAILED
+
+
+def _train(options: argparse.Namespace) -> int:
+    from mmicl_kernels.training.preview import preview
+
+    arguments = _arguments(options)  # first: a model takes minutes to load
+    config, recipe = _config(options), _recipe(options)
+    if options.out is None and not options.dry_run:
+        raise ValueError("--out is missing, expected a folder, or --dry-run")
+    training = _training(options, config, recipe)
+    if options.dry_run:
+        print(preview(training))
+        return 0
+    adapter = training.run(options.out, resume=options.resume, arguments=arguments)
+    if _is_main_process():
+        print(f"{options.out}: {type(adapter).__name__}, {adapter.num_parameters():,} parameters")
+    return 0
+
+
+def _device() -> torch.device | None:
+    """This process's, of those that accelerate started; None without accelerate."""
+    if importlib.util.find_spec("accelerate") is None:
+        return None
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def _is_main_process() -> bool:
+    """Whether this is the first of the processes that accelerate started, or the only one."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _training(options: argparse.Namespace, config: object, recipe: Recipe) -> Training:
+    from mmicl_kernels.data import Records
+    from mmicl_kernels.integration import PromptBuilder
+    from mmicl_kernels.integration.pretrained import load_model, load_processor
+    from mmicl_kernels.integration.prompts import builder_of
+    from mmicl_kernels.training.run import Training
+
+    files = [Path(x) for x in (options.data, options.validation) if x is not None]
+    records = [Records(x, options.images, skip_bad=options.skip_bad) for x in files]
+    for path, found in zip(files, records, strict=True):
+        if found.skipped:
+            complain("mmicl train", f"{path}: left out {sum(found.skipped.values())} bad lines")
+    processor = load_processor(options.model)
+    settings = {"instruction": options.instruction, "image_marker": options.image_marker}
+    builder = builder_of(processor)
+    if recipe.template is not None or any(settings.values()):
+        builder = PromptBuilder(processor, recipe.template or builder.template, **settings)
+    model = load_model(
+        options.model, dtype=options.dtype, device=_device(), quantization=options.quantization
+    )
+    others = records[1] if options.validation is not None else None
+    return Training.of(
+        model, builder, records[0], config, recipe=recipe, validation=others, seed=options.seed
+    )
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    from mmicl_kernels.training.recipes import RECIPES
+
+    name = options.recipe or options.method
+    if name not in RECIPES:
+        raise ValueError(f"--recipe is {name!r}, expected one of {', '.join(RECIPES)}")
+    given = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
+    if options.shots is not None:
+        given["shots"] = _shots(options.shots)
+    return replace(RECIPES[name], **given)
+
+
+def _shots(text: str) -> int | tuple[int, int]:
+    low, dash, high = text.partition("-")
+    if not (low.isdigit() and (high.isdigit() or not dash)):
+        raise ValueError(f"--shots is {text!r}, expected a number, or LOW-HIGH")
+    return (int(low), int(high)) if dash else int(low)
+
+
+def _config(options: argparse.Namespace) -> object:
+    """The method's, with what ``--config`` changes, each value of its default's type."""
+    from mmicl_kernels.methods import ADAPTERS
+
+    method = options.method or (options.recipe or "").partition("-")[0]
+    if method not in METHODS:
+        raise ValueError(f"--method is {options.method!r}, expected one of {', '.join(METHODS)}")
+    kind = ADAPTERS[method].config_class
+    values = {}
+    for text in options.config:
+        name, value = _pair("--config", text, vars(kind()))
+        default = getattr(kind(), name)
+        values[name] = _converted("--config", name, value, type(default))
+    return kind(**values)
+
+
+def _converted(flag: str, name: str, value: str, kind: type) -> object:
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{flag} {name} is {value!r}, expected true or false")
+        return value.lower() == "true"
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{flag} {name} is {value!r}, expected {kind.__name__}") from None
+
+
+def _pair(flag: str, text: str, known: Any) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{flag} is {text!r}, expected NAME=VALUE")
+    if name not in known:
+        raise ValueError(f"{flag} is {text!r}, expected one of {', '.join(sorted(known))}")
+    return name, value
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ``TrainingArguments``; what ``--set`` gives is read as that reads a command line."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    made: dict[str, Any] = {"dataloader_num_workers": options.workers}
+    made |= {name: True for name in ("bf16", "fp16") if getattr(options, name)}
+    if options.checkpointing:
+        made["gradient_checkpointing"] = True
+    pairs = dict(_pair("--set", x, TrainingArguments.__dataclass_fields__) for x in options.set)
+    if pairs:
+        parser = HfArgumentParser(TrainingArguments, exit_on_error=False)
+        words = [word for name, value in pairs.items() for word in (f"--{name}", value)]
+        try:
+            parsed, _ = parser.parse_known_args(words)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"--set: {error}") from error
+        made |= {name: getattr(parsed, name) for name in pairs}
+    return made

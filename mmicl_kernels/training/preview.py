@@ -1,0 +1,165 @@
+"""What a training is about to do: one episode as the model reads it, its tokens, the cost."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmicl_kernels.training.batch import IGNORE, Batch
+from mmicl_kernels.training.module import TrainedModule
+from mmicl_kernels.training.objectives import trainable
+
+if TYPE_CHECKING:
+    from mmicl_kernels.training.run import Training
+
+ADAMW_STATES = 2  # as large as the parameters
+
+
+def preview(training: Training) -> str:
+    """The first query's prompts, the tokens of the first batch, and the cost of all updates.
+
+    The cost is measured: two forward and backward passes of that batch, of which the second counts, on the
+    model's device, without autocast; nothing is changed by them. The memory is the device's peak, on a CPU
+    that of the process since it began.
+
+    Raises: as the batches and the objective.
+    """
+    recipe, collator = training.recipe, training.collator
+    rows = [training.examples[i] for i in range(min(recipe.batch_size, len(training.examples)))]
+    batch = collator(rows)
+    prompts = _prompts(batch)
+    decode = training.builder.processor.tokenizer.decode
+    lines = ["One episode", ""]
+    for name, inputs, marked in prompts:
+        lines += [f"{name}:", _shown(inputs, marked, decode), ""]
+    answer = batch.labels[0][batch.labels[0] != IGNORE].tolist()
+    lines += [f"answer: {decode(answer)!r}", "", f"Tokens of a prompt, {len(rows)} queries", ""]
+    lines += _token_table(prompts, batch, training.builder.image_ids)
+    return "\n".join([*lines, "", "Cost", "", *_cost(training, batch)])
+
+
+def _prompts(batch: Batch) -> list[tuple[str, Mapping[str, Tensor], Tensor | None]]:
+    """Names, inputs, and bool ``[B, T]``, the tokens that are aligned or fused."""
+    if hasattr(batch, "queries"):
+        return [
+            ("demonstration", batch.demonstrations, batch.positions),
+            ("query", batch.queries, batch.labels != IGNORE),
+        ]
+    made = [("student", batch.student, batch.student_query), ("teacher", batch.teacher, batch.teacher_query)]
+    further = getattr(batch, "further", ())
+    return made + [(f"teacher {i + 2}", inputs, query) for i, (inputs, query) in enumerate(further)]
+
+
+def _shown(inputs: Mapping[str, Tensor], marked: Tensor | None, decode: Any) -> str:
+    """The first prompt, with a bar before and after the marked tokens, and runs of a token counted."""
+    own = inputs["attention_mask"][0].bool() if "attention_mask" in inputs else None
+    ids = inputs["input_ids"][0]
+    marked = torch.zeros_like(ids, dtype=torch.bool) if marked is None else marked[0]
+    if own is not None:
+        ids, marked = ids[own], marked[own]
+    parts = []
+    for inside, run in groupby(zip(ids.tolist(), marked.tolist(), strict=True), key=lambda x: x[1]):
+        text = _counted([i for i, _ in run], decode)
+        parts.append(f"[[{text}]]" if inside else text)
+    return "".join(parts)
+
+
+def _counted(ids: Sequence[int], decode: Any) -> str:
+    texts, plain = [], []
+    for token, run in groupby(ids):
+        count = len(list(run))
+        if count < 3:
+            plain += [token] * count
+            continue
+        texts += [decode(plain), f"{decode([token])} x {count} "]
+        plain = []
+    return "".join([*texts, decode(plain)])
+
+
+def _token_table(prompts: Sequence, batch: Batch, image_ids: Sequence[int]) -> list[str]:
+    rows = [("prompt", "tokens", "of images", "marked")]
+    for name, inputs, marked in prompts:
+        ids = inputs["input_ids"]
+        own = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
+        image = torch.isin(ids, torch.tensor(list(image_ids))) & own
+        marks = own if marked is None else marked
+        rows.append((name, *(_range(x.sum(-1)) for x in (own, image, marks))))
+    rows.append(("answer", _range((batch.labels != IGNORE).sum(-1)), "0", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return ["  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _range(counts: Tensor) -> str:
+    low, high = int(counts.min()), int(counts.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _cost(training: Training, batch: Batch) -> list[str]:
+    recipe = training.recipe
+    per_epoch = math.ceil(math.ceil(len(training.examples) / recipe.batch_size) / recipe.accumulate)
+    updates = recipe.steps or math.ceil(recipe.epochs * per_epoch)
+    with training.module() as module:
+        device = module.handle.model.get_input_embeddings().weight.device
+        seconds = _seconds(module, batch.to(device), device)
+        parameters = trainable(module.adapter)
+        count = sum(x.numel() for x in parameters.values())
+        size = sum(x.numel() * x.element_size() for x in parameters.values())
+        frozen = sum(x.numel() * x.element_size() for x in _frozen(module))
+    peak = _peak(device)
+    total = seconds * recipe.accumulate * updates
+    return [
+        f"adapter        {count:,} parameters, {_bytes(size)}; its optimizer {_bytes(ADAMW_STATES * size)}",
+        f"frozen model   {_bytes(frozen)}, on {device}",
+        f"peak memory    {_bytes(peak)}" + ("" if device.type == "cuda" else " (of the process)"),
+        f"updates        {updates:,} of {recipe.batch_size} x {recipe.accumulate} queries in each process",
+        f"time           {seconds:.2f} s a batch, {_duration(total)} in all, evaluations and loading aside",
+    ]
+
+
+def _seconds(module: TrainedModule, batch: Batch, device: torch.device) -> float:
+    module.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(2):
+        started = time.perf_counter()
+        module(**batch.arguments())["loss"].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def _frozen(module: TrainedModule) -> list[nn.Parameter]:
+    mine = {id(x) for x in module.adapter.parameters()}
+    return [x for x in module.handle.model.parameters() if id(x) not in mine]
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
