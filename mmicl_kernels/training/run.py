@@ -22,6 +22,7 @@ from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.methods import Adapter, AIMConfig
 from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.training.module import TrainedModule
+from mmicl_kernels.training.plot import plot_losses
 from mmicl_kernels.training.recipes import RECIPES, Recipe
 from mmicl_kernels.training.shots import Draw, Example, RandomShots, key_of
 
@@ -63,8 +64,9 @@ def train(
         records: the queries, and the demonstrations of others: a path of JSON lines, ``Records``, rows as
             ``as_records`` takes them, examples that make a ``.demonstration()``, or ``DrawnEpisodes``.
         config: of the method, ``MimICConfig`` for instance.
-        out: folder of the adapter, of checkpoints while it is trained, and of ``training.json``, which has
-            the recipe, the prompts' settings and the log. None keeps nothing.
+        out: folder of the adapter, of checkpoints while it is trained, of ``training.json``, which has the
+            recipe, the prompts' settings and the log, and of ``training.png``, if matplotlib is installed.
+            None keeps nothing.
         shots, steps: instead of the recipe's. ``recipe``: one of ``RECIPES`` or a Recipe; by default the
             method's own.
         validation: as ``records``, other examples: the checkpoint with the least cross-entropy of their
@@ -166,6 +168,8 @@ class Training:
                 trainer.description["log"] = trainer.state.log_history
                 if out is not None:
                     trainer.save_model()
+                    if trainer.args.should_save and importlib.util.find_spec("matplotlib") is not None:
+                        plot_losses(trainer.state.log_history, folder / "training.png")
         return module.adapter.requires_grad_(False).eval()
 
     @contextmanager

@@ -106,6 +106,7 @@ def test_the_same_updates_as_written_out(model, processor, records, method, tmp_
     assert_same(adapter, mk.load(tmp_path / "out", model))
     assert_same(adapter, mk.load(tmp_path / "out" / "checkpoint-5", model))
     assert not any(x.requires_grad for x in adapter.parameters())
+    assert (tmp_path / "out" / "training.png").stat().st_size > 5000
     sizes = [x.stat().st_size for x in (tmp_path / "out" / "checkpoint-5").iterdir()]
     assert sum(sizes) < 100_000, "a checkpoint is the adapter, its optimizer and the log"
 
