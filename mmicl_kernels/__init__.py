@@ -39,6 +39,7 @@ _LAZY = {
     "Demonstration": "mmicl_kernels.data",
     "Records": "mmicl_kernels.data",
     "DemonstrationBank": "mmicl_kernels.library",
+    "evaluate": "mmicl_kernels.evaluation.run",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -35,6 +35,9 @@ SIGNATURES = {
     "load": "(folder, model, *, revision=None)",
     "load_official": "(path, model)",
     "save_official": "(adapter, path)",
+    "evaluate": "(model, processor, records, *, adapters=None, bank=None, shots=(0,), adapter_shots=(0,), "
+    "demonstrations=None, retrieval='random', features=None, metric='exact', auroc=False, generation=None, "
+    "out=None, batch_size=8, limit=None, seed=0, progress=True)",
     "MimICConfig": "(normalizer='visible', align='mlp', align_weight=1.0, ce_weight=0.5, ffn_shift=False)",
     "MimICAdapter.save_pretrained": "(self, folder)",
     "MimICAdapter.from_pretrained": "(folder)",

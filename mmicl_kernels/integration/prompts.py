@@ -192,7 +192,7 @@ class PromptBuilder:
         texts = [self._ended(x) for x in written]
         inputs = self._process(self._images(queries, shots), texts, padding_side)
         ids, own = inputs["input_ids"], inputs["attention_mask"].bool()
-        image = torch.isin(ids, torch.tensor(self._image_ids, device=ids.device)) & own
+        image = self.image_tokens(ids) & own
         head, spans = torch.zeros_like(own), []
         for row, (x, answered, text) in enumerate(zip(written, plain, texts, strict=True)):
             prompt = self._without_the_answers_space(x.before)
@@ -202,6 +202,17 @@ class PromptBuilder:
             head[row, positions[: self._head_tokens(ids[row, positions].tolist(), x.head, text)]] = True
         labels = ids.masked_fill(~self._answer_mask(inputs, texts, spans), IGNORE)
         return AnsweredPrompts(inputs, labels, head, image, tuple(texts))
+
+    def image_tokens(self, ids: Tensor) -> Tensor:
+        """Which of ``ids``, int64 of any shape, stand for images: bool of that shape."""
+        return torch.isin(ids, torch.tensor(self._image_ids, device=ids.device))
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The id at which an answer ends, where there is one: of a chat's turn, else of the text."""
+        written = self._turns.prompt((), Demonstration((b"",), "text", "answer"))
+        ids = self._ids(written.after)[-1:] if written.closed else [self._tokenizer.eos_token_id]
+        return [x for x in ids if x is not None]
 
     def splits(self, text: str, place: int) -> bool:
         """Whether no token of ``text`` has characters before and after ``place``."""
@@ -386,7 +397,7 @@ class PromptBuilder:
 
     def _text_mask(self, inputs: dict[str, Tensor], demonstrations: Sequence[Demonstration]) -> Tensor:
         ids = inputs["input_ids"]
-        image = torch.isin(ids, torch.tensor(self._image_ids, device=ids.device))
+        image = self.image_tokens(ids)
         for row, x in enumerate(demonstrations):
             if x.images and not image[row].any():
                 expected = f"expected some of {self._image_ids}"

@@ -1,6 +1,5 @@
 """Queries as batches, with demonstrations drawn for each: what a ``DataLoader`` collates with."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -15,7 +14,7 @@ from mmicl_kernels.training.alignment import episode_batch
 from mmicl_kernels.training.batch import Batch
 from mmicl_kernels.training.episodes import EpisodeBatch
 from mmicl_kernels.training.sampling import Draw as DrawnIndices
-from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, key_of
+from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, generator_of, key_of
 
 Made = TypeVar("Made", bound=Batch)
 
@@ -77,9 +76,7 @@ class Collator(Generic[Made]):
 
     def drawn(self, query: Any, epoch: int | None = None) -> list[Any]:
         """The demonstrations of a query in an epoch, by default in this one."""
-        text = f"{self.seed} {self.epoch if epoch is None else epoch} {key_of(query)}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-        generator = torch.Generator().manual_seed(number)
+        generator = generator_of(query, self.seed, self.epoch if epoch is None else epoch)
         low, high = self.shots
         shots = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
         return [self.pool[i] for i in self.draw(self.pool, query, shots, generator)]

@@ -52,6 +52,13 @@ def key_of(example: Demonstration | Example) -> str:
     return digest.hexdigest()
 
 
+def generator_of(query: Demonstration | Example, seed: int, epoch: int = 0) -> torch.Generator:
+    """What to draw a query's demonstrations with; it depends on these alone."""
+    text = f"{seed} {epoch} {key_of(query)}"
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(number)
+
+
 class RandomShots:
     """Drawn uniformly, each at most once, and never the query.
 

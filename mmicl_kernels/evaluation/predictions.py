@@ -1,0 +1,185 @@
+"""What was answered so far, in files that a killed process leaves usable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+
+from mmicl_kernels.data import ImageFile, Record, Records
+from mmicl_kernels.data.images import image_bytes
+from mmicl_kernels.methods import Adapter
+from mmicl_kernels.methods.durable import append, replacing
+from mmicl_kernels.training.shots import key_of
+
+SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
+SAMPLED = 16  # values of each of a model's tensors that tell it from others
+# Of a model's configuration: where it came from and how it runs, not what it is.
+_NOT_THE_MODELS = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a system answered to a record.
+
+    Attributes:
+        id: the record's. record: digest of what was asked.
+        text: as generated, not cut. yes: probability of yes, where it was asked for.
+        demonstrations: the names of those before the query, in order.
+        prompt_tokens, image_tokens: of the prompt without padding, and those among them that are images'.
+        seconds: of its batch, divided by the batch's size. first_seconds: until the batch's first tokens.
+        peak_bytes: the most that the row allocated on the GPU so far; None on a CPU.
+    """
+
+    id: str
+    record: str
+    text: str
+    yes: float | None
+    demonstrations: list[str]
+    prompt_tokens: int
+    image_tokens: int
+    seconds: float
+    first_seconds: float
+    peak_bytes: int | None
+
+
+class PredictionFile:
+    """The predictions of one row of the table, in ``folder``, or nowhere if that is None.
+
+    A batch is appended and on the disk before the next one is asked. Of an interrupted write the last,
+    half-written line is dropped.
+
+    Args:
+        settings: whatever the predictions depend on, beside the records; stored beside them.
+
+    Raises:
+        ValueError: the folder's predictions were made with other settings, or its file is damaged.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self._path = None if folder is None else folder / PREDICTIONS
+        self._made: dict[str, Prediction] = {}
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        own = json.loads(json.dumps(settings))
+        stored = folder / SETTINGS
+        if stored.exists():
+            _refuse_others(folder, json.loads(stored.read_text(encoding="utf-8")), own)
+        else:
+            if self._path.exists():
+                raise ValueError(f"{folder} has {PREDICTIONS} without {SETTINGS}, expected both or neither")
+            with replacing(stored) as (temporary,):
+                temporary.write_text(json.dumps(own, indent=1), encoding="utf-8")
+        if self._path.exists():
+            self._read()
+
+    def find(self, record: Record) -> Prediction | None:
+        """Raises ValueError: the record of this id is another one than was asked."""
+        found = self._made.get(record.id)
+        if found is not None and found.record != digest_of(record):
+            raise ValueError(
+                f"{self._path}: record {record.id!r} is not the one that was asked, expected the same data, "
+                "or another out"
+            )
+        return found
+
+    def add(self, predictions: Sequence[Prediction]) -> None:
+        if self._path is not None:
+            lines = [json.dumps(asdict(x), ensure_ascii=False) + "\n" for x in predictions]
+            append(self._path, "".join(lines).encode())
+        self._made |= {x.id: x for x in predictions}
+
+    def _read(self) -> None:
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with open(self._path, "r+b") as file:
+                file.truncate(len(whole))
+        names = {field.name for field in fields(Prediction)}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{self._path}:{number}: {error}, expected JSON") from error
+            if not isinstance(row, dict) or set(row) != names:
+                raise ValueError(f"{self._path}:{number}: expected an object of {', '.join(sorted(names))}")
+            self._made[row["id"]] = Prediction(**row)
+
+
+def _refuse_others(folder: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for name in sorted({*stored, *own}):
+        if stored.get(name) != own.get(name):
+            raise ValueError(
+                f"{name} is {own.get(name)!r}, expected {stored.get(name)!r} as the predictions in {folder} "
+                "were made with: give another out, or remove that folder"
+            )
+
+
+def digest_of(record: Record) -> str:
+    """Of what is asked, its answers aside: the id, the text, names of image files, or images themselves."""
+    images = [x.name.encode() if isinstance(x, ImageFile) else image_bytes(x) for x in record.images]
+    return _digest([record.id.encode(), record.text.encode(), *images])
+
+
+def pool_digest(pool: Sequence[Any]) -> str:
+    """Of examples that may become demonstrations: of a file its bytes, else each one's name and texts."""
+    if isinstance(pool, Records):
+        digest = hashlib.sha256()
+        with open(pool.file, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()[:16]
+    return _digest(
+        part
+        for x in pool
+        for part in (key_of(x).encode(), getattr(x, "text", "").encode(), getattr(x, "answer", "").encode())
+    )
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of a model's class, its configuration, and of each parameter's name, shape, dtype and 16 values."""
+    parts = [type(model).__name__.encode(), json.dumps(_own(model.config.to_dict()), default=str).encode()]
+    for name, x in model.named_parameters():
+        parts.append(f"{name} {list(x.shape)} {x.dtype}".encode())
+        if not x.is_meta:
+            flat = x.detach().reshape(-1)
+            parts.append(_bytes(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED]))
+    return _digest(parts)
+
+
+def processor_digest(processor: ProcessorMixin) -> str:
+    """Of its configuration and its tokenizer's vocabulary."""
+    vocabulary = json.dumps(sorted(processor.tokenizer.get_vocab().items()))
+    return _digest([processor.to_json_string().encode(), vocabulary.encode()])
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    parts = [adapter.method.encode(), json.dumps(asdict(adapter.config), sort_keys=True).encode()]
+    for name, x in sorted(adapter.state_dict().items()):
+        parts += [name.encode(), _bytes(x.detach())]
+    return _digest(parts)
+
+
+def _own(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _own(x) for key, x in sorted(config.items(), key=str) if key not in _NOT_THE_MODELS}
+    return config
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,356 @@
+"""Zero-shot, k-shot and adapted answers to the same records, side by side."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from mmicl_kernels.data import Demonstration, Record, as_records
+from mmicl_kernels.evaluation.features import Embed, nearest_shots
+from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo, generate
+from mmicl_kernels.evaluation.predictions import (
+    Prediction,
+    PredictionFile,
+    adapter_digest,
+    digest_of,
+    model_digest,
+    pool_digest,
+    processor_digest,
+)
+from mmicl_kernels.evaluation.report import Evaluation, evaluation_of
+from mmicl_kernels.evaluation.scoring import Metric, Scorer
+from mmicl_kernels.evaluation.systems import System, systems_of, trained_prompt
+from mmicl_kernels.integration import Handle, PromptBuilder, UnsupportedModelError, attach, load
+from mmicl_kernels.integration.aggregation import evaluating
+from mmicl_kernels.integration.anchors import unwrap
+from mmicl_kernels.integration.patches import is_patched
+from mmicl_kernels.integration.prompts import builder_of
+from mmicl_kernels.library import DemonstrationBank
+from mmicl_kernels.library.bank_files import DTYPES
+from mmicl_kernels.methods import Adapter
+from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, generator_of, key_of
+
+
+def evaluate(
+    model: nn.Module,
+    processor: ProcessorMixin | PromptBuilder,
+    records: Any,
+    *,
+    adapters: Mapping[str, Adapter | str | os.PathLike] | None = None,
+    bank: DemonstrationBank | str | os.PathLike | None = None,
+    shots: Sequence[int] = (0,),
+    adapter_shots: Sequence[int] = (0,),
+    demonstrations: Any = None,
+    retrieval: str | Draw = "random",
+    features: str | os.PathLike | Embed | None = None,
+    metric: str | Metric = "exact",
+    auroc: bool = False,
+    generation: str | Generation | None = None,
+    out: str | os.PathLike | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Ask ``model`` the records without demonstrations, after some, and with each adapter; print the result.
+
+    The table has a row for each of ``shots``, one for each adapter with each of ``adapter_shots``, and for
+    an AIM adapter one for each of ``shots`` above 0, which it fuses. Adapters are attached one after another;
+    the model is plain at the end, also after an error. Answers are greedy or by beams, never sampled, and
+    prompts are padded on the left, so that beyond rounding nothing depends on ``batch_size``.
+
+    With ``out`` what was answered is kept there, one folder for each row, and a run that was ended goes on
+    where it was; so does one with other adapters, more shots or another metric. It gets ``results.json``,
+    ``table.md`` and, where matplotlib is installed, ``scores.png``.
+
+    Args:
+        processor: or a PromptBuilder, which says how prompts are written. By default as ``training.json`` in
+            the adapters' folders has it, else as the processor's chat template, else plainly.
+        records: what to ask: whatever ``as_records`` takes. limit: only so many of the first.
+        adapters: by name, or their folders.
+        bank: of an AIM adapter, or its folder; demonstrations that it lacks are added. By default one is made
+            in ``out``, or forgotten.
+        demonstrations: the pool, as ``records``, or examples. What is drawn for a query depends on the seed
+            and the query alone; more shots begin with the same ones.
+        retrieval: "random", each at most once and never the query; "rices", those whose ``features`` are most
+            similar, nearest last; or what draws.
+        features: a safetensors file, or what embeds: see ``evaluation.features``, ``ClipImages`` there.
+        metric: a name in ``METRICS``, or a function of texts and records that returns a ``Score``.
+        auroc: for "yes-no": also the area under the ROC curve of the probability of yes as first token.
+        generation: a name in ``GENERATIONS``, by default that of the metric, or a ``Generation``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, the model has adapters attached already, or
+        predictions in ``out`` were made with other settings. CheckpointError: an adapter or a bank of another
+        model. FileNotFoundError, BadRecord: of what is read.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size is {batch_size!r}, limit {limit!r}, expected at least 1")
+    _check_plain(model)
+    queries = as_records(records)[:limit]
+    settings = _generation(generation, metric)
+    scorer = Scorer(metric, queries, with_auroc=auroc)
+    chosen = _adapters(adapters or {}, model)
+    systems = systems_of(chosen, shots, adapter_shots)
+    if bank is not None and not any(system.fused for system in systems):
+        raise ValueError("bank is given, expected an AIM adapter among the adapters, or no bank")
+    folder = None if out is None else Path(out)
+    most = max(system.shots for system in systems)
+    options = {"cache": folder and folder / "features", "batch_size": batch_size, "progress": progress}
+    pool, draw, drawn = _pool(queries, demonstrations, most, retrieval, features, options)
+    builder = _builder(processor, adapters or {}, model)
+    yes_no = YesNo.of(builder.processor.tokenizer) if auroc else None
+    with tempfile.TemporaryDirectory() as temporary, evaluating(model):
+        run = _Run(
+            model, builder, queries, chosen, bank, folder, Path(temporary), pool, draw, drawn, seed, settings,
+            yes_no, batch_size,
+        )  # fmt: skip
+        predictions = run.answers(systems, progress)
+    common = {
+        "model": str(getattr(model.config, "_name_or_path", "")),
+        "prompt": builder.settings,
+        "generation": asdict(settings),
+        "batch_size": batch_size,
+        "seed": seed,
+        "retrieval": drawn,
+    }
+    made = evaluation_of(predictions, scorer, settings.cut, common)
+    if folder is not None:
+        made.save(folder)
+    return made
+
+
+@dataclass
+class _Run:
+    """Answers of every system to every query, kept batch by batch."""
+
+    model: nn.Module
+    builder: PromptBuilder
+    queries: Sequence[Record]
+    adapters: Mapping[str, Adapter]
+    bank: DemonstrationBank | str | os.PathLike | None
+    out: Path | None
+    temporary: Path
+    pool: Sequence[Any]
+    draw: Draw
+    drawn: str
+    seed: int
+    generation: Generation
+    yes_no: YesNo | None
+    batch_size: int
+
+    def answers(self, systems: Sequence[System], progress: bool) -> dict[System, list[Prediction]]:
+        common = self._common_settings()
+        files = {x: self._file(x, common) for x in systems}
+        # Batches begin where they would without an interruption, so rounding is the same, too.
+        missing = {x: [q for q in self.queries if files[x].find(q) is None] for x in systems}
+        total = len(systems) * len(self.queries)
+        known = total - sum(map(len, missing.values()))
+        with tqdm(total=total, initial=known, unit="query", disable=not progress) as bar:
+            for system in systems:
+                bar.set_description(system.name)
+                self._answer(system, missing[system], files[system], bar)
+        return {x: [files[x].find(q) for q in self.queries] for x in systems}
+
+    def _answer(self, system: System, missing: list[Record], file: PredictionFile, bar: tqdm) -> None:
+        if not missing:
+            return
+        asked = {x.id for x in missing}
+        device = self.builder.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with self._attached(system) as handle:
+            for start in range(0, len(self.queries), self.batch_size):
+                batch = [x for x in self.queries[start : start + self.batch_size] if x.id in asked]
+                if batch:
+                    file.add(self._batch(system, handle, batch))
+                    bar.update(len(batch))
+
+    def _batch(self, system: System, handle: Handle | None, batch: Sequence[Record]) -> list[Prediction]:
+        rows = [self._drawn(x, system.shots) for x in batch]
+        # The answer is not part of the prompt, and it may be unknown, or nothing that a prompt could have.
+        queries = [replace(x.demonstration(), answer="answer") for x in batch]
+        shots = [[demonstration_of(x) for x in row] for row in rows]
+        tokenizer = self.builder.processor.tokenizer
+        options = {"end_ids": self.builder.end_ids, "yes_no": self.yes_no}
+        try:
+            inputs = self._inputs(system, handle, queries, shots)
+            made = generate(self.model, inputs, self.generation, tokenizer, **options)
+        except ValueError as error:
+            raise ValueError(f"{system.name}, records {[x.id for x in batch]}: {error}") from error
+        finally:
+            if system.fused:
+                handle.unsplice()
+        own, device = inputs["attention_mask"].bool(), self.builder.device
+        images = self.builder.image_tokens(inputs["input_ids"]) & own
+        as_they_are = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts = tokenizer.batch_decode(made.tokens, **as_they_are)
+        return [
+            Prediction(
+                id=record.id,
+                record=digest_of(record),
+                text=texts[i],
+                yes=None if made.yes is None else float(made.yes[i]),
+                demonstrations=[key_of(x) for x in rows[i]],
+                prompt_tokens=int(own[i].sum()),
+                image_tokens=int(images[i].sum()),
+                seconds=made.seconds / len(batch),
+                first_seconds=made.first_seconds,
+                peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            )
+            for i, record in enumerate(batch)
+        ]
+
+    def _drawn(self, query: Record, shots: int) -> list[Any]:
+        if not shots:
+            return []
+        return [self.pool[i] for i in self.draw(self.pool, query, shots, generator_of(query, self.seed))]
+
+    def _inputs(
+        self,
+        system: System,
+        handle: Handle | None,
+        queries: Sequence[Demonstration],
+        rows: Sequence[Sequence[Demonstration]],
+    ) -> dict[str, Tensor]:
+        if not system.fused:
+            return self.builder.prompt(queries, rows)
+        builder = self._fusing(system)
+        flat = [x for row in rows for x in row]
+        ids = handle.add_demonstrations(
+            flat, builder.demonstrations, batch_size=self.batch_size, progress=False
+        )
+        chosen = [ids[i : i + system.shots] for i in range(0, len(ids), system.shots)]
+        return handle.splice(builder.prompt(queries), chosen)
+
+    def _fusing(self, system: System) -> PromptBuilder:
+        answer_only = self.adapters[system.adapter].config.positions == "answer"
+        return builder_of(self.builder, answer_only=answer_only, dtype=self.builder.dtype)
+
+    @contextmanager
+    def _attached(self, system: System) -> Iterator[Handle | None]:
+        if system.adapter is None:
+            yield None
+            return
+        bank = self._bank(system) if system.fused else None
+        with attach(self.model, self.adapters[system.adapter], bank=bank) as handle:
+            yield handle
+
+    def _bank(self, system: System) -> DemonstrationBank:
+        prompt = self._fusing(system).description
+        if self.bank is not None:
+            bank = self.bank if isinstance(self.bank, DemonstrationBank) else DemonstrationBank(self.bank)
+            if bank.prompt not in ("", prompt):
+                raise ValueError(f"prompts are made by {prompt}, expected {bank.prompt} as the bank has")
+            return bank
+        folder = (self.out or self.temporary) / f"{system.adapter}-bank"
+        try:
+            return DemonstrationBank(folder)
+        except FileNotFoundError:
+            dtype = self.model.dtype if self.model.dtype in DTYPES.values() else torch.float32
+            return DemonstrationBank.create(folder, self.adapters[system.adapter], dtype, prompt)
+
+    def _common_settings(self) -> dict[str, Any]:
+        generation = asdict(self.generation)
+        del generation["cut"]  # comes after
+        return {
+            "model": model_digest(unwrap(self.model)),
+            "processor": processor_digest(self.builder.processor),
+            "prompt": self.builder.settings,
+            "generation": generation,
+            "yes_no": self.yes_no is not None,
+        }
+
+    def _file(self, system: System, common: Mapping[str, Any]) -> PredictionFile:
+        own = dict(common, shots=system.shots)
+        if system.shots:
+            own |= {"demonstrations": pool_digest(self.pool), "retrieval": self.drawn, "seed": self.seed}
+        if system.adapter is not None:
+            own["adapter"] = adapter_digest(self.adapters[system.adapter])
+        if system.fused:
+            own["bank"] = str(self._bank(system).dtype)
+        return PredictionFile(None if self.out is None else self.out / system.folder, own)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raise ValueError if adapters are attached: the rows without one would have them."""
+    try:
+        patched = is_patched(unwrap(model))
+    except UnsupportedModelError:  # it can be asked all the same
+        return
+    if patched:
+        raise ValueError("the model has adapters attached, expected a plain one: mk.detach(model)")
+
+
+def _generation(generation: str | Generation | None, metric: str | Metric) -> Generation:
+    if isinstance(generation, Generation):
+        return generation
+    if generation is None:
+        return GENERATIONS.get(metric, Generation()) if isinstance(metric, str) else Generation()
+    if generation not in GENERATIONS:
+        expected = f"expected a Generation or one of {', '.join(GENERATIONS)}"
+        raise ValueError(f"generation is {generation!r}, {expected}")
+    return GENERATIONS[generation]
+
+
+def _adapters(given: Mapping[str, Adapter | str | os.PathLike], model: nn.Module) -> dict[str, Adapter]:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"adapters is a {type(given).__name__}, expected a dict of names and adapters")
+    return {name: x if isinstance(x, Adapter) else load(x, model) for name, x in given.items()}
+
+
+def _builder(
+    processor: ProcessorMixin | PromptBuilder, adapters: Mapping[str, Any], model: nn.Module
+) -> PromptBuilder:
+    if not isinstance(processor, PromptBuilder):
+        folders = {name: Path(x) for name, x in adapters.items() if isinstance(x, str | os.PathLike)}
+        prompt = trained_prompt(folders)
+        processor = processor if prompt is None else PromptBuilder(processor, **prompt)
+    builder = builder_of(processor, dtype=model.dtype)
+    builder.device = model.get_input_embeddings().weight.device
+    return builder
+
+
+def _pool(
+    queries: Sequence[Record],
+    demonstrations: Any,
+    most: int,
+    retrieval: str | Draw,
+    features: Any,
+    options: Mapping[str, Any],
+) -> tuple[Sequence[Any], Draw, str]:
+    """Examples to draw from, what draws, and what that is called. Raises ValueError: there are too few."""
+    if not callable(retrieval) and retrieval not in ("random", "rices"):
+        raise ValueError(f"retrieval is {retrieval!r}, expected 'random', 'rices' or what draws")
+    if (retrieval == "rices") != (features is not None):
+        raise ValueError(f"retrieval is {retrieval!r}, features {features!r}, expected features for 'rices'")
+    if most == 0:
+        return (), RandomShots(), "none"
+    if demonstrations is None:
+        raise ValueError(f"demonstrations is None, expected examples for up to {most} shots")
+    pool = _examples(demonstrations)
+    draw, name = RandomShots(), "random"
+    if retrieval == "rices":
+        draw, digest = nearest_shots(queries, pool, features, **options)
+        name = f"rices {digest}"
+    elif callable(retrieval):
+        draw, name = retrieval, getattr(retrieval, "__qualname__", type(retrieval).__qualname__)
+    draw(pool, queries[0], most, generator_of(queries[0], 0))  # or it would fail after other rows
+    return pool, draw, name
+
+
+def _examples(source: Any) -> Sequence[Any]:
+    """Examples as they are, if ``source`` is a sequence of some; else records."""
+    if isinstance(source, list | tuple) and source and not isinstance(source[0], Mapping):
+        return source
+    return as_records(source)
