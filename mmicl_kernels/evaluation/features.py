@@ -101,13 +101,14 @@ class ClipImages:
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoImageProcessor, CLIPModel
+        from transformers import CLIPModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"clip: {folder} does not exist, expected a folder")
         model = CLIPModel.from_pretrained(folder, local_files_only=True)
         self.model = model.eval().to(device)
-        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self.digest = f"clip {model_digest(self.model)} {self.processor.to_json_string()}"
 
     @torch.no_grad()

@@ -105,12 +105,13 @@ def clip(tmp_path_factory):
 
 def test_clip(clip, files, tmp_path):
     """As the whole CLIP makes them of each image."""
-    from transformers import AutoImageProcessor, CLIPModel
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     embed = ClipImages(clip)
     red, blue = png("red", (9, 7)), png("blue", (20, 9))
     rows = [mk.Demonstration(x, "", "") for x in ((red,), (), (red, blue))]
-    model, processor = CLIPModel.from_pretrained(clip).eval(), AutoImageProcessor.from_pretrained(clip)
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessorPil.from_pretrained(clip)
     from mmicl_kernels.integration.images import decode_image
 
     pixels = processor([decode_image(x, "") for x in (red, blue)], return_tensors="pt")
