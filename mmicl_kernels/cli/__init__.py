@@ -4,7 +4,17 @@ import argparse
 from collections.abc import Sequence
 
 from mmicl_kernels.cli import bank, data, library, support, train
+from mmicl_kernels.cli import eval as evaluation
 from mmicl_kernels.cli.shell import guarded
+
+COMMANDS = {
+    "data": data,
+    "train": train,
+    "eval": evaluation,
+    "library": library,
+    "bank": bank,
+    "support": support,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,11 +37,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     demo.add_argument("--out", default="demo", help="folder for demo.json and demo.png (default: demo)")
     demo.add_argument("--quick", action="store_true", help="few steps and samples, to see that it runs")
 
-    data.add_parser(commands)
-    train.add_parser(commands)
-    library.add_parser(commands)
-    bank.add_parser(commands)
-    support.add_parser(commands)
+    for command in COMMANDS.values():
+        command.add_parser(commands)
 
     parsed = parser.parse_args(arguments)
     if parsed.command == "env":
@@ -39,16 +46,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
         print(report())
         return 0
-    if parsed.command == "data":
-        return data.run(parsed)
-    if parsed.command == "train":
-        return train.run(parsed)
-    if parsed.command == "library":
-        return library.run(parsed)
-    if parsed.command == "bank":
-        return bank.run(parsed)
-    if parsed.command == "support":
-        return support.run(parsed)
+    if parsed.command in COMMANDS:
+        return COMMANDS[parsed.command].run(parsed)
     from mmicl_kernels.cli.demo import run
 
     return run(task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)
