@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     add("--data", required=True, metavar="FILE", help="what to ask: records, JSON lines")
     add("--images", metavar="FOLDER", help="where its images are (default: beside it)")
     add("--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="may be given several times")
-    add("--bank", metavar="FOLDER", help="of an AIM adapter (default: one is made)")
+    add("--bank", metavar="FOLDER", help="of an AIM adapter, made if it does not exist")
     add("--shots", type=int, nargs="+", default=[0], metavar="K", help="without adapters (default: 0)")
     add("--adapter-shots", type=int, nargs="+", default=[0], metavar="K", help="with them (default: 0)")
     add("--demonstrations", metavar="FILE", help="records to draw from")
@@ -82,8 +82,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         "demonstrations", options.demonstrations, "demonstration-images", options.demonstration_images
     )
     adapters, generation = _adapters(options.adapter), _generation(options)
-    if options.bank is not None and not Path(options.bank).is_dir():
-        raise FileNotFoundError(f"--bank: {options.bank} does not exist, expected a folder")
     if options.template is None and (options.instruction, options.image_marker) != (None, None):
         raise ValueError("--instruction or --image-marker is given without --template, expected it too")
     model, processor = load_pretrained(options.model)

@@ -6,18 +6,19 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from mmicl_kernels.data import Demonstration, Record, as_records
+from mmicl_kernels.data import Record, as_records
+from mmicl_kernels.evaluation.asking import Asker, bank_of
 from mmicl_kernels.evaluation.features import Embed, nearest_shots
-from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo, generate
+from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
 from mmicl_kernels.evaluation.predictions import (
     Prediction,
     PredictionFile,
@@ -30,13 +31,12 @@ from mmicl_kernels.evaluation.predictions import (
 from mmicl_kernels.evaluation.report import Evaluation, evaluation_of
 from mmicl_kernels.evaluation.scoring import Metric, Scorer
 from mmicl_kernels.evaluation.systems import System, systems_of, trained_prompt
-from mmicl_kernels.integration import Handle, PromptBuilder, UnsupportedModelError, attach, load
+from mmicl_kernels.integration import PromptBuilder, UnsupportedModelError, attach, load
 from mmicl_kernels.integration.aggregation import evaluating
 from mmicl_kernels.integration.anchors import unwrap
 from mmicl_kernels.integration.patches import is_patched
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import DemonstrationBank
-from mmicl_kernels.library.bank_files import DTYPES
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, generator_of, key_of
 
@@ -47,7 +47,7 @@ def evaluate(
     records: Any,
     *,
     adapters: Mapping[str, Adapter | str | os.PathLike] | None = None,
-    bank: DemonstrationBank | str | os.PathLike | None = None,
+    bank: str | os.PathLike | None = None,
     shots: Sequence[int] = (0,),
     adapter_shots: Sequence[int] = (0,),
     demonstrations: Any = None,
@@ -78,8 +78,8 @@ def evaluate(
             the adapters' folders has it, else as the processor's chat template, else plainly.
         records: what to ask: whatever ``as_records`` takes. limit: only so many of the first.
         adapters: by name, or their folders.
-        bank: of an AIM adapter, or its folder; demonstrations that it lacks are added. By default one is made
-            in ``out``, or forgotten.
+        bank: the folder of an AIM adapter's; what it lacks is added, and it is made if it does not exist. By
+            default it is in ``out``, or forgotten.
         demonstrations: the pool, as ``records``, or examples. What is drawn for a query depends on the seed
             and the query alone; more shots begin with the same ones.
         retrieval: "random", each at most once and never the query; "rices", those whose ``features`` are most
@@ -104,7 +104,7 @@ def evaluate(
     systems = systems_of(chosen, shots, adapter_shots)
     if bank is not None and not any(system.fused for system in systems):
         raise ValueError("bank is given, expected an AIM adapter among the adapters, or no bank")
-    folder = None if out is None else Path(out)
+    folder, bank = (None if x is None else Path(x) for x in (out, bank))
     most = max(system.shots for system in systems)
     options = {"cache": folder and folder / "features", "batch_size": batch_size, "progress": progress}
     pool, draw, drawn = _pool(queries, demonstrations, most, retrieval, features, options)
@@ -138,7 +138,7 @@ class _Run:
     builder: PromptBuilder
     queries: Sequence[Record]
     adapters: Mapping[str, Adapter]
-    bank: DemonstrationBank | str | os.PathLike | None
+    bank: Path | None
     out: Path | None
     temporary: Path
     pool: Sequence[Any]
@@ -169,41 +169,31 @@ class _Run:
         device = self.builder.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        with self._attached(system) as handle:
+        with self._asker(system) as asker:
             for start in range(0, len(self.queries), self.batch_size):
                 batch = [x for x in self.queries[start : start + self.batch_size] if x.id in asked]
                 if batch:
-                    file.add(self._batch(system, handle, batch))
+                    file.add(self._batch(asker, system, batch))
                     bar.update(len(batch))
 
-    def _batch(self, system: System, handle: Handle | None, batch: Sequence[Record]) -> list[Prediction]:
+    def _batch(self, asker: Asker, system: System, batch: Sequence[Record]) -> list[Prediction]:
         rows = [self._drawn(x, system.shots) for x in batch]
-        # The answer is not part of the prompt, and it may be unknown, or nothing that a prompt could have.
-        queries = [replace(x.demonstration(), answer="answer") for x in batch]
-        shots = [[demonstration_of(x) for x in row] for row in rows]
-        tokenizer = self.builder.processor.tokenizer
-        options = {"end_ids": self.builder.end_ids, "yes_no": self.yes_no}
         try:
-            inputs = self._inputs(system, handle, queries, shots)
-            made = generate(self.model, inputs, self.generation, tokenizer, **options)
+            queries = [x.demonstration() for x in batch]
+            shots = [[demonstration_of(x) for x in row] for row in rows]
+            made = asker(queries, shots, self.generation, self.yes_no)
         except ValueError as error:
             raise ValueError(f"{system.name}, records {[x.id for x in batch]}: {error}") from error
-        finally:
-            if system.fused:
-                handle.unsplice()
-        own, device = inputs["attention_mask"].bool(), self.builder.device
-        images = self.builder.image_tokens(inputs["input_ids"]) & own
-        as_they_are = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        texts = tokenizer.batch_decode(made.tokens, **as_they_are)
+        device = self.builder.device
         return [
             Prediction(
                 id=record.id,
                 record=digest_of(record),
-                text=texts[i],
-                yes=None if made.yes is None else float(made.yes[i]),
+                text=made.texts[i],
+                yes=None if made.yes is None else made.yes[i],
                 demonstrations=[key_of(x) for x in rows[i]],
-                prompt_tokens=int(own[i].sum()),
-                image_tokens=int(images[i].sum()),
+                prompt_tokens=made.prompt_tokens[i],
+                image_tokens=made.image_tokens[i],
                 seconds=made.seconds / len(batch),
                 first_seconds=made.first_seconds,
                 peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -216,49 +206,20 @@ class _Run:
             return []
         return [self.pool[i] for i in self.draw(self.pool, query, shots, generator_of(query, self.seed))]
 
-    def _inputs(
-        self,
-        system: System,
-        handle: Handle | None,
-        queries: Sequence[Demonstration],
-        rows: Sequence[Sequence[Demonstration]],
-    ) -> dict[str, Tensor]:
-        if not system.fused:
-            return self.builder.prompt(queries, rows)
-        builder = self._fusing(system)
-        flat = [x for row in rows for x in row]
-        ids = handle.add_demonstrations(
-            flat, builder.demonstrations, batch_size=self.batch_size, progress=False
-        )
-        chosen = [ids[i : i + system.shots] for i in range(0, len(ids), system.shots)]
-        return handle.splice(builder.prompt(queries), chosen)
-
-    def _fusing(self, system: System) -> PromptBuilder:
-        answer_only = self.adapters[system.adapter].config.positions == "answer"
-        return builder_of(self.builder, answer_only=answer_only, dtype=self.builder.dtype)
-
     @contextmanager
-    def _attached(self, system: System) -> Iterator[Handle | None]:
+    def _asker(self, system: System) -> Iterator[Asker]:
+        """With the system's adapter attached."""
         if system.adapter is None:
-            yield None
+            yield Asker(self.model, self.builder)
             return
+        adapter = self.adapters[system.adapter]
         bank = self._bank(system) if system.fused else None
-        with attach(self.model, self.adapters[system.adapter], bank=bank) as handle:
-            yield handle
+        with attach(self.model, adapter, bank=bank) as handle:
+            yield Asker(self.model, self.builder, handle, adapter if system.fused else None)
 
     def _bank(self, system: System) -> DemonstrationBank:
-        prompt = self._fusing(system).description
-        if self.bank is not None:
-            bank = self.bank if isinstance(self.bank, DemonstrationBank) else DemonstrationBank(self.bank)
-            if bank.prompt not in ("", prompt):
-                raise ValueError(f"prompts are made by {prompt}, expected {bank.prompt} as the bank has")
-            return bank
-        folder = (self.out or self.temporary) / f"{system.adapter}-bank"
-        try:
-            return DemonstrationBank(folder)
-        except FileNotFoundError:
-            dtype = self.model.dtype if self.model.dtype in DTYPES.values() else torch.float32
-            return DemonstrationBank.create(folder, self.adapters[system.adapter], dtype, prompt)
+        folder = self.bank or (self.out or self.temporary) / f"{system.adapter}-bank"
+        return bank_of(folder, self.adapters[system.adapter], self.builder, self.model.dtype)
 
     def _common_settings(self) -> dict[str, Any]:
         generation = asdict(self.generation)

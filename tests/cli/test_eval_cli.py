@@ -161,7 +161,6 @@ def test_killed_and_run_again(mmicl_eval, saved, tmp_path):
         (["--adapter", "none"], {}, "--adapter: none does not exist, expected a folder, or NAME=FOLDER"),
         (["--adapter", "a=none"], {}, "--adapter: none does not exist"),
         (["--adapter", "live", "--adapter", "live=aim"], {}, "--adapter: live is there twice"),
-        (["--bank", "none"], {}, "--bank: none does not exist"),
         (["--bank", "aim"], {}, "bank is given, expected an AIM adapter"),
         (["--instruction", "do"], {}, "is given without --template"),
         (["--template", "{text}"], {}, "template is '{text}'"),

@@ -10,7 +10,7 @@ import pytest
 from questions import adapter_of, model_and_processor, rows_of, write
 
 import mmicl_kernels as mk
-from mmicl_kernels.evaluation import run
+from mmicl_kernels.evaluation import asking
 from mmicl_kernels.evaluation.generation import Generation
 
 SETTINGS = Generation(max_new_tokens=4, cut="none")
@@ -60,13 +60,13 @@ def folder(tmp_path):
 def asked(monkeypatch):
     """How many prompts were answered, batch by batch."""
     sizes = []
-    generate = run.generate
+    generate = asking.generate
 
     def counted(model, inputs, *args, **options):
         sizes.append(len(inputs["input_ids"]))
         return generate(model, inputs, *args, **options)
 
-    monkeypatch.setattr(run, "generate", counted)
+    monkeypatch.setattr(asking, "generate", counted)
     return sizes
 
 
@@ -180,7 +180,7 @@ def test_a_bank_of_ones_own(folder):
     bank = mk.DemonstrationBank.create(folder / "bank", aim, model.dtype, builder.description)
     expected = evaluated(folder, out=None)["aim, 2 fused"].texts
     options = {"adapters": {"aim": aim}, "out": None, "shots": (2,)}
-    assert evaluated(folder, bank=bank, **options)["aim, 2 fused"].texts == expected
+    assert evaluated(folder, bank=folder / "bank", **options)["aim, 2 fused"].texts == expected
     bank.refresh()
     count = len(bank)
     assert 0 < count <= 4
@@ -189,8 +189,8 @@ def test_a_bank_of_ones_own(folder):
     assert evaluated(folder, bank=folder / "bank", **options)["aim, 2 fused"].texts == expected
     bank.refresh()
     assert len(bank) == count
-    other = mk.DemonstrationBank.create(folder / "other", aim, model.dtype, "'{text}', fused: text")
+    mk.DemonstrationBank.create(folder / "other", aim, model.dtype, "'{text}', fused: text")
     with pytest.raises(
         ValueError, match="prompts are made by .*, expected '{text}', fused: text as the bank"
     ):
-        evaluated(folder, bank=other, **options)
+        evaluated(folder, bank=folder / "other", **options)
