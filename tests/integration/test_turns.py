@@ -8,6 +8,7 @@ from example_processors import processor_of
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.integration.presets import PRESETS
 from mmicl_kernels.library import Demonstration
+from mmicl_kernels.testing.real_processors import QWEN_CHAT, SMOLVLM_CHAT
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 
 SHOTS = [Demonstration((RED,), "what?", "red"), Demonstration((BLUE,), "where?", "a dog")]
@@ -177,22 +178,6 @@ def test_idefics_opens_no_addresses():
 
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN = (  # of Qwen2-VL, without what videos and numbers need
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SMOLVLM = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
-    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
-    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 LLAVA = (  # 1.5
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
     "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -217,23 +202,23 @@ PIXTRAL = (  # its assistant's content is a string
     "{% else %}<image>{% endif %}{% endfor %}[/INST]{% else %}"
     "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-THINKING = QWEN.replace(  # as Qwen3's, whose last answer alone begins with what it has thought
-    "{{ content['text'] }}",
-    "{% if message['role'] == 'assistant' and message is sameas messages[-1] %}<think>\n\n</think>\n\n"
-    "{% endif %}{{ content['text'] }}",
+THINKING = QWEN_CHAT.replace(  # as Qwen3's, whose last answer alone begins with what it has thought
+    "{{ part.text }}",
+    "{% if turn.role == 'assistant' and turn is sameas messages[-1] %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ part.text }}",
 )
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 # The prompt of one demonstration and the query, its head, and the answer's end.
 CHATS = {
     "qwen": (
-        "qwen2_vl", QWEN,
+        "qwen2_vl", QWEN_CHAT,
         f"{SYSTEM}<|im_start|>user\n{VISION}what?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
         f"<|im_start|>user\n{VISION}who?<|im_end|>\n<|im_start|>assistant\nme<|im_end|>",
         SYSTEM, "<|im_end|>",
     ),
     "smolvlm": (
-        "idefics3", SMOLVLM,
+        "idefics3", SMOLVLM_CHAT,
         "<|im_start|>User:<image>what?<end_of_utterance>\nAssistant: red<end_of_utterance>\n"
         "User:<image>who?<end_of_utterance>\nAssistant: me<end_of_utterance>",
         "<|im_start|>", "<end_of_utterance>",
