@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmicl_kernels.cli.pretrained import load_pretrained
 from mmicl_kernels.cli.printing import FAILED, complain
 
 if TYPE_CHECKING:  # torch is imported when the command runs
@@ -76,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from mmicl_kernels.evaluation.run import evaluate
+    from mmicl_kernels.integration.pretrained import load_model, load_processor
 
     records = _records("data", options.data, "images", options.images)
     pool = options.demonstrations and _records(
@@ -84,7 +84,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     adapters, generation = _adapters(options.adapter), _generation(options)
     if options.template is None and (options.instruction, options.image_marker) != (None, None):
         raise ValueError("--instruction or --image-marker is given without --template, expected it too")
-    model, processor = load_pretrained(options.model)
+    model, processor = load_model(options.model), load_processor(options.model)
     made = evaluate(
         model,
         _prompts(processor, options),

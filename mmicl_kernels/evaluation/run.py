@@ -38,7 +38,14 @@ from mmicl_kernels.integration.patches import is_patched
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, generator_of, key_of
+from mmicl_kernels.training.shots import (
+    Draw,
+    RandomShots,
+    demonstration_of,
+    examples_of,
+    generator_of,
+    key_of,
+)
 
 
 def evaluate(
@@ -299,7 +306,7 @@ def _pool(
         return (), RandomShots(), "none"
     if demonstrations is None:
         raise ValueError(f"demonstrations is None, expected examples for up to {most} shots")
-    pool = _examples(demonstrations)
+    pool = examples_of(demonstrations)
     draw, name = RandomShots(), "random"
     if retrieval == "rices":
         draw, digest = nearest_shots(queries, pool, features, **options)
@@ -308,10 +315,3 @@ def _pool(
         draw, name = retrieval, getattr(retrieval, "__qualname__", type(retrieval).__qualname__)
     draw(pool, queries[0], most, generator_of(queries[0], 0))  # or it would fail after other rows
     return pool, draw, name
-
-
-def _examples(source: Any) -> Sequence[Any]:
-    """Examples as they are, if ``source`` is a sequence of some; else records."""
-    if isinstance(source, list | tuple) and source and not isinstance(source[0], Mapping):
-        return source
-    return as_records(source)

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmicl_kernels.data import Demonstration, as_records
 from mmicl_kernels.integration import PromptBuilder, create
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.methods import Adapter, AIMConfig
@@ -24,7 +23,7 @@ from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnE
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.plot import plot_losses
 from mmicl_kernels.training.recipes import RECIPES, Recipe
-from mmicl_kernels.training.shots import Draw, Example, RandomShots, key_of
+from mmicl_kernels.training.shots import Draw, Example, RandomShots, examples_of, key_of
 
 if TYPE_CHECKING:  # importing the Trainer takes seconds
     from transformers import ProcessorMixin, TrainerCallback, TrainingArguments
@@ -128,11 +127,9 @@ class Training:
         floating = model.dtype if model.dtype.is_floating_point else None
         builder = builder_of(processor, answer_only=answer_only, dtype=floating)
         builder.device = torch.device("cpu")  # a Trainer moves batches
-        examples = examples_of(records, "records")
+        examples = _examples(records, "records")
         collator = _collator(config, builder, examples, chosen, draw, seed)
-        others = (
-            None if validation is None else _FixedEpisodes(examples_of(validation, "validation"), collator)
-        )
+        others = None if validation is None else _FixedEpisodes(_examples(validation, "validation"), collator)
         return cls(model, config, chosen, builder, examples, collator, others, seed)
 
     def description(self) -> dict[str, Any]:
@@ -265,17 +262,11 @@ def _fields(recipe: Recipe, kept: bool, validated: bool) -> dict[str, Any]:
     }
 
 
-def examples_of(source: Any, name: str) -> Sequence[Any]:
-    """What can be a query or a demonstration, as ``records`` of :func:`train`.
-
-    Raises TypeError or ValueError, with ``name``: it is nothing of the kind, empty, or one has no answer.
-    """
+def _examples(source: Any, name: str) -> Sequence[Any]:
+    """Raises TypeError or ValueError, with ``name``: no examples, or one without an answer to learn."""
     if isinstance(source, DrawnEpisodes):
         return source
-    rows = not isinstance(source, str | os.PathLike | Mapping) and hasattr(source, "__getitem__")
-    first = source[0] if rows and len(source) > 0 else None
-    own = isinstance(first, Demonstration) or hasattr(first, "demonstration")
-    examples = source if own else as_records(source)
+    examples = examples_of(source)
     if len(examples) == 0:
         raise ValueError(f"{name} is empty, expected at least one example")
     for i in range(len(examples)):

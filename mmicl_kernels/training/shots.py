@@ -1,14 +1,15 @@
 """Which examples of a pool become the demonstrations of a query."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data import Demonstration, as_records
 
 
 class Example(Protocol):
@@ -38,6 +39,17 @@ def demonstration_of(example: Demonstration | Example) -> Demonstration:
             f"an example is a {type(example).__name__}, expected Demonstration or what has .demonstration()"
         )
     return make()
+
+
+def examples_of(source: Any) -> Sequence[Demonstration | Example]:
+    """``source`` itself if it is a sequence of examples, else its records, as ``as_records`` reads them.
+
+    Raises as ``as_records``: it is none of these.
+    """
+    rows = not isinstance(source, str | os.PathLike | Mapping) and hasattr(source, "__getitem__")
+    first = source[0] if rows and len(source) > 0 else None
+    own = isinstance(first, Demonstration) or hasattr(first, "demonstration")
+    return source if own else as_records(source)
 
 
 def key_of(example: Demonstration | Example) -> str:

@@ -154,7 +154,7 @@ def test_killed_and_run_again(mmicl_eval, saved, tmp_path):
 @pytest.mark.parametrize(
     "options, given, message",
     [
-        ([], {"model": "none"}, "--model: none does not exist, expected a folder"),
+        ([], {"model": "none"}, "none does not exist, expected a folder or a name on the hub"),
         ([], {"data": "none.jsonl"}, "--data: none.jsonl does not exist"),
         (["--images", "none"], {}, "--images: none does not exist"),
         (["--demonstrations", "none"], {}, "--demonstrations: none does not exist"),
