@@ -244,7 +244,8 @@ class PromptBuilder:
         """Raise TypeError or ValueError unless prompts can be made of it; the images are not looked at.
 
         Of the tokenizer's special tokens none may stand in text or answer: it would not be read as text.
-        With ``answered``, or ``answer_only``, the answer must have tokens.
+        With ``answered``, or ``answer_only``, the answer must have tokens, and with ``answered`` begin with
+        one of its own: after a prompt that ends with ":", no model says ":red".
         """
         if not isinstance(demonstration, Demonstration):
             raise TypeError(f"demonstrations has a {type(demonstration).__name__}, expected Demonstration")
@@ -255,7 +256,16 @@ class PromptBuilder:
                 raise ValueError(f"{name} {value!r:.80} has {found[0]!r}, expected no special token")
         if (answered or self.answer_only) and not self._ids(demonstration.answer.strip()):
             raise ValueError(f"answer is {demonstration.answer!r:.80}, expected one with tokens")
-        self._write(demonstration)
+        if not answered:
+            self._write(demonstration)
+            return
+        x = self._fit(self._turns.prompt((), demonstration, separated=True))
+        prompt = self._without_the_answers_space(x.before)
+        if not self.splits(x.before + x.answer, len(prompt)):
+            raise ValueError(
+                f"answer {x.answer!r:.80} begins within a token, after {prompt[-20:]!r}: expected a template "
+                "with a space or a line break before {answer}, and no white space where the answer begins"
+            )
 
     def _turns_of(
         self, template: str, instruction: str | None, image_marker: str | None
@@ -272,18 +282,19 @@ class PromptBuilder:
         chosen = preset or Preset(template)
         if instruction is not None:
             chosen = replace(chosen, instruction=instruction)
-        separator = self._separator(template) if chosen.separated else ""
+        separator = self._separator(template, chosen) if chosen.separated else ""
         turns = FormatTurns(chosen, markers, self._image_token, separator)
         turns.check(template)
         self._separated = chosen.separated
         return turns
 
-    def _separator(self, template: str) -> str:
+    def _separator(self, template: str, preset: Preset) -> str:
         pad, eos = self._tokenizer.pad_token, self._tokenizer.eos_token
-        if pad is None or pad == eos:
+        written = f"{preset.instruction} {preset.shot} {preset.query}"
+        if pad is None or pad == eos or pad in written:
             raise ValueError(
                 f"template is {template!r}, whose parts a padding token keeps apart, and the tokenizer's is "
-                f"{pad!r}, expected one that is not its end of text"
+                f"{pad!r}, expected one that is neither its end of text nor in the template"
             )
         return pad
 
@@ -425,7 +436,8 @@ class PromptBuilder:
             if ids[row, last].tolist() != expected:
                 raise ValueError(
                     f"the processor's prompt {row} ends with tokens {ids[row, last].tolist()}, expected "
-                    f"{expected} as the tokenizer makes of {text!r:.80}: its answer cannot be found"
+                    f"{expected} as the tokenizer makes of {text!r:.80}: its answer cannot be found where "
+                    f"{type(self.processor).__name__} writes another end"
                 )
             mask[row, last[: end - begin]] = True
         return mask

@@ -112,6 +112,28 @@ def test_a_token_that_the_answer_shares_is_the_answers():
     assert found == [["bed"], ["r", "e", "d."], ["2", "d."]]
 
 
+def test_an_answer_begins_with_a_token_of_its_own():
+    """Else nothing that ``generate`` says after the prompt is what was learnt."""
+    processor = tiny_processor("llava", words=("▁red", "bed", ":d", "o▁"))
+    builder = PromptBuilder(processor, "{image}{text}:{answer}")
+    given = [Demonstration((RED,), "a", "do"), Demonstration((RED,), "a", "ed")]
+    with pytest.raises(
+        ValueError, match="answer 'do' begins within a token, after .*a:': expected a template"
+    ):
+        builder.queries(given)
+    builder.queries(given[1:])
+    builder.demonstrations(given)
+    builder.prompt(given)
+    PromptBuilder(processor, "{image}{text}: {answer}").queries(given)
+    builder.check(given[0])
+    with pytest.raises(ValueError, match="begins within a token"):
+        builder.check(given[0], answered=True)
+    with pytest.raises(ValueError, match="answer 'ed' begins within a token, after .*b'"):
+        PromptBuilder(processor, "{image}{text}{answer}").check(Demonstration((), "b", "ed"), answered=True)
+    # A space that a word's token includes is the answer's, and no prompt ends with it.
+    PromptBuilder(processor, "{image}{text}: {answer}").check(Demonstration((), "", "red"), answered=True)
+
+
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("words", [("▁red", "▁cat", "▁do"), ()], ids=["words", "characters"])
 def test_queries_and_prompts_meet(name, words):
