@@ -2,47 +2,133 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
+import transformers
 from example_images import BLUE, GREEN, RED
+from example_processors import REAL, processor_of
 from tokenizers import pre_tokenizers, processors
 
 from mmicl_kernels.integration import PromptBuilder
+from mmicl_kernels.integration.presets import PRESETS
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
 from mmicl_kernels.training.distillation import student_rows, teacher_rows
 
+# One, several or no images, and of other sizes: other numbers of tokens, so that rows are padded.
 POOL = [
     Demonstration((RED,), "what?", "red"),
     Demonstration((BLUE, GREEN), "which?", "blue cat"),
-    Demonstration((GREEN,), "a b", "do"),
+    Demonstration((), "a b", "do"),
 ]
-# Several images, and of other sizes: other numbers of tokens, so that rows are padded.
-QUERIES = [Demonstration((BLUE,), "who is it?", "cat"), Demonstration((RED, GREEN), "say", "red blue")]
-ANSWERS = [["cat", "▁cat"], ["red▁blue", "▁red▁blue"]]
-OFFICIAL = {"idefics": "mimic-idefics", "idefics2": "mimic-idefics2", "llava": "mimic-llava"}
+QUERIES = [
+    Demonstration((BLUE,), "who is it?", "cat"),
+    Demonstration((RED, GREEN), "say", "red blue"),
+    Demonstration((), "why so?", "it"),
+]
+TWO = QUERIES[:2]
 PLAIN = "{image}{text} {answer}\n"
-MATRIX = [
-    (name, template)
-    for name in sorted(MAKERS.keys() - {"paligemma"})  # whose prompts have all images before all text
-    for template in ("chat", PLAIN, OFFICIAL.get(name, "live"))
-    if template != "chat" or name in CHAT_TEMPLATES
+# Quick: one of the official templates for each processor.
+OFFICIAL = {
+    "idefics": "mimic-idefics",
+    "idefics2": "mimic-idefics2",
+    "llava": "mimic-llava",
+    "real-qwen2_5_vl": "mimic-llava",
+}
+
+# What cannot be: processors, templates, queries, their demonstrations, what is said. None is any of them.
+NO_CHAT = "has no chat template, expected one"
+REFUSED = [
+    (("idefics", "paligemma"), ["chat"], QUERIES[:1], [[]], NO_CHAT),
+    # Its images are before all text, and a line's end behind it.
+    (("paligemma",), [PLAIN, *PRESETS], QUERIES[:2], [[], []], "PaliGemmaProcessor writes another end"),
+    (("paligemma",), [PLAIN, *PRESETS], QUERIES[2:], [[]], "`images` are expected"),
+    # It has other tokens of an image alone than of several.
+    (
+        ("llava_onevision",),
+        ["chat", PLAIN, *PRESETS],
+        QUERIES[:1],
+        [POOL[:1]],
+        "only the last .* other tokens of an image among several",
+    ),
+    # ":red" is one token: an answer would never begin with it after a prompt that ends with ":".
+    (
+        ("real-qwen2_5_vl",),
+        ["live"],
+        QUERIES[1:2],
+        [[]],
+        "answer 'red blue' begins within a token, after .*Short answer:",
+    ),
+    # Their token of padding, which is not attended to, is in the template.
+    (
+        ("real-smolvlm", "real-smolvlm-whole"),
+        ["mimic-llava", "mimic-llava-caption"],
+        QUERIES[:1],
+        [POOL[:1]],
+        "neither its end of text nor in the template",
+    ),
 ]
+NEVER = {
+    (name, template)
+    for names, templates, queries, _, _ in REFUSED
+    for name, template in product(names, templates)
+    if name != "llava_onevision"
+}
+EVERY = [
+    (name, template)
+    for name, template in product([*sorted(MAKERS), *REAL], ["chat", PLAIN, *PRESETS])
+    if (name, template) not in NEVER
+]
+MATRIX = [
+    pytest.param(name, template, marks=() if template in quick else pytest.mark.slow)
+    for name, template in EVERY
+    for quick in [("chat", PLAIN, OFFICIAL.get(name, "live"))]
+]
+
+
+def queries_for(name, shots):
+    """Without those that ``REFUSED`` has, and that older transformers do."""
+    if name == "llava_onevision" and shots:
+        return QUERIES[1:]
+    if name == "mllama" and transformers.__version__.startswith("5.17."):
+        return QUERIES[:2]  # there either all prompts of a batch have images or none
+    return QUERIES
+
+
+@cache
+def shared(name, **options):
+    """A processor, which no test changes."""
+    return processor_of(name, chat=name in CHAT_TEMPLATES, **options)
 
 
 @cache
 def builder_of(name, template, **options):
-    try:
-        processor = tiny_processor(name, chat=name in CHAT_TEMPLATES, **options)
-    except ImportError as error:  # an older transformers has its image processor with torchvision alone
-        pytest.skip(str(error))
-    return PromptBuilder(processor, template)
+    return PromptBuilder(shared(name, **options), template)
 
 
 def tokens(builder, row, mask):
     return builder.processor.tokenizer.convert_ids_to_tokens(row[mask.bool()])
+
+
+def text_of(builder, ids):
+    return builder.processor.tokenizer.decode(ids)
+
+
+def head_of(name, template):
+    """What stands before the first turn, as a text; of tiny chats no more than how it begins."""
+    if template == "chat" and name in REAL:
+        system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        return system if "qwen" in name else "<|im_start|>"
+    return "" if name in REAL else "<s>"
+
+
+def image_tokens(name, query):
+    """How many a query has, where an image's are not changed by others: of all real processors."""
+    sizes = {"real-smolvlm": (20, 12, 20), "real-smolvlm-whole": (4, 4, 4), "real-qwen2_5_vl": (1, 2, 4)}
+    return sum(sizes[name][(RED, GREEN, BLUE).index(image)] for image in query.images)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -51,36 +137,52 @@ def tokens(builder, row, mask):
 def test_the_query_is_the_same(name, template, shots, side):
     """All of its images and its answer, never what the prompt begins with."""
     builder = builder_of(name, template)
-    # LLaVA-OneVision makes other tokens of an image alone than of several.
-    queries = QUERIES if name != "llava_onevision" or shots == 0 else QUERIES[1:]
-    rows = [POOL[:shots], POOL[::-1][:shots]][: len(queries)]
+    queries = queries_for(name, shots)
+    rows = [[POOL[(i + j) % 3] for j in range(shots)] for i in range(len(queries))]
     batch = episode_batch(builder, queries, rows, padding_side=side)
     assert type(batch) is EpisodeBatch
     student = builder.answered(queries, [[]] * len(queries), instructed=builder.instructs_students)
     teacher = builder.answered(queries, rows)
     assert int(batch.teacher["attention_mask"].sum()) == int(teacher.inputs["attention_mask"].sum())
+    ends = {builder.processor.tokenizer.eos_token, "<end_of_utterance>"}
     for i, query in enumerate(queries):
-        mine = tokens(builder, batch.student["input_ids"][i], batch.student_query[i])
-        theirs = tokens(builder, batch.teacher["input_ids"][i], batch.teacher_query[i])
-        assert mine == theirs
-        own = student.inputs["attention_mask"][i].bool()
-        head = tokens(builder, student.inputs["input_ids"][i], student.head[i])
-        whole = tokens(builder, student.inputs["input_ids"][i], own)
-        assert head + mine == whole and head[0] == "<s>" and "<s>" not in mine
-        image = tokens(builder, student.inputs["input_ids"][i], student.image[i])
-        assert len(image) >= len(query.images) and [x for x in mine if x in image] == image
-        answer = tokens(builder, batch.labels[i], batch.labels[i] >= 0)
-        assert mine[-len(answer) :] == answer and answer[-1] in ("</s>", "<end_of_utterance>")
-        text = "".join(x for x in answer[:-1] if x not in "\n.")
-        assert text in ANSWERS[QUERIES.index(query)], answer
+        mine = batch.student["input_ids"][i][batch.student_query[i]]
+        theirs = batch.teacher["input_ids"][i][batch.teacher_query[i]]
+        assert torch.equal(mine, theirs)
+        ids, own = student.inputs["input_ids"][i], student.inputs["attention_mask"][i].bool()
+        head = ids[student.head[i]]
+        assert torch.equal(torch.cat([head, mine]), ids[own])
+        begin = head_of(name, template)
+        assert text_of(builder, head).startswith(begin) and not (begin and begin in text_of(builder, mine))
+        assert name not in REAL or text_of(builder, head) == begin
+        image = ids[student.image[i]]
+        assert torch.equal(mine[torch.isin(mine, image)], image)
+        assert len(image) == image_tokens(name, query) if name in REAL else len(image) >= len(query.images)
+        answer = batch.labels[i][batch.labels[i] >= 0]
+        assert torch.equal(mine[-len(answer) :], answer)
+        last = tokens(builder, answer, torch.ones_like(answer))[-1]
+        assert last in ends and text_of(builder, answer[:-1]).strip(" \n.") == query.answer
         # The demonstrations of the row are before the query, and nothing is after it.
-        before = tokens(builder, batch.teacher["input_ids"][i], batch.teacher["attention_mask"][i])
-        assert before[-len(theirs) :] == theirs
-        shown = "".join(before[: -len(theirs)])
-        assert all(x.answer.replace(" ", "▁") in shown for x in rows[i])
-    padding = ~batch.teacher["attention_mask"].bool()
-    if shots and padding[:, 0].any() != padding[:, -1].any():
-        assert bool(padding[:, 0].any()) == (side == "left")
+        whole = batch.teacher["input_ids"][i][batch.teacher["attention_mask"][i].bool()]
+        assert torch.equal(whole[-len(theirs) :], theirs)
+        shown = text_of(builder, whole[: -len(theirs)])
+        assert all(x.answer in shown for x in rows[i])
+        assert not any(x.answer in shown for x in POOL if x not in rows[i])
+    for inputs in (batch.student, batch.teacher):
+        attended = inputs["attention_mask"].bool()
+        assert attended[:, 0 if side == "right" else -1].all()
+        assert len(queries) == 2 or not attended.all()
+
+
+@pytest.mark.parametrize("names, templates, queries, rows, message", REFUSED)
+def test_what_is_refused(names, templates, queries, rows, message):
+    for name, template in product(names, templates):
+        with pytest.raises(ValueError, match=message):
+            episode_batch(builder_of(name, template), queries, rows)
+
+
+def test_every_combination_is_made_or_refused():
+    assert len(EVERY) + len(NEVER) == (len(MAKERS) + len(REAL)) * (2 + len(PRESETS))
 
 
 def marked(name, template, query, shots, **options):
@@ -156,6 +258,26 @@ def test_a_tokenizer_that_merges_over_the_boundary(shots):
     episode_batch(PromptBuilder(builder.processor, "mimic-idefics"), [query], rows)
 
 
+@pytest.mark.parametrize("name, refused", [("real-qwen2_5_vl", True), ("real-smolvlm", False)])
+def test_real_tokenizers_at_the_boundary(name, refused):
+    """Two line ends are one token of Qwen's, and two of SmolLM2's."""
+    builder = builder_of(name, PLAIN)
+    query, rows = Demonstration((), "\nhi", "red"), [[Demonstration((), "oh", "red")]]
+    if not refused:
+        batch = episode_batch(builder, [query], rows)
+        ids = batch.teacher["input_ids"][batch.teacher_query]
+        assert text_of(builder, ids) == "\nhi red<end_of_utterance>"
+        return
+    with pytest.raises(ValueError, match="only the last 3 tokens are the same, of 4 that .*\\\\n\\\\nhi red"):
+        episode_batch(builder, [query], rows)
+    chat = builder_of(name, "chat")  # whose turns begin with a line's end
+    with pytest.raises(ValueError, match="answer '.*nred' begins within a token"):
+        episode_batch(chat, [replace(query, answer="\nred")], rows)
+    batch = episode_batch(chat, [query], rows)
+    begin = text_of(chat, batch.teacher["input_ids"][batch.teacher_query])
+    assert begin == "<|im_start|>user\n\nhi<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+
+
 def test_merged_in_the_student_s_head():
     """The query's first letter belongs to the head's last token: it is no token of the query."""
     processor = builder_of("llava", PLAIN, words=("▁red", ".h")).processor
@@ -183,7 +305,7 @@ def test_long_tails_are_shown_where_they_part():
 def test_any_other_token_before_the_end_is_found():
     """Whatever the processor did to one prompt alone."""
     builder = builder_of("llava", PLAIN)
-    student, teacher = builder.answered(QUERIES, [[], []]), builder.answered(QUERIES, [POOL, POOL])
+    student, teacher = builder.answered(TWO, [[], []]), builder.answered(TWO, [POOL, POOL])
     masks = align(student, teacher, builder)
     for row in range(2):
         for place in masks[1][row].nonzero().flatten().tolist():
@@ -198,22 +320,22 @@ def test_any_other_token_before_the_end_is_found():
 def test_many_shots(shots, passes):
     builder = builder_of("qwen2_vl", "chat")
     rows = [[POOL[(i + j) % 3] for j in range(shots)] for i in range(2)]
-    batch = episode_batch(builder, QUERIES, rows, shots_per_pass=2)
+    batch = episode_batch(builder, TWO, rows, shots_per_pass=2)
     assert isinstance(batch, ManyShotBatch)
     teachers = [(batch.teacher, batch.teacher_query), *batch.further]
     assert len(teachers) == len(passes)
     done = 0
     for (inputs, query), count in zip(teachers, passes, strict=True):
-        expected = episode_batch(builder, QUERIES, [row[done : done + count] for row in rows])
+        expected = episode_batch(builder, TWO, [row[done : done + count] for row in rows])
         assert torch.equal(inputs["input_ids"], expected.teacher["input_ids"])
         assert torch.equal(inputs["pixel_values"], expected.teacher["pixel_values"])
         assert torch.equal(query, expected.teacher_query)
         done += count
     assert done == shots
     with pytest.raises(ValueError, match="shots_per_pass is 0, expected at least 1"):
-        episode_batch(builder, QUERIES, rows, shots_per_pass=0)
+        episode_batch(builder, TWO, rows, shots_per_pass=0)
     with pytest.raises(ValueError, match=r"shots has rows of \[1, 2\] demonstrations, expected as many"):
-        episode_batch(builder, QUERIES, [POOL[:1], POOL[:2]], shots_per_pass=2)
+        episode_batch(builder, TWO, [POOL[:1], POOL[:2]], shots_per_pass=2)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["", "writes_the_end"])
@@ -242,9 +364,9 @@ def test_a_text_s_first_token(name, template, missing, scheme, ends):
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     builder = PromptBuilder(processor, template)
-    batch = episode_batch(builder, QUERIES, [POOL, POOL[:1]])
+    batch = episode_batch(builder, TWO, [POOL, POOL[:1]])
     missing = missing if isinstance(missing, int) else missing[scheme]
-    student = builder.answered(QUERIES, [[], []], instructed=builder.instructs_students)
+    student = builder.answered(TWO, [[], []], instructed=builder.instructs_students)
     own = student.inputs["attention_mask"].bool() & ~student.head
     left = own & ~batch.student_query
     assert left.sum(-1).tolist() == [missing, missing]
@@ -267,8 +389,8 @@ def test_places_that_tokens_split():
 def test_what_predicts_the_answer(template):
     """The token before it, not the padding that keeps it apart: as ``generate`` begins."""
     builder = builder_of("llava", template)
-    batch = episode_batch(builder, QUERIES, [POOL, POOL[:1]])
-    prompt = builder.prompt(QUERIES, [[], []])
+    batch = episode_batch(builder, TWO, [POOL, POOL[:1]])
+    prompt = builder.prompt(TWO, [[], []])
     rows = student_rows(batch), teacher_rows(batch, batch.teacher, batch.teacher_query)
     for i in range(2):
         answer = tokens(builder, batch.labels[i], batch.labels[i] >= 0)
