@@ -8,6 +8,7 @@ DEVICE ?= cpu
 OUT    ?= benchmarks/results
 
 OLDEST := .venv-oldest
+LMMS   := .venv-lmms
 SUPPORT := mmicl_kernels/integration/support.json
 MATRIX := tests/integration/test_support_matrix.py
 
@@ -16,7 +17,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SITE    := import sysconfig; print(sysconfig.get_path('purelib'))
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-families lint gpu gpu-test gpu-ops gpu-e2e bench clean
+.PHONY: demo test test-families test-lmms lint gpu gpu-test gpu-ops gpu-e2e bench clean
 
 demo: $(STAMP)
 	$(BIN)/mmicl demo
@@ -30,6 +31,10 @@ test-families: $(STAMP) $(OLDEST)/.installed
 	  $$bin/python -m pytest -n 2 --dist loadgroup --support-matrix $(SUPPORT) $(MATRIX) || exit 1; \
 	done
 	$(BIN)/mmicl support --markdown > mmicl_kernels/integration/SUPPORT.md
+
+# The plug-in, in an environment of its own: lmms-eval brings 80 packages.
+test-lmms: $(LMMS)/.installed
+	$(LMMS)/bin/python -m pytest tests/evaluation/test_lmms.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -68,7 +73,7 @@ gpu-e2e:
 	  exit $$status
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(LMMS) build dist *.egg-info mmicl_kernels/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: the extension is compiled against it, so the build sees the environment
@@ -89,4 +94,13 @@ $(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-oldest.txt
 	base="$$($(BIN)/python -c "$(SITE)")"; \
 	  echo "import site; site.addsitedir('$$base')" > "$$($(OLDEST)/bin/python -c "$(SITE)")/newest.pth"
+	touch $@
+
+# The environment above and lmms-eval. Its torchvision is PyPI's, for CUDA, and no CPU torch can load it.
+$(LMMS)/.installed: $(STAMP)
+	$(BIN)/python -m venv --clear $(LMMS)
+	base="$$($(BIN)/python -c "$(SITE)")"; \
+	  echo "import site; site.addsitedir('$$base')" > "$$($(LMMS)/bin/python -c "$(SITE)")/newest.pth"
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt lmms-eval==0.7.3
+	$(LMMS)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.evaluation.generation import Generation, YesNo, generate
-from mmicl_kernels.integration import Handle, PromptBuilder
+from mmicl_kernels.evaluation.systems import trained_prompt
+from mmicl_kernels.integration import Handle, PromptBuilder, attach, load
+from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.library.bank_files import DTYPES
 from mmicl_kernels.methods import AIMAdapter
+from mmicl_kernels.training.shots import RandomShots, demonstration_of, generator_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,75 @@ class Asker:
         collate = self._fusing.demonstrations
         ids = iter(self.handle.add_demonstrations(flat, collate, batch_size=len(queries), progress=False))
         return self.handle.splice(self._fusing.prompt(queries), [[next(ids) for _ in row] for row in shots])
+
+
+class OtherImages:
+    """Draws ``shots`` of ``examples`` for queries that may be of the same data under other names.
+
+    None of them shows just what the query does, whatever its file or its text are.
+    """
+
+    def __init__(self, examples: Sequence[Any], shots: int, seed: int) -> None:
+        self._pool, self._shots, self._seed = [_Shown(x) for x in examples], shots, seed
+
+    def __call__(self, query: Demonstration) -> list[Demonstration]:
+        """Raises ValueError: there are too few."""
+        shown = _Shown(query)
+        drawn = RandomShots()(self._pool, shown, self._shots, generator_of(shown, self._seed))
+        return [self._pool[i].demonstration() for i in drawn]
+
+
+class _Shown:
+    """An example with the digest of its images' pixels as id, or of its text if it has none."""
+
+    def __init__(self, example: Any) -> None:
+        self._example = example
+
+    def demonstration(self) -> Demonstration:
+        return demonstration_of(self._example)
+
+    @property
+    def id(self) -> str:
+        x = self.demonstration()
+        shown = [decode_image(data, f"image of {x.text!r:.40}").tobytes() for data in x.images]
+        return hashlib.sha256(b"".join(shown) or x.text.encode()).hexdigest()
+
+
+def asker_of(
+    model: nn.Module,
+    processor: ProcessorMixin | PromptBuilder,
+    adapter: str | os.PathLike | None,
+    bank: Path,
+) -> Asker:
+    """What asks ``model`` with the adapter of a folder, which stays attached; ``bank`` is a folder for AIM.
+
+    Raises: as :func:`prompt_builder`, ``load``, ``attach`` and :func:`bank_of`.
+    """
+    builder = prompt_builder(processor, {} if adapter is None else {"adapter": adapter}, model)
+    if adapter is None:
+        return Asker(model, builder)
+    loaded = load(adapter, model)
+    if not isinstance(loaded, AIMAdapter):
+        return Asker(model, builder, attach(model, loaded))
+    opened = bank_of(bank, loaded, builder, model.dtype)
+    return Asker(model, builder, attach(model, loaded, bank=opened), loaded)
+
+
+def prompt_builder(
+    processor: ProcessorMixin | PromptBuilder, adapters: Mapping[str, Any], model: nn.Module
+) -> PromptBuilder:
+    """Of prompts as a builder writes them; else as those of the adapters' folders were trained on; else as
+    :func:`builder_of`. For the model's device and dtype.
+
+    Raises ValueError: as :func:`trained_prompt`.
+    """
+    if not isinstance(processor, PromptBuilder):
+        folders = {name: Path(x) for name, x in adapters.items() if isinstance(x, str | os.PathLike)}
+        prompt = trained_prompt(folders)
+        processor = processor if prompt is None else PromptBuilder(processor, **prompt)
+    builder = builder_of(processor, dtype=model.dtype)
+    builder.device = model.get_input_embeddings().weight.device
+    return builder
 
 
 def fusing_builder(builder: PromptBuilder, adapter: AIMAdapter) -> PromptBuilder:

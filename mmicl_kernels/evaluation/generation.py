@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,14 @@ class Generation:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty!r}, expected it above 0")
         if isinstance(self.cut, str) and self.cut not in PRESETS:
             raise ValueError(f"cut is {self.cut!r}, expected stop words or one of {', '.join(PRESETS)}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Generation:
+        """Of lmms-eval's ``generation_kwargs``: those of ``generate`` that are known, and ``until``."""
+        names = ("max_new_tokens", "num_beams", "length_penalty", "repetition_penalty")
+        until = given.get("until") or ()
+        words = tuple(x for x in ([until] if isinstance(until, str) else until) if x)
+        return cls(**{name: given[name] for name in names if given.get(name) is not None}, cut=words)
 
 
 # By a metric's name, what is asked for by default: greedy. By a paper's, its settings (MimIC and HiFICL as

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Record, as_records
-from mmicl_kernels.evaluation.asking import Asker, bank_of
+from mmicl_kernels.evaluation.asking import Asker, bank_of, prompt_builder
 from mmicl_kernels.evaluation.features import Embed, nearest_shots
 from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
 from mmicl_kernels.evaluation.predictions import (
@@ -30,12 +30,11 @@ from mmicl_kernels.evaluation.predictions import (
 )
 from mmicl_kernels.evaluation.report import Evaluation, evaluation_of
 from mmicl_kernels.evaluation.scoring import Metric, Scorer
-from mmicl_kernels.evaluation.systems import System, systems_of, trained_prompt
+from mmicl_kernels.evaluation.systems import System, systems_of
 from mmicl_kernels.integration import PromptBuilder, UnsupportedModelError, attach, load
 from mmicl_kernels.integration.aggregation import evaluating
 from mmicl_kernels.integration.anchors import unwrap
 from mmicl_kernels.integration.patches import is_patched
-from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.training.shots import (
@@ -115,7 +114,7 @@ def evaluate(
     most = max(system.shots for system in systems)
     options = {"cache": folder and folder / "features", "batch_size": batch_size, "progress": progress}
     pool, draw, drawn = _pool(queries, demonstrations, most, retrieval, features, options)
-    builder = _builder(processor, adapters or {}, model)
+    builder = prompt_builder(processor, adapters or {}, model)
     yes_no = YesNo.of(builder.processor.tokenizer) if auroc else None
     with tempfile.TemporaryDirectory() as temporary, evaluating(model):
         run = _Run(
@@ -275,18 +274,6 @@ def _adapters(given: Mapping[str, Adapter | str | os.PathLike], model: nn.Module
     if not isinstance(given, Mapping):
         raise TypeError(f"adapters is a {type(given).__name__}, expected a dict of names and adapters")
     return {name: x if isinstance(x, Adapter) else load(x, model) for name, x in given.items()}
-
-
-def _builder(
-    processor: ProcessorMixin | PromptBuilder, adapters: Mapping[str, Any], model: nn.Module
-) -> PromptBuilder:
-    if not isinstance(processor, PromptBuilder):
-        folders = {name: Path(x) for name, x in adapters.items() if isinstance(x, str | os.PathLike)}
-        prompt = trained_prompt(folders)
-        processor = processor if prompt is None else PromptBuilder(processor, **prompt)
-    builder = builder_of(processor, dtype=model.dtype)
-    builder.device = model.get_input_embeddings().weight.device
-    return builder
 
 
 def _pool(

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Which files say of which class a processor is, as AutoProcessor reads them.
 PROCESSOR_FILES = (
     "processor_config.json",
