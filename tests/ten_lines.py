@@ -1,0 +1,12 @@
+"""What the README's ten lines find in their folder: a model, its processor, files of examples."""
+
+from pathlib import Path
+
+from records_of_colours import write_records
+
+
+def prepare(folder: Path, model, processor, count: int = 50) -> None:
+    model.save_pretrained(folder / "my-lvlm")
+    processor.save_pretrained(folder / "my-lvlm")
+    write_records(folder, count)
+    write_records(folder, 6, "test.jsonl")
