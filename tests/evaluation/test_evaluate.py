@@ -20,7 +20,7 @@ from questions import (
 )
 
 import mmicl_kernels as mk
-from mmicl_kernels.evaluation import bootstrap_interval, paired_bootstrap
+from mmicl_kernels.evaluation import bootstrap_interval, paired_bootstrap, wilson_interval
 from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
 from mmicl_kernels.evaluation.metrics import auroc, exact_match, postprocess
 from mmicl_kernels.training import EpisodeCollator
@@ -125,6 +125,8 @@ def test_scores_and_differences(world, tmp_path):
     for row in made.rows:
         score = exact_match(row.texts, [x["answers"] for x in rows])
         assert row.score.value == score.value and (row.score.samples == score.samples).all()
+    low, high = wilson_interval(2, 6)  # all samples are 0 or 1
+    assert (made["zero-shot"].interval.low, made["zero-shot"].interval.high) == (low, high)
     assert made.best == "2-shot" and made["2-shot"].minus_best is None
     assert made["2-shot"].minus_zero_shot == paired_bootstrap(right["2-shot"], right["zero-shot"])
     assert made["live"].minus_best == paired_bootstrap(right["live"], right["2-shot"])
@@ -203,12 +205,15 @@ def test_an_answer_ends_with_its_turn(tmp_path):
 
 def test_the_model_is_left_plain(world, monkeypatch):
     model, processor, queries, pool = world
-    mk.evaluate(model, processor, queries, progress=False)  # transformers leaves hooks of its own
+    texts = mk.evaluate(model, processor, queries, progress=False)["zero-shot"].texts
+    for module in model.modules():  # in training mode it would drop most of what is attended to
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.9
     model.train()
     before = plain_state(model)
     adapters = {"live": adapter_of(model, mk.LIVEConfig()), "aim": adapter_of(model, mk.AIMConfig())}
     options = {"adapters": adapters, "shots": (0, 1), "demonstrations": pool, "progress": False}
-    mk.evaluate(model, processor, queries, **options)
+    assert mk.evaluate(model, processor, queries, **options)["zero-shot"].texts == texts
     assert mk.handle_of(model) is None and plain_state(model) == before
     generate, calls = model.generate, []
 
