@@ -114,7 +114,7 @@ def test_chat_templates(name):
     assert processor.tokenizer.decode(answer) == f"{space}two squares{end}"
 
 
-@pytest.mark.parametrize("name", REAL_PROCESSORS)
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_folders(name, tmp_path):
     """Model and processor are the same again, and the answer is what follows the prompt."""
     processor, model = processor_of(f"real-{name}"), tiny_vlm(name)
