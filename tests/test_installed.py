@@ -1,4 +1,4 @@
-"""From an installed wheel, in a folder of the reader's own: the README's ten lines, and its commands, killed."""
+"""From an installed wheel, in a folder of the reader's own: the README's ten lines and commands, killed."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from ten_lines import prepare
+from ten_lines import prepare, shortened
 
 from mmicl_kernels.testing import real_processors
 
@@ -62,11 +62,6 @@ def run(command, folder):
     made = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return made.stdout
-
-
-def shortened(text):
-    """Fewer updates, to take seconds instead of minutes."""
-    return text.replace("shots=8, out", "shots=8, steps=6, out").replace("--shots 8", "--shots 8 --steps 6")
 
 
 def test_ten_lines(python, folder):

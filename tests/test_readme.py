@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ten_lines import prepare
+from ten_lines import prepare, shortened
 
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
@@ -22,7 +22,7 @@ def test_ten_lines_run(tmp_path, monkeypatch, capsys):
     prepare(tmp_path, tiny_model("llava-llama"), tiny_processor("llava", chat=True), count=9)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(BLOCKS[0], "README block 0", "exec"), names)
+    exec(compile(shortened(BLOCKS[0]), "README block 0", "exec"), names)
     written = names["mk"].load("adapters/mine", names["model"])
     for (name, x), y in zip(written.named_parameters(), names["adapter"].parameters(), strict=True):
         assert torch.equal(x, y), name
