@@ -37,7 +37,7 @@ def saved(name, folder):
 
 def rewrite(file, **settings):
     """Change a JSON file; None takes an entry away."""
-    made = {**json.loads(file.read_text()), **settings}
+    made = {**json.loads(file.read_text() or "{}"), **settings}
     file.write_text(json.dumps({key: x for key, x in made.items() if x is not None}))
 
 
@@ -80,13 +80,20 @@ def test_what_a_processor_has_for_videos_is_kept(place, tmp_path):
 
 
 @without_torchvision
-def test_the_model_says_which_processor_it_has(tmp_path):
-    """As transformers 4 saved them: no processor_config.json, no class in the other files."""
+@pytest.mark.parametrize(
+    "place", ["processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"]
+)
+def test_what_says_which_processor_it_is(place, tmp_path):
+    """One of the files, as transformers 4 wrote them too, or the type of the model beside it."""
     processor = saved("qwen2_5_vl", tmp_path)
-    tiny_model("qwen2_5_vl").config.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").unlink()
     processor.image_processor.save_pretrained(tmp_path)
     rewrite(tmp_path / "tokenizer_config.json", processor_class=None)
+    if place == "config.json":
+        tiny_model("qwen2_5_vl").config.save_pretrained(tmp_path)
+    else:
+        (tmp_path / place).touch()
+        rewrite(tmp_path / place, processor_class="Qwen2_5_VLProcessor")
     with pytest.warns(UserWarning, match="images alone"):
         loaded = load_processor(str(tmp_path))
     assert type(loaded) is type(processor)

@@ -42,8 +42,10 @@ def test_qwen_s_tokens():
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == own.encode(text, allowed_special="all"), text
     known = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
+             "<|object_ref_start|>": 151646, "<|object_ref_end|>": 151647, "<|box_start|>": 151648,
+             "<|box_end|>": 151649, "<|quad_start|>": 151650, "<|quad_end|>": 151651,
              "<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|image_pad|>": 151655,
-             "<|file_sep|>": 151664}  # fmt: skip
+             "<|video_pad|>": 151656, "<tool_call>": 151657, "<|file_sep|>": 151664}  # fmt: skip
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in known} == known
     assert len(tokenizer) == 151665
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
