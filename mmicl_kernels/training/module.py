@@ -54,10 +54,12 @@ class TrainedModule(AdaptedModel):
         losses = self.objective(self.objective.batch(**inputs, labels=labels))
         total = losses.total
         if shares is not None:
-            kinds = self.objective.means_over
-            terms = losses.terms.items()
-            total = sum(x * shares[kinds[name]].to(x) if name in kinds else x for name, x in terms)
+            total = sum(x * shares[self.tokens_of(name)].to(x) for name, x in losses.terms.items())
         return {"loss": total, **losses.parts}
+
+    def tokens_of(self, part: str) -> str:
+        """Whose tokens a part is the mean over; what is no mean counts as one over the answers'."""
+        return self.objective.means_over.get(part, "answer")
 
 
 def token_counts(arguments: Mapping[str, Any]) -> Tensor:

@@ -167,6 +167,7 @@ class Training:
                     trainer.save_model()
                     if trainer.args.should_save and importlib.util.find_spec("matplotlib") is not None:
                         plot_losses(trainer.state.log_history, folder / "training.png")
+                trainer.accelerator.wait_for_everyone()  # before one reads the folder, or removes it
         return module.adapter.requires_grad_(False).eval()
 
     @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
@@ -20,9 +21,10 @@ from mmicl_kernels.library import read_adapter
 from mmicl_kernels.methods import CheckpointError
 from mmicl_kernels.training.collate import Collator
 from mmicl_kernels.training.measures import describe_large_shares
-from mmicl_kernels.training.module import TrainedModule, token_counts, token_shares
+from mmicl_kernels.training.module import TrainedModule, token_shares
 from mmicl_kernels.training.objectives import trainable
 from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
+from mmicl_kernels.training.queries import CountedBatches, Queries, QueryOrder
 
 DESCRIPTION_FILE = "training.json"
 STATE_FILE = "trainer_state.json"  # what a Trainer writes last into a checkpoint
@@ -51,15 +53,20 @@ class AdapterTrainer(Trainer):
         measure_every: int = 100,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if arguments.n_gpu > 1:  # several devices and one process: nn.DataParallel's copies call one model
+            arguments._n_gpu = 1
         super().__init__(
             module,
             arguments,
-            train_dataset=queries,
-            eval_dataset=validation,
-            data_collator=collator.arguments,
+            train_dataset=Queries(queries),
+            eval_dataset=None if validation is None else Queries(validation),
+            data_collator=CountedBatches(collator, queries[0]),
             callbacks=[_Epochs(collator), *(callbacks or ())],
         )
-        self.module, self.description, self.measure_every = module, dict(description or {}), measure_every
+        # Of several processes each has its own where nothing is kept; the best checkpoint is in the first's.
+        (arguments.output_dir,) = broadcast_object_list([arguments.output_dir])
+        self.collator, self.module, self.description = collator, module, dict(description or {})
+        self.measure_every = measure_every
         self._sums: dict[str, Tensor] = {}  # of the parts since the last line of the log
         self._count = 0
         self._measured: int | None = None
@@ -74,18 +81,32 @@ class AdapterTrainer(Trainer):
             decay_to_identity(self.optimizer, parameters, objective)
         return self.optimizer
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> QueryOrder:
+        args, seed = self.args, None
+        if args.train_sampling_strategy == "random":
+            seed = args.seed if args.data_seed is None else args.data_seed
+        return self._order(self.train_dataset, self._train_batch_size, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> QueryOrder:
+        return self._order(eval_dataset, self.args.eval_batch_size, None)
+
+    def _order(self, queries: Dataset, batch_size: int, seed: int | None) -> QueryOrder:
+        # Processes that share a layer's heads have the same queries.
+        processes = self.accelerator.num_processes // self.get_tp_size()
+        return QueryOrder(len(queries), batch_size * processes, self.collator, seed)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The batches of an update, each with its share of all tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            counts = [token_counts(x).to(device) for x in batches]
+            counts = [x["token_counts"].to(device) for x in batches]
             total = self.accelerator.reduce(sum(counts), "sum")
             number = len(batches) * self.accelerator.num_processes
-            batches = [
-                {**x, "shares": token_shares(n, total, number)} for x, n in zip(batches, counts, strict=True)
-            ]
+            for batch, count in zip(batches, counts, strict=True):
+                del batch["token_counts"]
+                batch["shares"] = token_shares(count, total, number)
         return batches, items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -98,8 +119,9 @@ class AdapterTrainer(Trainer):
             loss = super().training_step(*args, **kwargs)
         finally:
             objective.measures = False
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {float(loss)} at step {step}, expected finite")
+        total = self.accelerator.reduce(loss, "sum")  # of all processes: all stop, before the update
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {float(total)} at step {step}, expected finite")
         return loss
 
     def compute_loss(
@@ -107,10 +129,10 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            self._note(outputs)
+            self._note(outputs, inputs["shares"])
         return (loss, outputs) if return_outputs else loss
 
-    def _note(self, outputs: Mapping[str, Tensor]) -> None:
+    def _note(self, outputs: Mapping[str, Tensor], shares: Mapping[str, Tensor]) -> None:
         measured = {name: x for name, x in outputs.items() if "/" in name}
         if measured and self.args.should_log:
             found = {name: float(x) for name, x in measured.items()}
@@ -120,13 +142,15 @@ class AdapterTrainer(Trainer):
                 self._warned = True
                 warnings.warn(message, stacklevel=2)
         for name in outputs.keys() - measured.keys() - {"loss"}:
-            self._sums[name] = self._sums.get(name, 0) + outputs[name].detach()
+            part = outputs[name].detach() * shares[self.module.tokens_of(name)]
+            self._sums[name] = self._sums.get(name, 0) + part
         self._count += 1
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """With the means of the parts, this process's own, beside the loss."""
+        """With the means of the parts over all processes' tokens, beside the loss."""
         if "loss" in logs and self._count:
-            logs = {**logs, **{name: float(x) / self._count for name, x in sorted(self._sums.items())}}
+            parts = {name: x / self._count for name, x in sorted(self._sums.items())}
+            logs = {**logs, **{name: float(self.accelerator.reduce(x, "mean")) for name, x in parts.items()}}
             self._sums, self._count = {}, 0
         super().log(logs, *args)
 
@@ -141,15 +165,15 @@ class AdapterTrainer(Trainer):
         was_training = model.training
         model.eval()
         sums: dict[str, Tensor] = {}
-        kinds = self.module.objective.means_over
+        queries = None if eval_dataset is None else Queries(eval_dataset)
         try:
-            for inputs in self.get_eval_dataloader(eval_dataset):
+            for inputs in self.get_eval_dataloader(queries):
                 inputs = self._prepare_inputs(inputs)
+                answer, query = inputs.pop("token_counts").double()
                 with torch.no_grad(), self.compute_loss_context_manager():
                     outputs = model(**inputs)
-                answer, query = token_counts(inputs).double()
                 for name, x in outputs.items():
-                    count = query if kinds.get(name) == "query" else answer
+                    count = query if self.module.tokens_of(name) == "query" else answer
                     add = torch.stack([x.detach().double() * count, count])
                     sums[name] = sums.get(name, 0) + add
         finally:
@@ -187,6 +211,10 @@ class AdapterTrainer(Trainer):
                 if isinstance(x, DTensor):
                     value = distribute_tensor(value, x.device_mesh, x.placements)
                 x.copy_(value)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # or STATE_FILE might be there before another process's state
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -360,3 +360,16 @@ def test_recipes_name_templates_that_exist():
 
     assert {"mimic", "live", "m2iv", "aim"} <= RECIPES.keys()
     assert all(x.template in {None, *PRESETS} for x in RECIPES.values())
+
+
+def test_one_process_has_one_device(model, processor, records, tmp_path):
+    """nn.DataParallel, which a Trainer makes of several, has copies that call the first one's model."""
+    training = Training.of(model, processor, records, mk.LIVEConfig(), recipe=recipe_for("live"))
+    arguments = training._arguments(tmp_path, False, {}, progress=False)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    with training.module() as module:
+        trainer = training._trainer(module, arguments, ())
+        assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == SHORT.batch_size
+        trainer.train()
+        assert trainer.model_wrapped is module
