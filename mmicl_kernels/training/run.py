@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from mmicl_kernels.data import Demonstration, Record
 from mmicl_kernels.integration import PromptBuilder, create
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.methods import Adapter, AIMConfig
@@ -127,9 +128,13 @@ class Training:
         floating = model.dtype if model.dtype.is_floating_point else None
         builder = builder_of(processor, answer_only=answer_only, dtype=floating)
         builder.device = torch.device("cpu")  # a Trainer moves batches
-        examples = _examples(records, "records")
+        examples = _examples(records, "records", builder)
         collator = _collator(config, builder, examples, chosen, draw, seed)
-        others = None if validation is None else _FixedEpisodes(_examples(validation, "validation"), collator)
+        others = (
+            None
+            if validation is None
+            else _FixedEpisodes(_examples(validation, "validation", builder), collator)
+        )
         return cls(model, config, chosen, builder, examples, collator, others, seed)
 
     def description(self) -> dict[str, Any]:
@@ -263,17 +268,22 @@ def _fields(recipe: Recipe, kept: bool, validated: bool) -> dict[str, Any]:
     }
 
 
-def _examples(source: Any, name: str) -> Sequence[Any]:
-    """Raises TypeError or ValueError, with ``name``: no examples, or one without an answer to learn."""
+def _examples(source: Any, name: str, builder: PromptBuilder) -> Sequence[Any]:
+    """Raises TypeError or ValueError, with ``name``: no examples, or a record that cannot be learnt.
+
+    Found now, not when its batch is made; of the images only the number is looked at.
+    """
     if isinstance(source, DrawnEpisodes):
         return source
     examples = examples_of(source)
     if len(examples) == 0:
         raise ValueError(f"{name} is empty, expected at least one example")
-    for i in range(len(examples)):
-        answer = getattr(examples[i], "answer", None)
-        if answer is not None and not answer.strip():
-            raise ValueError(f"{name} has no answer in {key_of(examples[i])}, expected one to learn")
+    for x in (examples[i] for i in range(len(examples))):
+        if isinstance(x, Record):
+            try:
+                builder.check(Demonstration((b"",) * len(x.images), x.text, x.answer), answered=True)
+            except ValueError as error:
+                raise ValueError(f"{name}, {key_of(x)}: {error}") from error
     return examples
 
 

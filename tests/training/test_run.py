@@ -315,7 +315,12 @@ def test_examples_of_any_kind(model, processor, records):
         (
             {"records": [{"image": [], "text": "what?", "answer": " "}]},
             ValueError,
-            "records has no answer in id 0, expected one to learn",
+            "records, id 0: answer is ' ', expected one with tokens",
+        ),
+        (
+            {"validation": [{"image": [], "text": "<image>?", "answer": "red"}]},
+            ValueError,
+            "validation, id 0: text '<image>[?]' has '<image>', expected no special token",
         ),
     ],
 )
