@@ -4,7 +4,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.experiments.digits import aim, data, uses
-from benchmarks.experiments.digits.evaluate import Accuracy, accuracy, plain_prompts
+from benchmarks.experiments.digits.evaluate import Accuracy, accuracy, questions
 from benchmarks.experiments.digits.measure import SETTINGS
 from benchmarks.experiments.digits.model import load_model
+from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import train_adapter
 from benchmarks.peers import published
 from benchmarks.timing import peak_allocated_bytes
@@ -53,31 +54,37 @@ class Row:
 class Way:
     """A number of demonstrations, and what is attached to the model while it is answered.
 
-    Where they are ``banked``, their fused tokens stand in the prompt, from the bank of the attached handle.
+    With a ``bank``, that of the attached handle, the fused tokens of its demonstrations stand in the prompt;
+    they are drawn from ``pool``, which the bank holds.
     """
 
     name: str
     shots: int
     attached: Callable[[], AbstractContextManager]
-    banked: bool = False
+    bank: mk.DemonstrationBank | None = None
+    pool: data.Examples | None = None
 
-    def question(self, demonstrations: data.Samples, queries: data.Samples, task: str) -> "Question":
-        prompt = plain_prompts(demonstrations[:, :0] if self.banked else demonstrations, queries, task)
-        return Question(prompt, aim.banked(demonstrations) if self.banked else None)
+    def question(
+        self, queries: Sequence[data.Example], shots: Sequence[Sequence[data.Example]]
+    ) -> "Question":
+        if self.bank is None:
+            return Question(DigitsPrompts().asked(queries, shots), None)
+        ids = [[self.bank.find(x.demonstration()) for x in row] for row in shots]
+        return Question(DigitsPrompts().asked(queries), ids)
 
 
 @dataclass(frozen=True)
 class Question:
     """Prompts, and for each the ids of its banked demonstrations, if that is what it has."""
 
-    prompt: data.Episode
+    prompt: dict
     demonstrations: list[list[int]] | None
 
     def inputs(self, handle: mk.Handle | None) -> dict:
         """What the model is given."""
         if self.demonstrations is None:
-            return self.prompt.inputs
-        return handle.splice(self.prompt.inputs, self.demonstrations)
+            return self.prompt
+        return handle.splice(self.prompt, self.demonstrations)
 
 
 def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
@@ -121,8 +128,10 @@ def _ways(model: nn.Module, task: str, seed: int, quick: bool, folder: Path) -> 
     library.put("style", style, tags=["style"])
     both = library.combine({"task": 1.0, "style": 1.0})
     print("training AIM's projection for all tasks, and filling a bank with demonstrations")
-    fuser = aim.train_aim(model, seed=seed, recipe=aim.Recipe(steps=QUICK_STEPS) if quick else None)
-    bank = aim.fill_bank(folder / "bank", model, fuser, task, seed)
+    recipe = replace(aim.RECIPE, steps=QUICK_STEPS) if quick else aim.RECIPE
+    fuser = aim.train_aim(model, seed=seed, recipe=recipe)
+    pool = aim.banked(task, seed)
+    bank = aim.fill_bank(folder / "bank", model, fuser, pool)
     return [
         *(Way(name, shots, nullcontext) for shots, name in LABELS.items()),
         Way("MimIC, published", 0, lambda: published(model, gates["all_keys"])),
@@ -131,7 +140,7 @@ def _ways(model: nn.Module, task: str, seed: int, quick: bool, folder: Path) -> 
         Way("M2IV", 0, lambda: mk.attach(model, m2iv)),
         Way(BOTH, 0, lambda: mk.attach(model, both)),
         *(
-            Way(f"AIM, {LABELS[shots]}", shots, lambda: mk.attach(model, fuser, bank=bank), banked=True)
+            Way(f"AIM, {LABELS[shots]}", shots, lambda: mk.attach(model, fuser, bank=bank), bank, pool)
             for shots in aim.SHOTS
         ),
     ]
@@ -142,17 +151,15 @@ def _measure(model: nn.Module, task: str, ways: list[Way], seed: int, quick: boo
     for way in tqdm(ways, desc="held-out images", unit="row"):
         with way.attached() as handle:
             accuracies[way.name] = _accuracy(model, task, way, handle, seed, QUICK_SAMPLES if quick else None)
-    questions = {}
+    timed = {}
     for way in ways:
-        generator = torch.Generator().manual_seed(seed)
-        questions[way.name] = way.question(
-            *data.draw_episodes(1, way.shots, split="test", generator=generator), task
-        )
-    times = _times(model, ways, questions, QUICK_ROUNDS if quick else ROUNDS)
+        asked = next(questions(task, way.shots, "test", samples=1, seed=seed, pool=way.pool))
+        timed[way.name] = way.question(*asked)
+    times = _times(model, ways, timed, QUICK_ROUNDS if quick else ROUNDS)
     rows = []
     for way in ways:
         with way.attached() as handle:
-            inputs = questions[way.name].inputs(handle)
+            inputs = timed[way.name].inputs(handle)
             peak = _attention_peak_bytes(model, inputs)
         found = accuracies[way.name]
         tokens = inputs["input_ids"].shape[1]
@@ -163,11 +170,10 @@ def _measure(model: nn.Module, task: str, ways: list[Way], seed: int, quick: boo
 def _accuracy(
     model: nn.Module, task: str, way: Way, handle: mk.Handle | None, seed: int, samples: int | None
 ) -> Accuracy:
-    def ask(demonstrations: data.Samples, queries: data.Samples, task: str) -> data.Episode:
-        question = way.question(demonstrations, queries, task)
-        return replace(question.prompt, inputs=question.inputs(handle))
+    def ask(queries: Sequence[data.Example], shots: Sequence[Sequence[data.Example]]) -> dict:
+        return way.question(queries, shots).inputs(handle)
 
-    return accuracy(model, task, way.shots, "test", samples=samples, seed=seed, ask=ask)
+    return accuracy(model, task, way.shots, "test", samples=samples, seed=seed, pool=way.pool, ask=ask)
 
 
 def _times(

@@ -11,9 +11,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import mmicl_kernels as mk
-from benchmarks.experiments.digits import data, measure, report, uses
+from benchmarks.experiments.digits import data, measure, report, train, uses
 from benchmarks.experiments.digits.model import load_model
-from benchmarks.experiments.digits.train import Recipe, batches, train_adapter
+from benchmarks.experiments.digits.processor import DigitsPrompts
+from benchmarks.experiments.digits.train import train_adapter
+from mmicl_kernels.training.run import Training
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +28,26 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-def column(samples, task):
-    return samples.answers[..., list(data.WORDS).index(task)]
-
-
 def test_mixed_is_two_tasks_told_apart_by_the_image(generator):
-    samples = data.draw_queries(300, split="train", generator=generator)
-    turned = column(samples, "orientation") == data.word_id("turned")
-    expected = torch.where(turned, column(samples, "next"), column(samples, "digit"))
-    assert torch.equal(column(samples, "mixed"), expected) and 100 < turned.sum() < 200
-    assert "mixed" not in data.TASKS
+    examples = data.Examples(("mixed",), "train", generator=generator, count=300)
+    turned = examples.values["orientation"] == data.WORDS["orientation"].index("turned")
+    expected = torch.where(turned, examples.values["next"], examples.values["digit"])
+    assert [x.answer for x in examples] == [data.WORDS["mixed"][i] for i in expected]
+    assert 100 < turned.sum() < 200 and "mixed" not in data.TASKS
 
 
-def test_many_shots_are_split_over_passes(generator):
-    batch = next(batches("ink", Recipe(shots=10, passes=4, batch=3), generator))
+def test_many_shots_are_split_over_passes(lvlm):
+    recipe = replace(train.RECIPE, shots=10, shots_per_pass=3, batch_size=3)
+    examples = train.training_examples(("ink",), recipe, seed=0)
+    training = Training.of(
+        lvlm, DigitsPrompts(), examples, mk.LIVEConfig(), recipe=recipe, draw=data.other_scans
+    )
+    batch = training.collator([examples[i] for i in range(3)])
     prompts = [batch.teacher, *(inputs for inputs, _ in batch.further)]
     shots = [(x["input_ids"].shape[1] - 8) // 7 for x in prompts]
-    assert shots == [3, 3, 2, 2]
+    assert sorted(shots) == [2, 2, 3, 3]
     images = torch.cat([x["pixel_values"].view(3, -1, 3, 16, 16)[:, :-1] for x in prompts], 1)
-    assert len(images.flatten(2).flatten(0, 1).unique(dim=0)) == 30  # none is shown twice
+    assert [len(row.flatten(1).unique(dim=0)) for row in images] == [10] * 3  # none is shown twice
     for inputs, query in zip(prompts, [batch.teacher_query, *(q for _, q in batch.further)], strict=True):
         assert torch.equal(inputs["input_ids"][query], batch.student["input_ids"][batch.student_query])
 
@@ -53,7 +56,7 @@ def test_many_shots_are_split_over_passes(generator):
 def test_training_is_repeatable_and_leaves_the_model(lvlm, name):
     before = {key: x.clone() for key, x in lvlm.state_dict().items()}
     setting = measure.SETTINGS[name]
-    recipe = replace(setting.recipe, steps=2, batch=2)
+    recipe = replace(setting.recipe, steps=2, batch_size=2)
     one, same, other = (
         train_adapter(lvlm, "ink", config=setting.config, recipe=recipe, seed=seed, progress=False)
         for seed in (0, 0, 1)
@@ -74,7 +77,7 @@ def quick(monkeypatch):
         trained.append((task, options["seed"]))
         return real(model, task, **options)
 
-    recipe = Recipe(steps=1, batch=2, shots=1)
+    recipe = replace(train.RECIPE, steps=1, batch_size=2, shots=1)
     monkeypatch.setattr(measure, "train_adapter", noted)
     monkeypatch.setattr(measure, "SHOTS", (0,))
     monkeypatch.setitem(
@@ -99,32 +102,50 @@ def test_results_of_another_recipe_or_split_are_refused(lvlm, quick, tmp_path, m
     kept = path.read_text()
     with pytest.raises(ValueError, match="split"):
         measure.measure(lvlm, "test", ["m2iv"], [0], path)
-    changed = replace(measure.SETTINGS["m2iv"], recipe=Recipe(steps=7))
+    changed = replace(measure.SETTINGS["m2iv"], recipe=replace(train.RECIPE, steps=7))
     monkeypatch.setitem(measure.SETTINGS, "m2iv", changed)
     with pytest.raises(ValueError, match="m2iv"):
         measure.measure(lvlm, "validation", ["m2iv"], [0], path)
     assert path.read_text() == kept
 
 
+def collated(name, tasks, generator):
+    """A batch of a use: two queries for each of ``tasks``, after one to four demonstrations."""
+    pool = data.Examples(tasks, "train", generator=generator)
+    queries = [pool[i] for i in range(2 * len(tasks))]
+    use = uses.USES[name]
+    collate = uses.InContext(DigitsPrompts(), pool, (1, 4), draw=data.other_scans, contrast=use.contrast)
+    return queries, collate([use.wanted(x) for x in queries])
+
+
 def test_uses_ask_for_what_they_say(generator):
-    demonstrations, queries = data.draw_episodes(5, 2, split="train", generator=generator)
-    ink = column(queries, "ink")
-    style = uses.style_batch(demonstrations, queries, "ink")
-    assert torch.equal(style.labels[:, -2], ink) and (style.labels[:, -1] == data.QUESTION_ID).all()
-    silent, spoken = (uses.refusal_batch(demonstrations, queries, task) for task in ("ink", "size"))
-    assert (silent.labels[:, -2] == data.END_ID).all() and (silent.labels[:, -1] == data.IGNORE).all()
-    assert torch.equal(spoken.labels[:, -2], column(queries, "size"))
-    for batch in (style, silent, spoken):  # what is asked for is what is read
-        marked = batch.labels != data.IGNORE
-        assert torch.equal(batch.student["input_ids"][marked], batch.labels[marked])
+    queries, style = collated(uses.STYLE, ("ink",), generator)
+    _, refusal = collated(f"refuses {uses.REFUSED}", ("ink", "size"), generator)
+    for i, query in enumerate(queries):
+        answer = data.VOCABULARY.index(query.answer)
+        labels = style.labels[i][style.labels[i] != data.IGNORE]
+        assert labels.tolist() == [answer, data.QUESTION_ID, data.END_ID]
+    found = [row[row != data.IGNORE].tolist() for row in refusal.labels]
+    assert found[::2] == [[data.QUESTION_ID, data.END_ID]] * 2  # ink
+    sizes = [data.VOCABULARY.index(word) for word in data.WORDS["size"]]
+    assert all(answer in sizes and end == data.END_ID for answer, end in found[1::2])
+    for batch in (style, refusal):  # the same prompt twice, with demonstrations that are answered as ever
+        assert torch.equal(batch.student["input_ids"], batch.teacher["input_ids"])
+        assert (batch.student["input_ids"] == data.IMAGE_ID).sum(1).min() > data.IMAGE_TOKENS
+        shown = (batch.student["input_ids"] == data.QUESTION_ID) & (batch.labels == data.IGNORE)
+        images = (batch.student["input_ids"] == data.IMAGE_ID).sum(1) // data.IMAGE_TOKENS
+        assert torch.equal(shown.sum(1), images)
 
 
 def test_faded_images_keep_their_mean(generator):
-    demonstrations, queries = data.draw_episodes(5, 2, split="train", generator=generator)
-    batch = uses.alignment_batch(demonstrations, queries, "ink")
+    _, batch = collated("sees faded images", ("ink",), generator)
+    assert torch.equal(batch.student["input_ids"], batch.teacher["input_ids"])
     clear, faded = batch.teacher["pixel_values"], batch.student["pixel_values"]
-    torch.testing.assert_close(faded.mean((-2, -1)), clear.mean((-2, -1)))
-    torch.testing.assert_close(faded.std((-2, -1)), uses.CONTRAST * clear.std((-2, -1)))
+    step = 1 / 127.5  # between the values that a pixel may have: rounding is off by half of it
+    torch.testing.assert_close(faded.mean((-2, -1)), clear.mean((-2, -1)), rtol=0, atol=step / 2)
+    torch.testing.assert_close(
+        faded.std((-2, -1)), uses.CONTRAST * clear.std((-2, -1)), rtol=0, atol=step / 2
+    )
 
 
 @pytest.mark.slow

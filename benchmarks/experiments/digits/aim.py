@@ -9,27 +9,25 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
-from benchmarks.experiments.digits.evaluate import accuracy, plain_prompts
+from benchmarks.experiments.digits.evaluate import Ask, accuracy, questions
 from benchmarks.experiments.digits.model import WEIGHTS, load_model
-from benchmarks.experiments.digits.train import fit
+from benchmarks.experiments.digits.processor import DigitsPrompts
+from benchmarks.experiments.digits.train import ARGUMENTS, training_examples
 from benchmarks.timing import peak_allocated_bytes
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.methods import AIMAdapter
-from mmicl_kernels.training import AggregationBatch
 
 RESULTS = Path(__file__).with_name("aim.json")
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 8, 16)
@@ -38,146 +36,72 @@ FUSER = mk.AIMConfig(positions="answer")
 BANKED = 256  # demonstrations
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the projection is trained.
-
-    Attributes:
-        steps, batch: updates, and queries in each.
-        most_shots: of a batch, drawn from one to this.
-        fused: which positions of a demonstration become tokens: "label", its answer and its end, or "end".
-    """
-
-    steps: int = 200
-    batch: int = 32
-    most_shots: int = 8
-    learning_rate: float = 5e-3
-    fused: str = "label"
+RECIPE = mk.Recipe(steps=200, batch_size=32, accumulate=1, shots=(1, 8), learning_rate=5e-3, weight_decay=0)
 
 
 def train_aim(
-    model: nn.Module, *, recipe: Recipe | None = None, seed: int = 0, tasks: tuple[str, ...] = data.TASKS,
-    progress: bool = True,
+    model: nn.Module, *, fused: str = "label", recipe: mk.Recipe = RECIPE, seed: int = 0,
+    tasks: tuple[str, ...] = data.TASKS, progress: bool = True,
 ) -> AIMAdapter:  # fmt: skip
-    """A projection trained on episodes of ``tasks`` from the train split; the model is left as it was."""
-    recipe = recipe or Recipe()
-    drawn = batches(tasks, recipe, torch.Generator().manual_seed(seed))
-    return fit(model, FUSER, drawn, recipe.steps, seed, recipe.learning_rate, progress, weight_decay=0)
+    """A projection trained on episodes of ``tasks`` from the train split; the model is left as it was.
 
-
-def batches(tasks: tuple[str, ...], recipe: Recipe, generator: torch.Generator) -> Iterator[AggregationBatch]:
-    """Endless batches of a task for each query and as many shots for all."""
-    indices = torch.tensor([list(data.WORDS).index(task) for task in tasks])
-    while True:
-        shots = int(torch.randint(1, recipe.most_shots + 1, (), generator=generator))
-        task = indices[torch.randint(len(tasks), (recipe.batch,), generator=generator)]
-        demonstrations, queries = data.draw_episodes(
-            recipe.batch, shots, split="train", generator=generator, augment=True
-        )
-        alone, positions = demonstration_prompts(demonstrations, task, recipe.fused)
-        query = data.episode_inputs(None, queries, task)
-        labels = query.labels.clone()
-        labels[:, -1] = data.IGNORE  # the answer alone, not the end
-        yield AggregationBatch(alone, positions, query.inputs, labels, chosen(recipe.batch, shots))
-
-
-def demonstration_prompts(
-    demonstrations: data.Samples, task: str | Tensor, fused: str
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Each of ``[B, K]`` demonstrations as a prompt of its own, and the positions that are fused."""
-    B, K = demonstrations.shape
-    flat = demonstrations.flatten()
-    task = task if isinstance(task, str) else task.repeat_interleave(K)
-    alone = data.episode_inputs(None, flat, task)
-    positions = alone.labels != data.IGNORE
-    if fused == "end":
-        positions &= alone.inputs["input_ids"] == data.END_ID
-    return alone.inputs, positions
-
-
-def chosen(B: int, K: int) -> list[list[int]]:
-    return [list(range(row * K, (row + 1) * K)) for row in range(B)]
+    ``fused`` is which positions of a demonstration become tokens, as ``DigitsPrompts`` has it.
+    """
+    return mk.train(
+        model, DigitsPrompts(fused=fused), training_examples(tasks, recipe, seed), FUSER,
+        recipe=recipe, draw=data.other_scans, seed=seed, arguments=ARGUMENTS, progress=progress,
+    )  # fmt: skip
 
 
 def fused_prompts(
-    handle: mk.Handle, fused: str, demonstrations: data.Samples, queries: data.Samples, task: str
-) -> data.Episode:
-    """The demonstrations as fused tokens, before the query."""
-    if demonstrations.shape[1] == 0:
-        return plain_prompts(demonstrations, queries, task)
-    episode = data.episode_inputs(None, queries, task, with_answer=False)
-    alone, positions = demonstration_prompts(demonstrations, task, fused)
-    return spliced(handle, episode, alone, positions, demonstrations.shape)
-
-
-def spliced(
-    handle: mk.Handle, query: data.Episode, alone: dict[str, Tensor], positions: Tensor, shape: torch.Size
-) -> data.Episode:
-    """``query`` after the fused tokens of demonstrations ``[B, K]``, which ``alone`` has as prompts."""
-    tokens = handle.aggregate(alone, positions)
+    handle: mk.Handle,
+    prompts: DigitsPrompts,
+    queries: Sequence[data.Example],
+    shots: Sequence[Sequence[data.Example]],
+) -> dict[str, object]:
+    """The demonstrations as fused tokens, before their query."""
+    inputs = prompts.asked(queries)
+    if not any(shots):
+        return inputs
+    places = count()
+    chosen = [[next(places) for _ in row] for row in shots]
+    tokens = handle.aggregate(*prompts.demonstrations([x.demonstration() for row in shots for x in row]))
     offsets = torch.tensor([0, *accumulate(map(len, tokens))])
-    fused = FusedTokens(torch.cat(tokens).detach(), offsets, None)
-    return replace(query, inputs=handle.splice(query.inputs, chosen(*shape), tokens=fused))
+    return handle.splice(inputs, chosen, tokens=FusedTokens(torch.cat(tokens).detach(), offsets, None))
 
 
-def as_demonstrations(samples: data.Samples, task: str) -> list[mk.Demonstration]:
-    """``[N]`` samples as a bank stores them."""
-    answers = samples.answers[:, list(data.WORDS).index(task)]
-    images = [(image.numpy().tobytes(),) for image in samples.images]
-    return list(map(mk.Demonstration, images, ["question"] * len(samples), data.decode(answers)))
-
-
-def collate(demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts of banked demonstrations; their answers and ends are fused."""
-    pixels = [np.frombuffer(*x.images, np.float32).reshape(3, data.IMAGE_SIZE, -1) for x in demonstrations]
-    words = [[data.QUESTION_ID, data.word_id(x.answer), data.END_ID] for x in demonstrations]
-    before = torch.tensor([data.BOS_ID] + [data.IMAGE_ID] * data.IMAGE_TOKENS).expand(len(words), -1)
-    ids = torch.cat([before, torch.tensor(words)], 1)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.from_numpy(np.stack(pixels)),
-    }
-    positions = torch.zeros_like(ids, dtype=torch.bool)
-    positions[:, -2:] = True
-    return inputs, positions
+def banked(task: str, seed: int) -> data.Examples:
+    """What a bank of ``task`` is filled with: drawings of the train split."""
+    return data.Examples((task,), "train", generator=torch.Generator().manual_seed(seed), count=BANKED)
 
 
 def fill_bank(
-    folder: Path, model: nn.Module, adapter: AIMAdapter, task: str, seed: int
+    folder: Path, model: nn.Module, adapter: AIMAdapter, examples: Sequence[data.Example]
 ) -> mk.DemonstrationBank:
-    """A bank in a new ``folder`` of demonstrations of ``task`` from the train split."""
+    """A bank of ``examples`` in a new ``folder``."""
     bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    samples = data.draw_queries(BANKED, split="train", generator=generator)
+    shown, collate = [x.demonstration() for x in examples], DigitsPrompts(fused="label").demonstrations
     with mk.attach(model, adapter, bank=bank) as handle:
-        handle.add_demonstrations(as_demonstrations(samples, task), collate, batch_size=64, progress=False)
+        handle.add_demonstrations(shown, collate, batch_size=64, progress=False)
     return bank
 
 
-def banked(demonstrations: data.Samples) -> list[list[int]]:
-    """For ``[B, K]`` drawn demonstrations, whichever the bank has in their stead."""
-    return (demonstrations.originals % BANKED).tolist()
+def prompt_tokens(ask: Ask, shots: int) -> int:
+    question = next(questions("digit", shots, "validation", samples=1))
+    return ask(*question)["input_ids"].shape[1]
 
 
-def prompt_tokens(ask: Callable, task: str, shots: int) -> int:
-    generator = torch.Generator().manual_seed(0)
-    demonstrations, queries = data.draw_episodes(1, shots, split="validation", generator=generator)
-    return ask(demonstrations, queries, task).inputs["input_ids"].shape[1]
-
-
-def measure_memory(model: nn.Module, adapter: AIMAdapter, fused: str) -> dict[str, dict[str, list[int]]]:
+def measure_memory(model: nn.Module, adapter: AIMAdapter, prompts: DigitsPrompts) -> dict[str, dict]:
     """Peak bytes that one forward pass allocates, and its tokens, by shots: plain prompts and fused ones."""
     found = {}
     with mk.attach(model, adapter) as handle:
-        for name, ask in (("plain", plain_prompts), ("fused", partial(fused_prompts, handle, fused))):
+        for name, ask in (("plain", prompts.asked), ("fused", partial(fused_prompts, handle, prompts))):
             rows = found[name] = {"shots": list(MEMORY_SHOTS), "tokens": [], "bytes": []}
             for shots in MEMORY_SHOTS:
-                generator = torch.Generator().manual_seed(0)
-                episode = ask(*data.draw_episodes(1, shots, split="validation", generator=generator), "digit")
-                rows["tokens"].append(episode.inputs["input_ids"].shape[1])
+                inputs = ask(*next(questions("digit", shots, "validation", samples=1)))
+                rows["tokens"].append(inputs["input_ids"].shape[1])
                 with torch.no_grad():
-                    rows["bytes"].append(peak_allocated_bytes(partial(model, **episode.inputs)))
+                    rows["bytes"].append(peak_allocated_bytes(partial(model, **inputs)))
     return found
 
 
@@ -215,32 +139,33 @@ def measure(model: nn.Module, split: str, seeds: tuple[int, ...], out: Path) -> 
         "split": split,
         "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
         "torch": torch.__version__,
-        "recipe": vars(Recipe()),
-        "plain": {str(shots): _row(model, split, shots, plain_prompts) for shots in SHOTS},
+        "recipe": RECIPE.description(),
+        "plain": {str(shots): _row(model, split, shots, DigitsPrompts().asked) for shots in SHOTS},
         "fused": {},
     }
     for fused in ("label", "end"):
         found = results["fused"][fused] = {"seconds": [], "seeds": {}}
+        prompts = DigitsPrompts(fused=fused)
         for seed in tqdm(seeds if fused == "label" else seeds[:1], desc=f"fused: {fused}", unit="seed"):
             start = time.perf_counter()
-            adapter = train_aim(model, recipe=Recipe(fused=fused), seed=seed, progress=False)
+            adapter = train_aim(model, fused=fused, seed=seed, progress=False)
             found["seconds"].append(round(time.perf_counter() - start, 1))
             with mk.attach(model, adapter) as handle:
-                ask = partial(fused_prompts, handle, fused)
+                ask = partial(fused_prompts, handle, prompts)
                 found["seeds"][str(seed)] = {str(k): _row(model, split, k, ask) for k in SHOTS}
             out.write_text(json.dumps(results, indent=1) + "\n")
         if "memory" not in results:
-            results["memory"] = measure_memory(model, adapter, fused)
+            results["memory"] = measure_memory(model, adapter, prompts)
     out.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
-def _row(model: nn.Module, split: str, shots: int, ask: Callable) -> dict[str, float]:
-    row = {
-        task: round(accuracy(model, task, shots, split, demonstrations_from=split, ask=ask).value, 4)
-        for task in data.TASKS
-    }
-    return row | {"prompt_tokens": prompt_tokens(ask, data.TASKS[0], shots)}
+def _row(model: nn.Module, split: str, shots: int, ask: Ask) -> dict[str, float]:
+    row = {}
+    for task in data.TASKS:
+        pool = data.Examples((task,), split, generator=torch.Generator().manual_seed(1))
+        row[task] = round(accuracy(model, task, shots, split, pool=pool, ask=ask).value, 4)
+    return row | {"prompt_tokens": prompt_tokens(ask, shots)}
 
 
 def main() -> None:

@@ -6,14 +6,16 @@ attach it and ask for ``shots=0``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mmicl_kernels.evaluation import wilson_interval
 
 from . import data
+from .processor import DigitsPrompts
 
 BATCH = 64
 
@@ -38,16 +40,11 @@ class Accuracy:
         return Accuracy(self.correct + other.correct, self.total + other.total)
 
 
-def plain_prompts(demonstrations: data.Samples, queries: data.Samples, task: str) -> data.Episode:
-    """The demonstrations as they are, before the query."""
-    return data.episode_inputs(demonstrations, queries, task, with_answer=False)
+# Inputs of queries, each after its own demonstrations.
+Ask = Callable[[Sequence[data.Example], Sequence[Sequence[data.Example]]], Mapping[str, Tensor]]
 
 
-# Makes prompts of demonstrations [B, K] and queries [B].
-Ask = Callable[[data.Samples, data.Samples, str], data.Episode]
-
-
-def evaluation_episodes(
+def questions(
     task: str,
     shots: int,
     split: str,
@@ -55,60 +52,53 @@ def evaluation_episodes(
     samples: int | None = None,
     seed: int = 0,
     scrambled: bool = False,
-    demonstrations_from: str = "train",
-    ask: Ask = plain_prompts,
+    pool: data.Examples | None = None,
     batch: int = BATCH,
-) -> Iterator[data.Episode]:
-    """Prompts without the query's answer, in batches, as ``ask`` makes them.
+) -> Iterator[tuple[list[data.Example], list[list[data.Example]]]]:
+    """Queries and the demonstrations of each, in batches.
 
-    Queries come from ``split`` (``samples=None``: each original once). The same ``seed`` gives the same
-    queries for every task, shots and control.
+    Queries come from ``split`` (``samples=None``: each scan once), demonstrations from ``pool``, by default
+    one drawing of each training scan. The same ``seed`` gives the same queries for every task, shots and
+    control.
     """
-    count = len(data.split_originals(split)) if samples is None else samples
-    if count < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    # Two generators: the queries must not depend on how much the demonstrations drew.
-    queries = data.draw_queries(count, split=split, generator=torch.Generator().manual_seed(seed))
-    generator = torch.Generator().manual_seed(seed + 1)
-    for start in range(0, count, batch):
-        query = queries[start : start + batch]
-        demonstrations = data.draw_demonstrations(
-            query, shots, generator=generator, split=demonstrations_from
-        )
+    queries = data.Examples((task,), split, generator=_generator(seed), count=samples)
+    generator = _generator(seed + 1)
+    pool = data.Examples((task,), "train", generator=generator) if pool is None else pool
+    for start in range(0, len(queries), batch):
+        part = [queries[i] for i in range(start, min(start + batch, len(queries)))]
+        rows = [[pool[i] for i in data.other_scans(pool, x, shots, generator)] for x in part]
         if scrambled:
-            demonstrations = data.scramble(demonstrations, task, generator)
-        yield ask(demonstrations, query, task)
+            rows = [[data.scrambled(x, generator) for x in row] for row in rows]
+        yield part, rows
 
 
-@torch.no_grad()
 def accuracy(
-    model,
-    task: str,
-    shots: int,
-    split: str = "test",
-    *,
-    samples: int | None = None,
-    seed: int = 0,
-    scrambled: bool = False,
-    demonstrations_from: str = "train",
-    ask: Ask = plain_prompts,
+    model, task: str, shots: int, split: str = "test", *, ask: Ask | None = None, **options
 ) -> Accuracy:
     """How often the most likely next word, over the whole vocabulary, is the true answer.
 
-    That is the first token of a greedy ``generate``. ``scrambled`` gives the demonstrations random
-    answers of the same task; the query is still scored on its true answer. The model stays in
-    the mode (train or eval) it is in.
+    ``options`` are those of :func:`questions`. ``scrambled`` gives the demonstrations random answers of the
+    same task; the query is still scored on its true answer. The model stays in the mode (train or eval) it
+    is in.
     """
-    correct = total = 0
-    for episode in evaluation_episodes(
-        task, shots, split, samples=samples, seed=seed, scrambled=scrambled,
-        demonstrations_from=demonstrations_from, ask=ask,
-    ):  # fmt: skip
-        inputs = {name: value.to(model.device) for name, value in episode.inputs.items()}
-        answer = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1).cpu()
-        correct += int((answer == episode.targets).sum())
-        total += len(answer)
-    return Accuracy(correct, total)
+    prompts = DigitsPrompts()
+    found = [
+        score(model, (ask or prompts.asked)(*question), prompts.answers(question[0]))
+        for question in questions(task, shots, split, **options)
+    ]
+    return sum(found, Accuracy(0, 0))
+
+
+@torch.no_grad()
+def score(model, inputs: Mapping[str, Tensor], answers: Tensor) -> Accuracy:
+    """Of the ids ``answers [B]``: how many are the first token of a greedy ``generate``."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    said = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1).cpu()
+    return Accuracy(int((said == answers).sum()), len(answers))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def table(

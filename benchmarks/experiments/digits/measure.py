@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
 from benchmarks.experiments.digits.evaluate import Accuracy, accuracy
 from benchmarks.experiments.digits.model import WEIGHTS, load_model
-from benchmarks.experiments.digits.train import Recipe, train_adapter
+from benchmarks.experiments.digits.train import RECIPE, train_adapter
 
 RESULTS = Path(__file__).with_name("results.json")
 SEEDS = (0, 1, 2)
@@ -33,20 +33,19 @@ class Setting:
 
     name: str
     config: object
-    recipe: Recipe
+    recipe: mk.Recipe
     tasks: tuple[str, ...] = data.TASKS
 
 
 # Demonstrations do not teach this model "mixed", so there is no teacher to follow there: answers only.
-TAUGHT = Recipe(shots=16)
-UNTAUGHT = {"recipe": Recipe(steps=1000, shots=1), "tasks": ("mixed",)}
+TAUGHT = replace(RECIPE, shots=16)
+MANY = replace(RECIPE, shots=64, shots_per_pass=16)
+UNTAUGHT = {"recipe": replace(RECIPE, steps=1000, shots=1), "tasks": ("mixed",)}
 SETTINGS = {
-    "mimic": Setting("MimIC", mk.MimICConfig(), Recipe()),
+    "mimic": Setting("MimIC", mk.MimICConfig(), RECIPE),
     "live": Setting("LIVE", mk.LIVEConfig(), TAUGHT),
     "m2iv": Setting("M2IV", mk.M2IVConfig(synergy_weight=0.1), TAUGHT),
-    "m2iv-64": Setting(
-        "M2IV, teacher of 64 in 4 passes", mk.M2IVConfig(synergy_weight=0.1), Recipe(shots=64, passes=4)
-    ),
+    "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", mk.M2IVConfig(synergy_weight=0.1), MANY),
     "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
     "mixed-m2iv-synergy": Setting(
         "M2IV, synergy 0.1", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0.1, ce_weight=1), **UNTAUGHT
@@ -74,7 +73,7 @@ def measure(model: nn.Module, split: str, settings: Sequence[str], seeds: Sequen
     for name, seed, task in tqdm(todo, desc="adapters", unit="adapter"):
         setting = SETTINGS[name]
         row = results["adapted"].setdefault(name, {})
-        _check_same(row, {"config": asdict(setting.config), "recipe": asdict(setting.recipe)}, name)
+        _check_same(row, {"config": asdict(setting.config), "recipe": setting.recipe.description()}, name)
         row.setdefault("seconds", {})
         row.setdefault("seeds", {})
         measured = row["seeds"].setdefault(str(seed), {})

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from . import data
 from .evaluate import table
 from .model import WEIGHTS, build_model, load_model, save_weights
+from .processor import DigitsPrompts, digits_processor
 
 SEEN = ("digit", "paper", "ink", "orientation")  # the other tasks are functions of the digit
 PAIR = ("digit", "next")  # share their words
@@ -96,13 +97,15 @@ def pretrain_tower(model, config: Config, generator: torch.Generator) -> list[li
     heads = nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
     parameters = [*tower.parameters(), *heads.parameters()]
     trainer = Trainer("vision tower", parameters, config.tower_lr, config.tower_steps, config)
+    processed = digits_processor().image_processor
     for _ in range(config.tower_steps):
-        samples = data.draw_queries(config.tower_batch, split="train", generator=generator, augment=True)
-        features = tower(samples.images, output_hidden_states=True).hidden_states[-1]  # [N, 4, C]
+        drawn = data.Examples(SEEN, "train", generator=generator, count=config.tower_batch, augment=True)
+        images = processed(list(drawn.pixels), return_tensors="pt")["pixel_values"]
+        features = tower(images, output_hidden_states=True).hidden_states[-1]  # [N, 4, C]
         losses = []
         for task, logits in zip(SEEN, heads(features).split(sizes, -1), strict=True):
-            target = samples.answers[:, data.TASKS.index(task)] - data.word_ids(task)[0]
-            losses.append(F.cross_entropy(logits.mT, target[:, None].expand(-1, data.IMAGE_TOKENS)))
+            target = drawn.values[task][:, None].expand(-1, data.IMAGE_TOKENS)
+            losses.append(F.cross_entropy(logits.mT, target))
         trainer.step(torch.stack(losses).sum())
     return trainer.curve()
 
@@ -114,16 +117,27 @@ def pretrain_text(model, config: Config, generator: torch.Generator) -> list[lis
     trainer = Trainer("text model", parameters, config.text_lr, config.text_steps, config)
     shot_weights = torch.tensor(config.shot_weights)
     favoured = torch.tensor([config.pair_weight if task in PAIR else 1.0 for task in data.TASKS])
+    prompts = DigitsPrompts()
     for step in range(config.text_steps):
         shots = config.shots[torch.multinomial(shot_weights, 1, generator=generator).item()]
-        demonstrations, queries = data.draw_episodes(
-            config.text_batch, shots, split="train", generator=generator, augment=True
-        )
         tasks = favoured if step in range(*config.pair_steps) else torch.ones(len(data.TASKS))
         task = torch.multinomial(tasks, config.text_batch, replacement=True, generator=generator)
-        episode = data.episode_inputs(demonstrations, queries, task, label_demonstrations=True)
-        trainer.step(model(**episode.inputs, labels=episode.labels).loss)
+        inputs, labels = prompts.taught(*episodes(task.tolist(), shots, generator))
+        trainer.step(model(**inputs, labels=labels).loss)
     return trainer.curve()
+
+
+def episodes(
+    tasks: list[int], shots: int, generator: torch.Generator
+) -> tuple[list[data.Example], list[list[data.Example]]]:
+    """A query for each of ``tasks``, places in ``data.TASKS``, and demonstrations: all of different scans."""
+    count = len(tasks) * (shots + 1)
+    drawn = data.Examples(data.TASKS, "train", generator=generator, count=count, augment=True)
+    rows = [
+        [drawn[(row * (shots + 1) + place) * len(data.TASKS) + task] for place in range(shots + 1)]
+        for row, task in enumerate(tasks)
+    ]
+    return [row[-1] for row in rows], [row[:-1] for row in rows]
 
 
 def main() -> None:

@@ -7,66 +7,70 @@ demonstration. All are kept in a VLibrary and measured as it gives them back. Wr
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
+from benchmarks.experiments.digits.evaluate import questions
 from benchmarks.experiments.digits.measure import SETTINGS
 from benchmarks.experiments.digits.model import load_model
-from benchmarks.experiments.digits.train import fit, train_adapter
+from benchmarks.experiments.digits.processor import DigitsPrompts
+from benchmarks.experiments.digits.train import ARGUMENTS, RECIPE, train_adapter, training_examples
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.training import EpisodeBatch
+from mmicl_kernels.training import EpisodeBatch, EpisodeCollator
+from mmicl_kernels.training.alignment import align
+from mmicl_kernels.training.run import Training
 
 RESULTS = Path(__file__).with_name("uses.json")
 TASK, REFUSED = "digit", "ink"
 OTHERS = ("parity", "size", "paper", "ink", "orientation")  # no word of TASK is among theirs
-SHOTS, BATCH, CONTRAST = 8, 16, 0.2
+SHOTS, CONTRAST = 8, 0.2
 SUPERVISED = mk.M2IVConfig(mimicry_weight=0, synergy_weight=0, ce_weight=1)
 UNLABELLED = mk.M2IVConfig(mimicry_weight=1, synergy_weight=0, ce_weight=0)
 STYLE = "asks back"
 
 
-def style_batch(demonstrations: data.Samples, queries: data.Samples, task: str) -> EpisodeBatch:
-    """The answer goes on with a question where it would end."""
-    episode = data.episode_inputs(demonstrations, queries, task)
-    episode.inputs["input_ids"][:, -1] = episode.labels[:, -1] = data.QUESTION_ID
-    return _same_prompts(episode)
+def in_style(x: data.Example) -> data.Example:
+    """The answer goes on with a question."""
+    return replace(x, answer=f"{x.answer} {data.QUESTION}")
 
 
-def refusal_batch(demonstrations: data.Samples, queries: data.Samples, task: str) -> EpisodeBatch:
-    """Asked for ``REFUSED``, the answer ends before its first word; all else is answered."""
-    episode = data.episode_inputs(demonstrations, queries, task)
-    if task == REFUSED:
-        episode.inputs["input_ids"][:, -2] = episode.labels[:, -2] = data.END_ID
-        episode.labels[:, -1] = data.IGNORE
-    return _same_prompts(episode)
+def refused(x: data.Example) -> data.Example:
+    """Asked for ``REFUSED``, the answer is a question alone; all else is answered."""
+    return replace(x, answer=data.QUESTION) if x.task == REFUSED else x
 
 
-def alignment_batch(demonstrations: data.Samples, queries: data.Samples, task: str) -> EpisodeBatch:
-    """The teacher sees clear images, the student the same ones faded."""
-    student = data.episode_inputs(faded(demonstrations), faded(queries), task)
-    teacher = data.episode_inputs(demonstrations, queries, task)
-    return EpisodeBatch(
-        student.inputs, teacher.inputs, student.query_mask, teacher.query_mask, student.labels
-    )
+def faded(x: mk.Demonstration, contrast: float = CONTRAST) -> mk.Demonstration:
+    """The image, with ``contrast`` left of what sets its pixels apart."""
+    pixels = data.pixels_of(*x.images).astype(np.float32)
+    mean = pixels.mean((0, 1))
+    faded = np.rint(mean + contrast * (pixels - mean)).astype(np.uint8)
+    return replace(x, images=(data.image_file(faded),))
 
 
-def faded(samples: data.Samples, contrast: float = CONTRAST) -> data.Samples:
-    """The images, with ``contrast`` left of what sets their pixels apart."""
-    mean = samples.images.mean((-2, -1), keepdim=True)
-    return replace(samples, images=mean + contrast * (samples.images - mean))
+class InContext(EpisodeCollator):
+    """The student has the demonstrations, too; its images have ``contrast`` left."""
 
+    def __init__(self, *args: object, contrast: float, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.contrast = contrast
 
-def _same_prompts(episode: data.Episode) -> EpisodeBatch:
-    inputs, query = episode.inputs, episode.query_mask
-    return EpisodeBatch(inputs, inputs, query, query, episode.labels)
+    def _batch(self, queries: list[mk.Demonstration], shots: list[list[mk.Demonstration]]) -> EpisodeBatch:
+        teacher = student = self.builder.answered(queries, shots)
+        if self.contrast < 1:
+            dim = partial(faded, contrast=self.contrast)
+            student = self.builder.answered(list(map(dim, queries)), [list(map(dim, row)) for row in shots])
+        marks = align(student, teacher, self.builder)
+        return EpisodeBatch(student.inputs, teacher.inputs, *marks, student.labels)
 
 
 @torch.no_grad()
@@ -74,13 +78,12 @@ def answers(
     model: nn.Module, task: str, shots: int, split: str, contrast: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Two generated ids ``[N, 2]`` for every image of ``split``, and the true word's id ``[N]``."""
-    drawn = data.draw_episodes(
-        len(data.split_originals(split)), shots, split=split, generator=torch.Generator().manual_seed(0)
-    )
-    demonstrations, queries = (faded(samples, contrast) for samples in drawn)
-    episode = data.episode_inputs(demonstrations, queries, task, with_answer=False)
-    ids = model.generate(**episode.inputs, max_new_tokens=2)[:, episode.prompt_tokens :]
-    return F.pad(ids, (0, 2 - ids.shape[1]), value=data.PAD_ID), episode.targets
+    prompts = DigitsPrompts()
+    queries, rows = next(questions(task, shots, split, batch=len(data.split_scans(split))))
+    shown = [[faded(x.demonstration(), contrast) for x in row] for row in (queries, *rows)]
+    inputs = prompts.prompt(shown[0], shown[1:])
+    ids = model.generate(**inputs, max_new_tokens=2)[:, inputs["input_ids"].shape[1] :]
+    return F.pad(ids, (0, 2 - ids.shape[1]), value=data.PAD_ID), prompts.answers(queries)
 
 
 def measure_style(model: nn.Module, split: str, task: str = TASK, shots: int = SHOTS) -> dict[str, float]:
@@ -94,7 +97,7 @@ def measure_refusal(model: nn.Module, split: str) -> dict[str, float]:
     asked, _ = found.pop(REFUSED)
     right = [_share(ids[:, 0] == truth) for ids, truth in found.values()]
     return {
-        f"{REFUSED}: refused": _share(asked[:, 0] == data.END_ID),
+        f"{REFUSED}: refused": _share(asked[:, 0] == data.QUESTION_ID),
         "six other tasks: right": round(sum(right) / len(right), 4),
         "the worst of them: right": min(right),
     }
@@ -115,34 +118,35 @@ def _share(which: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Use:
-    """What a vector is for: how it is learned, on which tasks, and what is measured on the test images."""
+    """What a vector is for: what is learned, on which tasks, and what is measured on the test images.
+
+    Attributes:
+        wanted: an example with the answer that is learned. contrast: of the student's images.
+    """
 
     config: mk.M2IVConfig
-    batch: Callable[[data.Samples, data.Samples, str], EpisodeBatch]
     tasks: tuple[str, ...]
     measure: Callable[[nn.Module, str], dict[str, float]]
+    wanted: Callable[[data.Example], data.Example] = lambda x: x
+    contrast: float = 1.0
     steps: int = 300
-
-    def batches(self, generator: torch.Generator) -> Iterator[EpisodeBatch]:
-        """Endless batches of one task each, after one to ``SHOTS`` demonstrations."""
-        while True:
-            task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
-            shots = int(torch.randint(1, SHOTS + 1, (), generator=generator))
-            drawn = data.draw_episodes(BATCH, shots, split="train", generator=generator, augment=True)
-            yield self.batch(*drawn, task)
 
 
 USES = {
-    STYLE: Use(SUPERVISED, style_batch, OTHERS, measure_style),
-    f"refuses {REFUSED}": Use(SUPERVISED, refusal_batch, OTHERS, measure_refusal),
-    "sees faded images": Use(UNLABELLED, alignment_batch, data.TASKS, measure_alignment, steps=600),
+    STYLE: Use(SUPERVISED, OTHERS, measure_style, in_style),
+    f"refuses {REFUSED}": Use(SUPERVISED, OTHERS, measure_refusal, refused),
+    "sees faded images": Use(UNLABELLED, data.TASKS, measure_alignment, contrast=CONTRAST, steps=600),
 }
 
 
-def learn(model: nn.Module, name: str, steps: int | None = None) -> Adapter:
+def learn(model: nn.Module, name: str, steps: int | None = None, progress: bool = True) -> Adapter:
     """The vector of ``USES[name]``; ``steps`` instead of its own number."""
-    use = USES[name]
-    return fit(model, use.config, use.batches(torch.Generator().manual_seed(0)), steps or use.steps, seed=0)
+    use, prompts = USES[name], DigitsPrompts()
+    recipe = replace(RECIPE, steps=steps or use.steps)
+    examples = training_examples(use.tasks, recipe, seed=0)
+    training = Training.of(model, prompts, [use.wanted(x) for x in examples], use.config, recipe=recipe)
+    collator = InContext(prompts, examples, (1, SHOTS), draw=data.other_scans, contrast=use.contrast)
+    return replace(training, collator=collator).run(arguments=ARGUMENTS, progress=progress)
 
 
 def fill(library: mk.VLibrary, model: nn.Module, steps: int | None = None) -> None:

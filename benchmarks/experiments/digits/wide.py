@@ -9,9 +9,9 @@ value and episode, so that only the demonstrations can tell: zero-shot is right 
 learns all words. A projection that is to be tested on ``HELD_OUT`` must be trained on ``TRAINED`` only; its
 training then never saw a word or a question of the others.
 
-Prompts and ``Samples`` are those of ``data`` (six tokens and seven per demonstration), with answers of shape
-``[..., 1]``: an episode has one task. In every fourth batch of the pretraining, each demonstration's
-``<end>`` is followed by its answer once more ("echo"): the last state then keeps the word.
+Examples and prompts are those of ``data`` and ``processor``; ``draw_episodes`` makes queries together with
+their demonstrations, as the words of an episode belong together. In every fourth batch of the pretraining,
+each demonstration's ``<end>`` is followed by its answer once more ("echo"): the last state keeps the word.
 
 A word belongs to one value, so that the answers alone suffice: with the demonstrations' images exchanged for
 those of other episodes the model stays right. This world asks whether new *words* pass through the
@@ -23,21 +23,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from mmicl_kernels.training import Draw, DrawnEpisodes
+
 from . import data
-from .evaluate import Accuracy
+from .evaluate import Accuracy, Ask, score
 from .model import build_model, save_weights
 from .pretrain import Trainer
+from .processor import DigitsPrompts, digits_processor
 
 ATTRIBUTES: dict[str, int] = {"digit": 10, "orientation": 2, "paper": 4, "ink": 4} | dict.fromkeys(
     ("top", "bottom", "left", "right", "top_left", "top_right", "bottom_left", "bottom_right"), 4
@@ -54,7 +58,6 @@ VOCABULARY = data.SPECIAL + QUESTIONS + sum(WORDS.values(), ())
 WAYS = 4  # at most so many values of the attribute are met in an episode
 
 SIZES = torch.tensor(list(ATTRIBUTES.values()))
-FIRST_WORD = len(data.SPECIAL) + len(QUESTIONS) + SYNONYMS * (SIZES.cumsum(0) - SIZES)
 MARK_RGB = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.7, 0.1], [0.1, 0.2, 0.95], [0.95, 0.8, 0.1]])
 EDGE, INNER = slice(0, 1), slice(2, -2)
 MARKS = {  # attribute -> rows, columns
@@ -104,14 +107,14 @@ def draw_values(*shape: int, generator: torch.Generator) -> Tensor:
 
 @cache
 def _by_digit(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A split's originals ordered by digit, and each digit's first index and count."""
-    originals = data.split_originals(split)
-    digits = data._scans()[1][originals]
+    """A split's scans ordered by digit, and each digit's first index and count."""
+    scans = data.split_scans(split)
+    digits = data.all_scans()[1][scans]
     count = digits.bincount(minlength=10)
-    return originals[digits.argsort(stable=True)], count.cumsum(0) - count, count
+    return scans[digits.argsort(stable=True)], count.cumsum(0) - count, count
 
 
-def draw_originals(digits: Tensor, *, split: str, generator: torch.Generator) -> Tensor:
+def draw_scans(digits: Tensor, *, split: str, generator: torch.Generator) -> Tensor:
     """Scans ``[B,S]`` of the digits ``[B,S]``; the last one of a row is never another's of that row."""
     ordered, first, count = _by_digit(split)
     uniform = torch.rand(digits.shape, generator=generator)
@@ -121,17 +124,17 @@ def draw_originals(digits: Tensor, *, split: str, generator: torch.Generator) ->
     return ordered[first[digits] + torch.cat([rank[:, :-1], last], 1)]
 
 
-def render(values: Tensor, originals: Tensor, distort: torch.Generator | None = None) -> Tensor:
-    """Images ``[..., 3, 16, 16]`` of values ``[..., 12]``, scans ``[...]``; ``distort`` as in ``data``."""
+def render(values: Tensor, scans: Tensor, distort: torch.Generator | None = None) -> np.ndarray:
+    """Pixels ``[..., 16, 16, 3]`` of values ``[..., 12]``, scans ``[...]``; ``distort`` as in ``data``."""
     flat = values.flatten(0, -2)
     named = dict(zip(ATTRIBUTES, flat.unbind(-1), strict=True))
-    scans = data._scans()[0][originals.flatten()]
-    images = data.render(scans, named["paper"], named["ink"], named["orientation"].bool(), distort)
+    coverage = data.all_scans()[0][scans.flatten()]
+    images = data.render(coverage, named["paper"], named["ink"], named["orientation"].bool(), distort)
     for name, (rows, columns) in MARKS.items():
-        images[:, :, rows, columns] = MARK_RGB[named[name]][:, :, None, None] * 2 - 1
+        images[:, :, rows, columns] = MARK_RGB[named[name]][:, :, None, None]
     if distort is not None:
-        images = images + 0.06 * torch.randn(images.shape, generator=distort)
-    return images.view(*originals.shape, *images.shape[1:])
+        images = images + 0.03 * torch.randn(images.shape, generator=distort)
+    return data.as_pixels(images.view(*scans.shape, *images.shape[1:]))
 
 
 def draw_episodes(
@@ -142,12 +145,14 @@ def draw_episodes(
     split: str,
     generator: torch.Generator,
     augment: bool = False,
+    unnamed: float = 0.0,
     ways: int = WAYS,
     synonyms: int = SYNONYMS,
-) -> tuple[data.Samples, data.Samples, Tensor]:
-    """Demonstrations ``[count, shots]``, queries ``[count]`` from ``split``, and attributes ``[count]``.
+) -> DrawnEpisodes:
+    """``count`` queries, each with its ``shots`` demonstrations, all of them from ``split``.
 
-    The demonstrations show up to ``ways`` values of the attribute equally often; the query's is one of them.
+    The demonstrations show up to ``ways`` values of an attribute equally often; the query's is one of them.
+    ``unnamed`` is the share of episodes whose question does not name the attribute.
     """
     columns = torch.tensor([column(name) for name in attributes])
     attribute = columns[torch.randint(len(columns), (count,), generator=generator)]
@@ -160,25 +165,26 @@ def draw_episodes(
 
     values = draw_values(count, shots + 1, generator=generator)
     values.scatter_(2, attribute[:, None, None].expand(-1, shots + 1, 1), asked[..., None])
-    originals = draw_originals(values[..., 0], split=split, generator=generator)
-    images = render(values, originals, generator if augment else None)
+    scans = draw_scans(values[..., 0], split=split, generator=generator)
+    pixels = render(values, scans, generator if augment else None)
     synonym = torch.randint(synonyms, (count, 10), generator=generator).gather(1, asked)
-    answers = FIRST_WORD[attribute, None] + SYNONYMS * asked + synonym
-    samples = data.Samples(images, answers[..., None], originals)
-    return samples[:, :-1], samples[:, -1], attribute
-
-
-def episode_inputs(
-    demonstrations: data.Samples | None, queries: data.Samples, attribute: Tensor | None, **options: bool
-) -> data.Episode:
-    """``data.episode_inputs`` with questions that name the attributes ``[B]``; None: they do not."""
-    task = torch.zeros(len(queries), dtype=torch.long)
-    episode = data.episode_inputs(demonstrations, queries, task, **options)
-    if attribute is not None:
-        ids = episode.inputs["input_ids"]
-        question = (len(data.SPECIAL) + attribute)[:, None].expand_as(ids)
-        episode.inputs["input_ids"] = torch.where(ids == data.QUESTION_ID, question, ids)
-    return episode
+    named = (torch.rand(count, generator=generator) >= unnamed).tolist()
+    names = [list(ATTRIBUTES)[i] for i in attribute]
+    words = (SYNONYMS * asked + synonym).tolist()
+    pool = [
+        data.Example(
+            id=f"{split} {row} {place}",
+            image=data.image_file(pixels[row, place]),
+            text=f"{name}?" if named[row] else data.QUESTION,
+            answer=WORDS[name][words[row][place]],
+            task=name,
+            scan=int(scans[row, place]),
+        )
+        for row, name in enumerate(names)
+        for place in range(shots + 1)
+    ]
+    firsts = range(0, len(pool), shots + 1)
+    return DrawnEpisodes(pool, [Draw(i + shots, tuple(range(i, i + shots))) for i in firsts])
 
 
 def build_wide_model() -> LlavaForConditionalGeneration:
@@ -202,14 +208,14 @@ def load_wide_model(weights: Path = WEIGHTS) -> LlavaForConditionalGeneration:
 
 def pretrain_tower(model: nn.Module, config: Config, generator: torch.Generator) -> list[list[float]]:
     """Stage 1, as in ``pretrain``: every visual token alone must tell every attribute."""
-    tower, sizes = model.model.vision_tower, SIZES.tolist()
+    tower, sizes, processed = model.model.vision_tower, SIZES.tolist(), digits_processor().image_processor
     heads = nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
     parameters = [*tower.parameters(), *heads.parameters()]
     trainer = Trainer("vision tower", parameters, config.tower_lr, config.tower_steps, config)
     for _ in range(config.tower_steps):
         values = draw_values(config.tower_batch, generator=generator)
-        originals = draw_originals(values[:, None, 0], split="train", generator=generator)[:, 0]
-        images = render(values, originals, generator)
+        scans = draw_scans(values[:, None, 0], split="train", generator=generator)[:, 0]
+        images = processed(list(render(values, scans, generator)), return_tensors="pt")["pixel_values"]
         logits = heads(tower(images, output_hidden_states=True).hidden_states[-1])  # [N, 4, 52]
         losses = [
             F.cross_entropy(part.mT, target[:, None].expand(-1, data.IMAGE_TOKENS))
@@ -224,36 +230,29 @@ def pretrain_text(model: nn.Module, config: Config, generator: torch.Generator) 
     model.model.vision_tower.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainer = Trainer("text model", parameters, config.text_lr, config.text_steps, config)
-    segment = data.IMAGE_TOKENS + 3
+    prompts = DigitsPrompts(VOCABULARY)
     for step in range(config.text_steps):
         late = step >= config.synonyms_from
         hard, named = torch.rand(2, generator=generator) > torch.tensor([0.3, config.unnamed * late])
-        demonstrations, queries, attribute = draw_episodes(
+        episodes = draw_episodes(
             config.text_batch,
             config.shots,
             split="train",
             generator=generator,
             augment=True,
+            unnamed=float(not named),
             ways=WAYS if hard else 2,
             synonyms=SYNONYMS if late else 1,
         )
-        episode = episode_inputs(
-            demonstrations, queries, attribute if named else None, label_demonstrations=True
-        )
+        inputs, labels = prompts.taught(*zip(*episodes, strict=True))
         if config.echo_every and step % config.echo_every == 0:
-            episode.labels[:, 1 + segment :: segment] = demonstrations.answers[..., 0]
-        trainer.step(model(**episode.inputs, labels=episode.labels).loss)
+            ids = inputs["input_ids"]
+            # The last end has nothing behind it: it comes to a prompt's first place, which has no loss.
+            labels = torch.where((ids == data.END_ID).roll(1, 1), ids.roll(2, 1), labels)
+        trainer.step(model(**inputs, labels=labels).loss)
     return trainer.curve()
 
 
-def plain_prompts(
-    demonstrations: data.Samples, queries: data.Samples, attribute: Tensor | None
-) -> data.Episode:
-    """The demonstrations as they are, before the query."""
-    return episode_inputs(demonstrations, queries, attribute, with_answer=False)
-
-
-@torch.no_grad()
 def accuracy(
     model: nn.Module,
     attribute: str,
@@ -263,18 +262,18 @@ def accuracy(
     named: bool = True,
     samples: int = 400,
     seed: int = 0,
-    ask: Callable[[data.Samples, data.Samples, Tensor | None], data.Episode] = plain_prompts,
+    ask: Ask | None = None,
 ) -> Accuracy:
     """How often the most likely next word is the true one; all images are from ``split``."""
-    generator, correct = torch.Generator().manual_seed(seed), 0
+    prompts, generator = DigitsPrompts(VOCABULARY), torch.Generator().manual_seed(seed)
+    found = Accuracy(0, 0)
     for count in [len(part) for part in torch.arange(samples).split(50)]:
-        demonstrations, queries, asked = draw_episodes(
-            count, shots, (attribute,), split=split, generator=generator
+        episodes = draw_episodes(
+            count, shots, (attribute,), split=split, generator=generator, unnamed=float(not named)
         )
-        episode = ask(demonstrations, queries, asked if named else None)
-        answer = model(**episode.inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
-        correct += int((answer == episode.targets).sum())
-    return Accuracy(correct, samples)
+        queries, rows = zip(*episodes, strict=True)
+        found += score(model, (ask or prompts.asked)(queries, rows), prompts.answers(queries))
+    return found
 
 
 def table(
