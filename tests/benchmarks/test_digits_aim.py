@@ -138,6 +138,17 @@ def test_wide_episodes(generator):
     assert questions == {True, False} and len({x.id for x in episodes.pool}) == 40 * 9
 
 
+def test_an_echo_follows_every_demonstration(generator):
+    ((query, shots),) = wide.draw_episodes(1, 3, split="train", generator=generator)
+    prompts = DigitsPrompts(wide.VOCABULARY)
+    inputs, labels = prompts.taught([query], [shots])
+    found = wide.echoed(inputs["input_ids"], labels)[0, 1:]
+    answers = prompts.answers(shots).tolist()
+    assert found[[7, 14, 21]].tolist() == answers  # where the next image begins
+    found[[7, 14, 21]] = data.IGNORE
+    assert torch.equal(found, labels[0, 1:])
+
+
 def test_wide_images_show_their_values(generator):
     """The frame's colours and the digit are those that the answers name."""
     for name in ("right", "digit"):

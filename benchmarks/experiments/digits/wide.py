@@ -246,11 +246,15 @@ def pretrain_text(model: nn.Module, config: Config, generator: torch.Generator) 
         )
         inputs, labels = prompts.taught(*zip(*episodes, strict=True))
         if config.echo_every and step % config.echo_every == 0:
-            ids = inputs["input_ids"]
-            # The last end has nothing behind it: it comes to a prompt's first place, which has no loss.
-            labels = torch.where((ids == data.END_ID).roll(1, 1), ids.roll(2, 1), labels)
+            labels = echoed(inputs["input_ids"], labels)
         trainer.step(model(**inputs, labels=labels).loss)
     return trainer.curve()
+
+
+def echoed(ids: Tensor, labels: Tensor) -> Tensor:
+    """``labels`` with, behind every ``<end>`` of ``ids [B, T]``, the word before it once more."""
+    # Nothing is behind the last one: it comes to a prompt's first place, which has no loss.
+    return torch.where((ids == data.END_ID).roll(1, 1), ids.roll(2, 1), labels)
 
 
 def accuracy(
