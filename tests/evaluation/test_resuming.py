@@ -88,6 +88,8 @@ def test_killed_and_run_again(folder, asked, batch):
     assert left == whole + 1 and sum(asked) == 20 - whole
     assert texts(again) == texts(evaluated(folder, out=None))
     assert (folder / "out" / "results.json").exists()
+    del asked[:]
+    assert str(evaluated(folder)) == str(again) and asked == []  # no half line is left
 
 
 def test_nothing_is_asked_twice(folder, asked):
