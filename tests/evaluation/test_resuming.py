@@ -10,7 +10,7 @@ import pytest
 from questions import adapter_of, model_and_processor, rows_of, write
 
 import mmicl_kernels as mk
-from mmicl_kernels.evaluation import asking
+from mmicl_kernels.evaluation import asking, predictions
 from mmicl_kernels.evaluation.generation import Generation
 
 SETTINGS = Generation(max_new_tokens=4, cut="none")
@@ -74,7 +74,8 @@ def texts(evaluation):
     return {row.name: row.texts for row in evaluation.rows}
 
 
-@pytest.mark.parametrize("batch", [*(pytest.param(x, marks=pytest.mark.slow) for x in (1, 11)), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 5, 11])
 def test_killed_and_run_again(folder, asked, batch):
     """Four rows of batches of 2, 2 and 1; of the batch that was being written the first line is whole."""
     script = KILLED.format(tests=str(Path(__file__).parent), batch=batch, folder=str(folder))
@@ -88,6 +89,27 @@ def test_killed_and_run_again(folder, asked, batch):
     assert left == whole + 1 and sum(asked) == 20 - whole
     assert texts(again) == texts(evaluated(folder, out=None))
     assert (folder / "out" / "results.json").exists()
+    del asked[:]
+    assert str(evaluated(folder)) == str(again) and asked == []  # no half line is left
+
+
+def test_interrupted_while_it_writes(folder, asked, monkeypatch):
+    """The same within this process: of the fifth batch a line and a half are on the disk."""
+    append, batches = predictions.append, []
+
+    def append_or_die(path, data):
+        batches.append(path)
+        append(path, data[: len(data) - 30] if len(batches) == 5 else data)
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predictions, "append", append_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(folder)
+    assert asked == [2, 2, 1, 2, 2] and not (folder / "out" / "results.json").exists()
+    again = evaluated(folder)
+    assert asked[5:] == [1, 1, *[2, 2, 1] * 2]
+    assert texts(again) == texts(evaluated(folder, out=None))
     del asked[:]
     assert str(evaluated(folder)) == str(again) and asked == []  # no half line is left
 
