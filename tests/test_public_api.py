@@ -33,6 +33,10 @@ SIGNATURES = {
     "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0, bank=None, bank_bytes=1073741824, "
     "placeholder_ids=None)",
     "load": "(folder, model, *, revision=None)",
+    "load_model": "(folder, *, dtype='auto', device=None, quantization=None, attn_implementation=None)",
+    "load_processor": "(folder)",
+    "train": "(model, processor, records, config, *, out=None, shots=None, steps=None, recipe=None, "
+    "validation=None, draw=None, seed=0, resume=False, arguments=None, callbacks=(), progress=True)",
     "load_official": "(path, model)",
     "save_official": "(adapter, path)",
     "evaluate": "(model, processor, records, *, adapters=None, bank=None, shots=(0,), adapter_shots=(0,), "

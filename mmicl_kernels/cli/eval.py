@@ -25,7 +25,10 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="folder of the model and its processor")
+    add("--dtype", default="auto", help="of the model: bfloat16, ... (default: its own)")
+    add("--quantization", choices=("4bit", "8bit"), help="of the model, by bitsandbytes")
     add("--data", required=True, metavar="FILE", help="what to ask: records, JSON lines")
+    add("--skip-bad", action="store_true", help="leave out bad lines of both files, and count them")
     add("--images", metavar="FOLDER", help="where its images are (default: beside it)")
     add("--adapter", action="append", default=[], metavar="[NAME=]FOLDER", help="may be given several times")
     add("--bank", metavar="FOLDER", help="of an AIM adapter, made if it does not exist")
@@ -77,14 +80,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     from mmicl_kernels.evaluation.run import evaluate
     from mmicl_kernels.integration.pretrained import load_model, load_processor
 
-    records = _records("data", options.data, "images", options.images)
+    records = _records("data", options.data, "images", options.images, options.skip_bad)
     pool = options.demonstrations and _records(
-        "demonstrations", options.demonstrations, "demonstration-images", options.demonstration_images
+        "demonstrations",
+        options.demonstrations,
+        "demonstration-images",
+        options.demonstration_images,
+        options.skip_bad,
     )
     adapters, generation = _adapters(options.adapter), _generation(options)
     if options.template is None and (options.instruction, options.image_marker) != (None, None):
         raise ValueError("--instruction or --image-marker is given without --template, expected it too")
-    model, processor = load_model(options.model), load_processor(options.model)
+    processor = load_processor(options.model)
+    model = load_model(options.model, dtype=options.dtype, quantization=options.quantization)
     made = evaluate(
         model,
         _prompts(processor, options),
@@ -109,13 +117,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _records(name: str, file: str, images_name: str, images: str | None) -> "Records":
+def _records(name: str, file: str, images_name: str, images: str | None, skip_bad: bool) -> "Records":
     from mmicl_kernels.data import Records
 
     for option, path, there in ((name, file, Path(file).is_file()), (images_name, images, None)):
         if path is not None and not (Path(path).is_dir() if there is None else there):
             raise FileNotFoundError(f"--{option}: {path} does not exist")
-    return Records(file, images)
+    records = Records(file, images, skip_bad=skip_bad)
+    if records.skipped:
+        complain("mmicl eval", f"{file}: left out {sum(records.skipped.values())} bad lines")
+    return records
 
 
 def _adapters(given: list[str]) -> dict[str, str]:

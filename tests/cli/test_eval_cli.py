@@ -176,3 +176,17 @@ def test_killed_and_run_again(mmicl_eval, saved, tmp_path):
 def test_errors_are_one_line(mmicl_eval, options, given, message):
     code, output, errors = mmicl_eval(*options, **given)
     assert (code, output, len(errors)) == (1, "", 1) and message in errors[0]
+
+
+def test_bad_lines(mmicl_eval, saved, tmp_path):
+    """They are refused, or left out of what is asked and of what is drawn from, and counted."""
+    good = (saved / "query.jsonl").read_text()
+    (tmp_path / "some.jsonl").write_text(good + '{"image": [], "text": 3, "answer": "red"}\n')
+    options = ["--images", saved, "--shots", "0", "1", "--demonstrations", tmp_path / "some.jsonl"]
+    options += ["--demonstration-images", saved]
+    code, _, (error,) = mmicl_eval(*options, data=tmp_path / "some.jsonl")
+    assert code == 1 and "bad field: text is 3, expected a string" in error
+    out = tmp_path / "out"
+    code, _, errors = mmicl_eval(*options, "--skip-bad", "--out", out, data=tmp_path / "some.jsonl")
+    assert code == 0 and errors == [f"mmicl eval: {tmp_path / 'some.jsonl'}: left out 1 bad lines"] * 2
+    assert len(answered(out, "1-shot")) == len(good.splitlines())
