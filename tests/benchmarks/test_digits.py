@@ -154,6 +154,8 @@ def test_prompts_are_those_of_the_shipped_weights(prompts):
     asked = prompts.asked([rose], [[ivory, sky]])
     assert asked["input_ids"].tolist() == [IVORY_SKY_ROSE[:-2]]
     assert prompts.answers([ivory, sky, rose]).tolist() == [19, 21, 22]
+    known = prompts.processor.tokenizer.convert_tokens_to_ids(list(data.VOCABULARY))
+    assert known == list(range(29)) and prompts.processor.tokenizer.pad_token_id == data.PAD_ID
 
 
 def test_pixels_are_those_of_the_shipped_weights(prompts):
