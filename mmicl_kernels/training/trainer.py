@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -25,6 +27,7 @@ from mmicl_kernels.training.module import TrainedModule, token_shares
 from mmicl_kernels.training.objectives import trainable
 from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 from mmicl_kernels.training.queries import CountedBatches, Queries, QueryOrder
+from mmicl_kernels.training.sharding import shard, without_fsdp
 
 DESCRIPTION_FILE = "training.json"
 STATE_FILE = "trainer_state.json"  # what a Trainer writes last into a checkpoint
@@ -55,6 +58,7 @@ class AdapterTrainer(Trainer):
     ) -> None:
         if arguments.n_gpu > 1:  # several devices and one process: nn.DataParallel's copies call one model
             arguments._n_gpu = 1
+        self.collator, self.module, self.description = collator, module, dict(description or {})
         super().__init__(
             module,
             arguments,
@@ -65,12 +69,25 @@ class AdapterTrainer(Trainer):
         )
         # Of several processes each has its own where nothing is kept; the best checkpoint is in the first's.
         (arguments.output_dir,) = broadcast_object_list([arguments.output_dir])
-        self.collator, self.module, self.description = collator, module, dict(description or {})
         self.measure_every = measure_every
         self._sums: dict[str, Tensor] = {}  # of the parts since the last line of the log
         self._count = 0
         self._measured: int | None = None
         self._warned = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """FSDP, if it is asked for, shards the model, and DDP averages the adapter's gradients."""
+        with without_fsdp(self.args) as plugin:
+            super().create_accelerator_and_postprocess()
+        if plugin is not None:
+            shard(self.module.model, self.module.adapter, plugin, self.accelerator)
+
+    def _wrap_model(self, model: torch.nn.Module, training: bool = True, **kwargs: Any) -> torch.nn.Module:
+        wrapped = super()._wrap_model(model, training, **kwargs)
+        if wrapped is self.module and training and isinstance(self.module.model, FSDPModule):
+            # accelerate refuses DDP where there are sharded parameters, which it leaves alone here.
+            return DistributedDataParallel(wrapped)
+        return wrapped
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

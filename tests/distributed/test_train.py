@@ -1,10 +1,6 @@
 """mk.train in two processes: the adapter, the log and the files of one process with all of the batches."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +10,19 @@ import torch
 import torch.distributed as dist
 import transformers
 from records_of_colours import write_records
-from short_training import CANCELLATION, EPS, ROUNDINGS, by_kind
-from tiny_runs import CASES, CONFIGS, DESCENT, TOGETHER, tiny_training
+from short_training import ROUNDINGS
+from tiny_runs import (
+    CASES,
+    CONFIGS,
+    DESCENT,
+    TOGETHER,
+    assert_same,
+    assert_same_run,
+    launch,
+    log_of,
+    of_both,
+    tiny_training,
+)
 from transformers import TrainerCallback, TrainerState
 from two_processes import in_two_processes
 
@@ -28,69 +35,14 @@ from mmicl_kernels.training.trainer import last_checkpoint
 pytest.importorskip("accelerate")
 
 
-@pytest.fixture
-def records(tmp_path):
-    """Ten: of the third batch of four only two are left, which one process takes and the other none of."""
-    return write_records(tmp_path, count=10)
-
-
-def start_of(method):
-    torch.manual_seed(0)
-    model = tiny_model("llava-llama")
-    torch.manual_seed(0)
-    return mk.create(model, CONFIGS[method])
-
-
-def assert_same_run(actual, expected, method, steps=3):
-    """Both were trained from the same start, by updates that differ by roundings."""
-    a, b, c = (by_kind(dict(x.named_parameters())) for x in (actual, expected, start_of(method)))
-    for kind in c:
-        moved, error = (b[kind] - c[kind]).norm(), (a[kind] - b[kind]).norm()
-        # Errors of a step change the next one's gradients a little: twice as many roundings.
-        often = 1 if steps == 1 else 2
-        allowed = often * ROUNDINGS * CANCELLATION.get(kind, 1.0) * moved + steps * EPS * b[kind].norm()
-        assert error <= allowed < moved, f"{kind}: {error} of {moved}, expected at most {allowed}"
-
-
-def assert_same(x, y):
-    for (name, a), b in zip(x.state_dict().items(), y.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def train_and_save(rank, folder, records, method, cases):
     for case in cases:
         adapter = tiny_training(records, method, case, processes=2, out=folder / case)
         adapter.save_pretrained(folder / f"{case}{rank}")
 
 
-def of_both(folder, case):
-    return [mk.load(folder / f"{case}{rank}", tiny_model("llava-llama")) for rank in range(2)]
-
-
-def in_both(check, *args):
-    in_two_processes(launched, check, *args)
-
-
-def launched(rank, check, *args):
-    """What a launcher sets beside the ranks."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": "2"}
-    check(rank, *args)
-
-
-def log_of(folder):
-    return json.loads((folder / "training.json").read_text())["log"]
-
-
 def test_accelerate_launch(records, tmp_path):
-    """Its command, which is two processes of Python."""
-    script = Path(__file__).with_name("tiny_runs.py")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--main_process_port", "0", script, tmp_path, records, "mimic", "adam",
-    ]  # fmt: skip
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(["--multi_gpu"], tmp_path, records, "mimic", "adam")  # without GPUs, as with them
     expected = tiny_training(records, "mimic", "adam", out=tmp_path / "one")
     one, other = (mk.load(tmp_path / f"rank{rank}", tiny_model("llava-llama")) for rank in range(2))
     assert_same(one, other)
@@ -105,7 +57,7 @@ def test_accelerate_launch(records, tmp_path):
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_adapter_and_the_log_of_one_process(records, method, tmp_path):
     """Answers of several lengths, shuffled and in order, accumulated, and a batch that is left over."""
-    in_both(train_and_save, tmp_path, records, method, tuple(CASES))
+    in_two_processes(train_and_save, tmp_path, records, method, tuple(CASES))
     for case, (recipe, _) in CASES.items():
         expected = tiny_training(records, method, case, out=tmp_path / "one" / case)
         one, other = of_both(tmp_path, case)
@@ -147,7 +99,9 @@ def check_queries(rank, records, whole):
 
 @pytest.mark.slow
 def test_queries_are_those_of_one_process(records):
-    in_both(check_queries, records, {shuffle: asked_queries(records, shuffle) for shuffle in (False, True)})
+    in_two_processes(
+        check_queries, records, {shuffle: asked_queries(records, shuffle) for shuffle in (False, True)}
+    )
 
 
 @pytest.mark.slow
@@ -157,7 +111,7 @@ def test_a_process_without_queries_counts_nothing(tmp_path):
     shots = {"config": mk.M2IVConfig(synergy_weight=0.5)}
     case = (replace(CASES["adam"][0], shots=1), CASES["adam"][1])
     expected = tiny_training(records, "m2iv", case, **shots)
-    in_both(check_left_over, records, tmp_path, case, shots)
+    in_two_processes(check_left_over, records, tmp_path, case, shots)
     for rank in range(2):
         assert_same(mk.load(tmp_path / str(rank), tiny_model("llava-llama")), expected)
 
@@ -188,7 +142,7 @@ def check_validation(rank, records, folder):
 @pytest.mark.slow
 def test_validation_and_the_best_checkpoint(records, tmp_path):
     """Also where nothing is kept, when each process has a folder of its own."""
-    in_both(check_validation, records, tmp_path)
+    in_two_processes(check_validation, records, tmp_path)
     expected = tiny_training(
         records, "mimic", RISING, out=tmp_path / "one", validation=unlearnable(records)
     )  # fmt: skip
@@ -235,7 +189,7 @@ INDEXED_CPU = transformers.__version__ < "5.23"
 @pytest.mark.skipif(INDEXED_CPU, reason="this version of transformers cannot resume on CPUs")
 @pytest.mark.parametrize("method", CONFIGS)
 def test_resumed_is_the_same(records, tmp_path, method):
-    in_both(check_resuming, records, tmp_path, method)
+    in_two_processes(check_resuming, records, tmp_path, method)
     losses = [[x["loss"] for x in log_of(tmp_path / name) if "loss" in x] for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
@@ -260,7 +214,7 @@ def check_slow_process(rank, records, folder):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_complete_when_all_have_written(records, tmp_path):
-    in_both(check_slow_process, records, tmp_path)
+    in_two_processes(check_slow_process, records, tmp_path)
 
 
 def check_broken_loss(rank, records, folder):
@@ -282,4 +236,4 @@ def check_broken_loss(rank, records, folder):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_both(records, tmp_path):
-    in_both(check_broken_loss, records, tmp_path)
+    in_two_processes(check_broken_loss, records, tmp_path)

@@ -3,14 +3,20 @@
 The script is called with a folder, the records and a case: each process saves its adapter in the folder.
 """
 
+import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from short_training import CANCELLATION, EPS, ROUNDINGS, by_kind
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import mmicl_kernels as mk
+from mmicl_kernels.integration.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training.recipes import Recipe
@@ -34,10 +40,14 @@ CASES = {
 }
 
 
-def tiny_training(records, method, case, *, processes=1, **options):
-    """The adapter; ``processes`` share the batches of ``case``."""
+def model_for():
     torch.manual_seed(0)
-    model, processor = tiny_model("llava-llama"), tiny_processor("llava", chat=True)
+    return tiny_model("llava-llama")
+
+
+def tiny_training(records, method, case, *, processes=1, model=None, **options):
+    """The adapter; ``processes`` share the batches of ``case``."""
+    model, processor = model or model_for(), tiny_processor("llava", chat=True)
     recipe, arguments = CASES[case] if isinstance(case, str) else case
     recipe = replace(recipe, batch_size=recipe.batch_size // processes)
     if method == "aim":
@@ -47,7 +57,67 @@ def tiny_training(records, method, case, *, processes=1, **options):
     return mk.train(model, processor, records, recipe=recipe, arguments=arguments, **options)
 
 
+def assert_sharded(model, adapter):
+    """Half of the model's bytes are here, by layers, and the whole adapter."""
+    whole = local = odd = 0
+    for name, x in model.named_parameters():
+        assert isinstance(x, DTensor), name
+        whole, local = whole + x.nbytes, local + x.to_local().nbytes
+        # Rows that two processes cannot share evenly.
+        odd += x[0].nbytes if len(x) % 2 else 0
+    assert abs(local - whole / 2) <= odd / 2 < 0.01 * whole
+    assert all(isinstance(anchor.layer, FSDPModule) for anchor in find_anchors(model))
+    assert not any(isinstance(x, DTensor) for x in adapter.parameters())
+
+
+def start_of(method):
+    model = model_for()
+    torch.manual_seed(0)
+    return mk.create(model, CONFIGS[method])
+
+
+def assert_same_run(actual, expected, method, steps=3):
+    """Both were trained from the same start, by updates that differ by roundings."""
+    a, b, c = (by_kind(dict(x.named_parameters())) for x in (actual, expected, start_of(method)))
+    for kind in c:
+        moved, error = (b[kind] - c[kind]).norm(), (a[kind] - b[kind]).norm()
+        # Errors of a step change the next one's gradients a little: twice as many roundings.
+        often = 1 if steps == 1 else 2
+        allowed = often * ROUNDINGS * CANCELLATION.get(kind, 1.0) * moved + steps * EPS * b[kind].norm()
+        assert error <= allowed < moved, f"{kind}: {error} of {moved}, expected at most {allowed}"
+
+
+def assert_same(x, y):
+    for (name, a), b in zip(x.state_dict().items(), y.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def of_both(folder, case):
+    return [mk.load(folder / f"{case}{rank}", tiny_model("llava-llama")) for rank in range(2)]
+
+
+def log_of(folder):
+    return json.loads((folder / "training.json").read_text())["log"]
+
+
+def launch(options, folder, *arguments):
+    """This file in two processes, by accelerate's command."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2",
+        "--main_process_port", "0", __file__, folder, *arguments,
+    ]  # fmt: skip
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 if __name__ == "__main__":
     folder, records, method, case = sys.argv[1:]
-    adapter = tiny_training(records, method, case, processes=2, out=Path(folder) / "out")
-    adapter.save_pretrained(Path(folder) / f"rank{os.environ['RANK']}")
+    model, rank = model_for(), os.environ["RANK"]
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and rank != "0":  # by default from_pretrained reads the weights in the first process alone
+        model.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
+    adapter = tiny_training(records, method, case, processes=2, model=model, out=Path(folder) / "out")
+    adapter.save_pretrained(Path(folder) / f"rank{rank}")
+    if sharded:
+        assert_sharded(model, adapter)

@@ -55,9 +55,10 @@ def _join(context: ProcessContext) -> None:
 
 
 def _run(rank: int, store: Path, check: Callable[..., None], args: tuple[object, ...]) -> None:
-    # transformers reads these, and gloo would look up the machine's name.
+    # transformers and accelerate read these, and gloo would look up the machine's name.
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "GLOO_SOCKET_IFNAME": "lo",
+        "LOCAL_WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
     }  # fmt: skip
     torch.set_num_threads(1)
     torch.manual_seed(0)
