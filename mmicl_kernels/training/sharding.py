@@ -1,4 +1,4 @@
-"""FSDP2 of the frozen model, as a launcher or the arguments ask; the adapter is whole in each process."""
+"""FSDP2 of the frozen model, as a launcher or the arguments ask, and what DeepSpeed cannot do."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 
-from mmicl_kernels.methods import Adapter, AIMAdapter
+from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
 
 ASKED = "ACCELERATE_USE_FSDP"  # what `accelerate launch --use_fsdp` sets
 
@@ -69,3 +69,16 @@ def shard(
         accelerator.state.fsdp_plugin = None
     # Of weights that only the first process had read, others have told nothing.
     (adapter.backbone,) = broadcast_object_list([adapter.backbone])
+
+
+def check_deepspeed(stage: int, adapter: Adapter) -> None:
+    """Raise NotImplementedError for what DeepSpeed cannot train: stage 3, and all methods but MimIC."""
+    if stage == 3:
+        raise NotImplementedError(
+            "zero_stage is 3, which parts the adapter's parameters too, expected at most 2, or FSDP version 2"
+        )
+    if not isinstance(adapter, MimICAdapter):
+        # It broadcasts no scalar, as LIVE's and M2IV's scales are, and its optimizer sees no matrices, which
+        # AIM's decay pulls to the identity.
+        name = type(adapter).__name__.removesuffix("Adapter")
+        raise NotImplementedError(f"DeepSpeed cannot train {name}'s parameters, expected MimIC or DDP")

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mmicl_kernels.training.module import TrainedModule, token_shares
 from mmicl_kernels.training.objectives import trainable
 from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 from mmicl_kernels.training.queries import CountedBatches, Queries, QueryOrder
-from mmicl_kernels.training.sharding import shard, without_fsdp
+from mmicl_kernels.training.sharding import check_deepspeed, shard, without_fsdp
 
 DESCRIPTION_FILE = "training.json"
 STATE_FILE = "trainer_state.json"  # what a Trainer writes last into a checkpoint
@@ -79,6 +80,8 @@ class AdapterTrainer(Trainer):
         """FSDP, if it is asked for, shards the model, and DDP averages the adapter's gradients."""
         with without_fsdp(self.args) as plugin:
             super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.zero_stage, self.module.adapter)
         if plugin is not None:
             shard(self.module.model, self.module.adapter, plugin, self.accelerator)
 
@@ -88,6 +91,13 @@ class AdapterTrainer(Trainer):
             # accelerate refuses DDP where there are sharded parameters, which it leaves alone here.
             return DistributedDataParallel(wrapped)
         return wrapped
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # or the frozen model would be in checkpoints
+            save = self.model_wrapped.save_checkpoint
+            self.model_wrapped.save_checkpoint = partial(save, exclude_frozen_parameters=True)
+        return prepared
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

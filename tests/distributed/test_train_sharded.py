@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from short_training import EPS, ROUNDINGS, by_kind
 from test_train import INDEXED_CPU, Kill, Killed
 from tiny_runs import (
     CASES,
+    CONFIGS,
     assert_same,
     assert_same_run,
     assert_sharded,
@@ -26,8 +28,8 @@ from two_processes import in_two_processes
 
 import mmicl_kernels as mk
 from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.training.sharding import check_deepspeed
 
-pytest.importorskip("accelerate")
 pytestmark = pytest.mark.slow
 SHARDED = ("mimic", "live", "m2iv")
 CHECKED = ("adam", "accumulated")
@@ -101,7 +103,11 @@ def test_resumed_is_the_same(records, tmp_path):
 
 def check_other_ways(rank, records, folder):
     """Checkpointed layers; bf16, in which the model computes; a model that was sharded before."""
-    made = {}
+
+    def refuse(self, model, *args, **kwargs):  # as with GPUs
+        raise ValueError("Your model contains `DTensor` parameters, which is incompatible with DDP.")
+
+    Accelerator.prepare_model, made = refuse, {}
     for name, arguments in {
         "checkpointed": {"gradient_checkpointing": True, **fsdp()},
         "bf16": {"bf16": True, **fsdp()},
@@ -152,3 +158,14 @@ def check_refusals(rank, records):
 
 def test_what_is_refused(records):
     in_two_processes(check_refusals, records)
+
+
+def test_what_deepspeed_cannot_train():
+    """It is not installed with the tests; what was tried by hand is in the README."""
+    adapters = {method: start_of(method) for method in CONFIGS}
+    check_deepspeed(2, adapters["mimic"])
+    with pytest.raises(NotImplementedError, match="zero_stage is 3.*, or FSDP version 2"):
+        check_deepspeed(3, adapters["mimic"])
+    for method, name in {"live": "LIVE", "m2iv": "M2IV", "aim": "AIM"}.items():
+        with pytest.raises(NotImplementedError, match=f"cannot train {name}.*expected MimIC or DDP"):
+            check_deepspeed(1, adapters[method])

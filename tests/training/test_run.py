@@ -8,10 +8,12 @@ import pytest
 import torch
 from records_of_colours import write_records
 from transformers import TrainerCallback, TrainerState, get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.integration import attach, handle_of
+from mmicl_kernels.integration.pretrained import load_model
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
@@ -378,3 +380,34 @@ def test_one_process_has_one_device(model, processor, records, tmp_path):
         assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == SHORT.batch_size
         trainer.train()
         assert trainer.model_wrapped is module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_quantised_bases(processor, records, monkeypatch, tmp_path, method, kind):
+    """The same updates as written out, with checkpointed layers or without, and the base as it was."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    # Its kernel for some CPUs has no gradient where there is a bias, and wants wider layers.
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    tiny_again().save_pretrained(tmp_path / "model")
+    config = mk.MimICConfig(align="layer") if method == "mimic" else CONFIGS[method]
+    config = mk.M2IVConfig(synergy_weight=0) if method == "m2iv" else config
+    recipe = recipe_for(method)
+
+    def trained(model, **arguments):
+        return mk.train(
+            model, processor, records, config, recipe=recipe, seed=3, progress=False, arguments=arguments
+        )
+
+    model = load_model(tmp_path / "model", dtype="float32", device="cpu", quantization=kind)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    assert any(x.dtype in (torch.uint8, torch.int8) for x in before.values())
+    adapter = trained(model)
+    assert_same(adapter, written_out(model, processor, records, config, recipe, 3))
+    if method != "mimic" or GradientCheckpointingLayer.__call__ is torch.nn.Module.__call__:
+        assert_same(adapter, trained(model, gradient_checkpointing=True))
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    plain = trained(tiny_again())
+    for x, y in zip(adapter.parameters(), plain.parameters(), strict=True):
+        assert x.dtype == torch.float32 and x.isfinite().all() and not torch.equal(x, y)
