@@ -57,6 +57,8 @@ class AdapterTrainer(Trainer):
         measure_every: int = 100,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        """Raises ValueError: ``arguments`` ask for other batches than :class:`QueryOrder` makes."""
+        _check_order(arguments)
         if arguments.n_gpu > 1:  # several devices and one process: nn.DataParallel's copies call one model
             arguments._n_gpu = 1
         self.collator, self.module, self.description = collator, module, dict(description or {})
@@ -245,6 +247,19 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _check_order(arguments: TrainingArguments) -> None:
+    order, config = arguments.train_sampling_strategy, arguments.accelerator_config
+    if order not in ("random", "sequential"):
+        raise ValueError(f"train_sampling_strategy is {order!r}, expected 'random' or 'sequential'")
+    for name, value in {
+        "dataloader_drop_last": arguments.dataloader_drop_last,
+        "split_batches": config.split_batches,
+        "dispatch_batches": config.dispatch_batches,
+    }.items():
+        if value:
+            raise ValueError(f"{name} is {value}, expected False: every query is in one process's batch")
 
 
 class _Epochs(TrainerCallback):

@@ -411,3 +411,18 @@ def test_quantised_bases(processor, records, monkeypatch, tmp_path, method, kind
     plain = trained(tiny_again())
     for x, y in zip(adapter.parameters(), plain.parameters(), strict=True):
         assert x.dtype == torch.float32 and x.isfinite().all() and not torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dataloader_drop_last": True}, "dataloader_drop_last is True, expected False: every query"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches is True, expected False"),
+        ({"train_sampling_strategy": "group_by_length"}, "is 'group_by_length', expected 'random' or"),
+    ],
+)
+def test_other_orders_of_queries_are_refused(model, processor, records, arguments, message):
+    options = {"recipe": recipe_for("live"), "progress": False, "arguments": arguments}
+    with pytest.raises(ValueError, match=message):
+        mk.train(model, processor, records, mk.LIVEConfig(), **options)
+    assert handle_of(model) is None
