@@ -264,6 +264,7 @@ def _fields(recipe: Recipe, kept: bool, validated: bool) -> dict[str, Any]:
         "logging_steps": 0.01,
         "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
         "dataloader_pin_memory": torch.accelerator.is_available(),
+        "ddp_find_unused_parameters": False,  # there are none
         "report_to": "none",
     }
 
