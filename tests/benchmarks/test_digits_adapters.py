@@ -124,9 +124,9 @@ def test_uses_ask_for_what_they_say(generator):
     for i, query in enumerate(queries):
         answer = data.VOCABULARY.index(query.answer)
         labels = style.labels[i][style.labels[i] != data.IGNORE]
-        assert labels.tolist() == [answer, data.QUESTION_ID, data.END_ID]
+        assert labels.tolist() == [answer, data.QUESTION_ID]
     found = [row[row != data.IGNORE].tolist() for row in refusal.labels]
-    assert found[::2] == [[data.QUESTION_ID, data.END_ID]] * 2  # ink
+    assert found[::2] == [[data.QUESTION_ID]] * 2  # ink
     sizes = [data.VOCABULARY.index(word) for word in data.WORDS["size"]]
     assert all(answer in sizes and end == data.END_ID for answer, end in found[1::2])
     for batch in (style, refusal):  # the same prompt twice, with demonstrations that are answered as ever

@@ -70,7 +70,10 @@ class InContext(EpisodeCollator):
             dim = partial(faded, contrast=self.contrast)
             student = self.builder.answered(list(map(dim, queries)), [list(map(dim, row)) for row in shots])
         marks = align(student, teacher, self.builder)
-        return EpisodeBatch(student.inputs, teacher.inputs, *marks, student.labels)
+        # To end behind a question that is asked back is not learned: behind the query's own an answer stands.
+        back = (student.labels == data.END_ID) & (student.labels.roll(1, 1) == data.QUESTION_ID)
+        labels = student.labels.masked_fill(back, data.IGNORE)
+        return EpisodeBatch(student.inputs, teacher.inputs, *marks, labels)
 
 
 @torch.no_grad()
