@@ -101,7 +101,7 @@ def test_layers_that_hold_models_name_no_foreign_package_but_theirs():
         "methods": {"safetensors"},
         "library": {"safetensors", "huggingface_hub"},
         "integration": {"transformers", "tqdm", "PIL", "numpy"},
-        "training": {"tqdm", "sklearn", "PIL", "transformers", "accelerate", "matplotlib"},
+        "training": {"numpy", "tqdm", "sklearn", "PIL", "transformers", "accelerate", "matplotlib"},
         "evaluation": {
             "numpy",
             "nltk",

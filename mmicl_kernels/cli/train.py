@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from mmicl_kernels.cli.printing import FAILED, complain
 
 if TYPE_CHECKING:  # torch is imported when the command runs
+    from collections.abc import Sequence
+
     import torch
 
+    from mmicl_kernels.data import Record, Records
     from mmicl_kernels.training.recipes import Recipe
     from mmicl_kernels.training.run import Training
 
@@ -52,8 +55,9 @@ def add_parser(commands: Any) -> None:
     prompts.add_argument("--image-marker", metavar="TEXT", help="of an image (default: the chat template's)")
 
     updates = train.add_argument_group("updates")
-    updates.add_argument("--steps", type=int, metavar="N", help="updates")
-    updates.add_argument("--epochs", type=float, metavar="N", help="passes over the data, instead of --steps")
+    length = updates.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="updates")
+    length.add_argument("--epochs", type=float, metavar="N", help="passes over the data")
     updates.add_argument("--batch-size", type=int, metavar="N", help="queries at once, in each process")
     updates.add_argument("--accumulate", type=int, metavar="N", help="batches for one update")
     updates.add_argument("--learning-rate", "--lr", type=float, metavar="X")
@@ -76,36 +80,53 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train and return the exit code; an error is one line on stderr."""
+    from safetensors import SafetensorError
+
+    expected = (
+        OSError,
+        ValueError,
+        TypeError,
+        ImportError,
+        FloatingPointError,
+        RuntimeError,
+        SafetensorError,
+    )
     try:
         return _train(options)
     except BrokenPipeError:
         raise
-    except (OSError, ValueError, TypeError, ImportError, FloatingPointError) as error:
+    except expected as error:
         complain("mmicl train", str(error))
         return FAILED
 
 
 def _train(options: argparse.Namespace) -> int:
+    from mmicl_kernels.training.arguments import require_accelerate, training_arguments
     from mmicl_kernels.training.preview import preview
 
-    arguments = _arguments(options)  # first: a model takes minutes to load
-    config, recipe = _config(options), _recipe(options)
+    require_accelerate()
+    given, config, recipe = _arguments(options), _config(options), _recipe(options)
     if options.out is None and not options.dry_run:
         raise ValueError("--out is missing, expected a folder, or --dry-run")
+    # What is wrong with these is said first: a model takes minutes to load.
+    validated = options.validation is not None
+    training_arguments(recipe, given, options.out or "", kept=True, validated=validated, seed=options.seed)
     training = _training(options, config, recipe)
     if options.dry_run:
-        print(preview(training))
+        print(preview(training, given))
         return 0
-    adapter = training.run(options.out, resume=options.resume, arguments=arguments)
+    try:
+        adapter = training.run(options.out, resume=options.resume, arguments=given)
+    except Exception:
+        print(file=sys.stderr)  # a progress bar has not ended its line
+        raise
     if _is_main_process():
         print(f"{options.out}: {type(adapter).__name__}, {adapter.num_parameters():,} parameters")
     return 0
 
 
-def _device() -> torch.device | None:
-    """This process's, of those that accelerate started; None without accelerate."""
-    if importlib.util.find_spec("accelerate") is None:
-        return None
+def _device() -> torch.device:
+    """This process's, of those that accelerate started."""
     from accelerate import PartialState
 
     return PartialState().device
@@ -127,9 +148,8 @@ def _training(options: argparse.Namespace, config: object, recipe: Recipe) -> Tr
 
     files = [Path(x) for x in (options.data, options.validation) if x is not None]
     records = [Records(x, options.images, skip_bad=options.skip_bad) for x in files]
-    for path, found in zip(files, records, strict=True):
-        if found.skipped:
-            complain("mmicl train", f"{path}: left out {sum(found.skipped.values())} bad lines")
+    if options.skip_bad:
+        records = [_good(path, found) for path, found in zip(files, records, strict=True)]
     processor = load_processor(options.model)
     settings = {"instruction": options.instruction, "image_marker": options.image_marker}
     builder = builder_of(processor)
@@ -144,10 +164,21 @@ def _training(options: argparse.Namespace, config: object, recipe: Recipe) -> Tr
     )
 
 
+def _good(path: Path, records: Records) -> Sequence[Record]:
+    """Those with an answer to learn; how many others there are is said."""
+    missing = sum(1 for x in records if not x.answer.strip())
+    if records.skipped or missing:
+        bad, without = sum(records.skipped.values()), f" and {missing} without an answer" if missing else ""
+        complain("mmicl train", f"{path}: left out {bad} bad lines{without}")
+    return [x for x in records if x.answer.strip()] if missing else records
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     from mmicl_kernels.training.recipes import RECIPES
 
     name = options.recipe or options.method
+    if options.method is not None and not name.startswith(options.method):
+        raise ValueError(f"--recipe is {name!r}, expected one of {options.method}'s, as --method says")
     if name not in RECIPES:
         raise ValueError(f"--recipe is {name!r}, expected one of {', '.join(RECIPES)}")
     given = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
@@ -158,7 +189,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _shots(text: str) -> int | tuple[int, int]:
     low, dash, high = text.partition("-")
-    if not (low.isdigit() and (high.isdigit() or not dash)):
+    if not (low.isdecimal() and (high.isdecimal() or not dash)):
         raise ValueError(f"--shots is {text!r}, expected a number, or LOW-HIGH")
     return (int(low), int(high)) if dash else int(low)
 

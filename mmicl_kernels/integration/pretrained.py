@@ -45,6 +45,11 @@ def load_model(
 
     if quantization not in (None, "4bit", "8bit"):
         raise ValueError(f"quantization is {quantization!r}, expected '4bit', '8bit' or None")
+    if isinstance(dtype, str) and dtype != "auto":
+        known = getattr(torch, dtype, None)
+        if not isinstance(known, torch.dtype) or not known.is_floating_point:
+            raise ValueError(f"dtype is {dtype!r}, expected 'auto', 'float32', 'bfloat16' or 'float16'")
+        dtype = known
     name, local = _source(folder)
     config = AutoConfig.from_pretrained(name, local_files_only=local)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -63,12 +63,16 @@ class Collator(Generic[Made]):
         self._epoch.fill_(epoch)
 
     def __call__(self, queries: Sequence[Any]) -> Made:
-        """Raises as the builder and the batch; ValueError: the pool is too small."""
+        """Raises as the builder and the batch; ValueError: the pool is too small. It names the queries."""
         pairs = [x if isinstance(x, tuple) else (x, self.drawn(x)) for x in queries]
-        return self._batch(
-            [demonstration_of(x) for x, _ in pairs],
-            [[demonstration_of(x) for x in shots] for _, shots in pairs],
-        )
+        try:
+            return self._batch(
+                [demonstration_of(x) for x, _ in pairs],
+                [[demonstration_of(x) for x in shots] for _, shots in pairs],
+            )
+        except ValueError as error:
+            names = [[_name(x), *map(_name, shots)] for x, shots in pairs]
+            raise ValueError(f"{error} (queries, each with its demonstrations: {names})") from error
 
     def arguments(self, queries: Sequence[Any]) -> dict[str, object]:
         """The batch's ``arguments()``: the ``data_collator`` of a Trainer."""
@@ -83,6 +87,11 @@ class Collator(Generic[Made]):
 
     def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> Made:
         raise NotImplementedError
+
+
+def _name(example: Any) -> str:
+    name = getattr(example, "id", None)
+    return getattr(example, "text", type(example).__name__)[:40] if name is None else str(name)
 
 
 class EpisodeCollator(Collator[EpisodeBatch]):

@@ -37,6 +37,7 @@ class Objective:
         means_over: whose tokens a part is the mean over, "answer" or "query"; M2IV's synergy is no mean.
         learning_rates: by the last part of a parameter's name, instead of the common one; for an optimizer.
         decay_to_identity: square matrices that weight decay pulls to the identity; for an optimizer.
+        weights: of the parts in the loss, known after the first batch.
         measures: whether the parts say, under keys with a slash, which of them decides: see
             ``training/measures.py``. Costs a backward pass for each part. Under reentrant gradient
             checkpointing, which allows no such pass, their gradients are left out.
@@ -48,6 +49,7 @@ class Objective:
     learning_rates: Mapping[str, float] = MappingProxyType({})
     decay_to_identity: tuple[str, ...] = ()
     measures = False
+    weights: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, handle: Handle) -> None:
         """``handle`` must hold a single adapter, of the objective's method; raises ValueError otherwise."""
@@ -65,6 +67,7 @@ class Objective:
         shares: Callable[[], dict[str, Tensor]] = dict,
     ) -> Losses:
         """Of weights and parts on one device; ``shares`` are measured where they are asked for."""
+        self.weights = {name: weight for name, (weight, _) in terms.items()}
         weighted = {name: weight * x for name, (weight, x) in terms.items()}
         parts = {name: x.detach() for name, (_, x) in terms.items()}
         if self.measures:

@@ -18,22 +18,26 @@ from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.objectives import trainable
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from mmicl_kernels.training.run import Training
 
 ADAMW_STATES = 2  # as large as the parameters
 
 
-def preview(training: Training) -> str:
+def preview(training: Training, given: Mapping[str, Any] | None = None) -> str:
     """The first query's prompts, the tokens of the first batch, and the cost of all updates.
 
     The cost is measured: two forward and backward passes of that batch, of which the second counts, on the
-    model's device, without autocast; nothing is changed by them. The memory is the device's peak, on a CPU
-    that of the process since it began.
+    model's device, with the autocast and the checkpointing that ``given`` asks for, which are the Trainer's
+    arguments as of :func:`train`; nothing is changed by them. The memory is the device's peak, on a CPU that
+    of the process since it began.
 
-    Raises: as the batches and the objective.
+    Raises: as :func:`train` before it begins, the batches and the objective.
     """
-    recipe, collator = training.recipe, training.collator
-    rows = [training.examples[i] for i in range(min(recipe.batch_size, len(training.examples)))]
+    arguments = training.arguments(dict(given or {}), kept=True)
+    collator, size = training.collator, arguments.per_device_train_batch_size
+    rows = [training.examples[i] for i in range(min(size, len(training.examples)))]
     batch = collator(rows)
     prompts = _prompts(batch)
     decode = training.builder.processor.tokenizer.decode
@@ -43,7 +47,7 @@ def preview(training: Training) -> str:
     answer = batch.labels[0][batch.labels[0] != IGNORE].tolist()
     lines += [f"answer: {decode(answer)!r}", "", f"Tokens of a prompt, {len(rows)} queries", ""]
     lines += _token_table(prompts, batch, training.builder.image_ids)
-    return "\n".join([*lines, "", "Cost", "", *_cost(training, batch)])
+    return "\n".join([*lines, "", "Cost", "", *_cost(training, arguments, batch)])
 
 
 def _prompts(batch: Batch) -> list[tuple[str, Mapping[str, Tensor], Tensor | None]]:
@@ -102,35 +106,43 @@ def _range(counts: Tensor) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _cost(training: Training, batch: Batch) -> list[str]:
-    recipe = training.recipe
-    per_epoch = math.ceil(math.ceil(len(training.examples) / recipe.batch_size) / recipe.accumulate)
-    updates = recipe.steps or math.ceil(recipe.epochs * per_epoch)
+def _cost(training: Training, arguments: TrainingArguments, batch: Batch) -> list[str]:
+    size, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    per_epoch = math.ceil(math.ceil(len(training.examples) / (size * arguments.world_size)) / accumulated)
+    epochs = math.ceil(arguments.num_train_epochs * per_epoch)
+    updates = arguments.max_steps if arguments.max_steps > 0 else epochs
     with training.module() as module:
         device = module.handle.model.get_input_embeddings().weight.device
-        seconds = _seconds(module, batch.to(device), device)
+        seconds = _seconds(module, batch.to(device), device, arguments)
         parameters = trainable(module.adapter)
         count = sum(x.numel() for x in parameters.values())
-        size = sum(x.numel() * x.element_size() for x in parameters.values())
+        own = sum(x.numel() * x.element_size() for x in parameters.values())
         frozen = sum(x.numel() * x.element_size() for x in _frozen(module))
     peak = _peak(device)
-    total = seconds * recipe.accumulate * updates
+    total = seconds * accumulated * updates
     return [
-        f"adapter        {count:,} parameters, {_bytes(size)}; its optimizer {_bytes(ADAMW_STATES * size)}",
+        f"adapter        {count:,} parameters, {_bytes(own)}; its optimizer {_bytes(ADAMW_STATES * own)}",
         f"frozen model   {_bytes(frozen)}, on {device}",
         f"peak memory    {_bytes(peak)}" + ("" if device.type == "cuda" else " (of the process)"),
-        f"updates        {updates:,} of {recipe.batch_size} x {recipe.accumulate} queries in each process",
+        f"updates        {updates:,} of {size} x {accumulated} queries in each process",
         f"time           {seconds:.2f} s a batch, {_duration(total)} in all, evaluations and loading aside",
     ]
 
 
-def _seconds(module: TrainedModule, batch: Batch, device: torch.device) -> float:
+def _seconds(
+    module: TrainedModule, batch: Batch, device: torch.device, arguments: TrainingArguments
+) -> float:
     module.train()
+    if arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False):
+        module.handle.model.gradient_checkpointing_enable({"use_reentrant": False})
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16
     for _ in range(2):
         started = time.perf_counter()
-        module(**batch.arguments())["loss"].backward()
+        with torch.autocast(device.type, dtype, enabled=arguments.bf16 or arguments.fp16):
+            loss = module(**batch.arguments())["loss"]
+        loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, Sampler
 
 from mmicl_kernels.training.collate import Collator
 from mmicl_kernels.training.module import token_counts
+from mmicl_kernels.training.shots import generator_of_text
 
 NO_QUERY = -1
 
@@ -42,7 +43,7 @@ class QueryOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = range(self.count)
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed + self.collator.epoch)
+            generator = generator_of_text(f"order {self.seed} {self.collator.epoch}")
             order = torch.randperm(self.count, generator=generator).tolist()
         yield from order
         yield from [NO_QUERY] * (len(self) - self.count)

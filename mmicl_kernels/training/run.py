@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,23 +17,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration, Record
-from mmicl_kernels.integration import PromptBuilder, create
+from mmicl_kernels.integration import PromptBuilder, create, load
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.methods import Adapter, AIMConfig
+from mmicl_kernels.methods.base import CONFIG_FILE
+from mmicl_kernels.training.arguments import deciding, training_arguments
 from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.plot import plot_losses
 from mmicl_kernels.training.recipes import RECIPES, Recipe
 from mmicl_kernels.training.shots import Draw, Example, RandomShots, examples_of, key_of
+from mmicl_kernels.training.unchanged import unchanged, undrawn
 
 if TYPE_CHECKING:  # importing the Trainer takes seconds
     from transformers import ProcessorMixin, TrainerCallback, TrainingArguments
 
     from mmicl_kernels.training.trainer import AdapterTrainer
-
-CHECKPOINTS = 0.1  # of the updates, from one to the next
 
 
 def train(
@@ -94,6 +98,7 @@ class Training:
     Attributes:
         builder: of the prompts. ``examples``: the queries. ``collator``: makes batches of them.
         validation: pairs of a query and its demonstrations, drawn once, or None.
+        digests: of the texts of both, by "records" and "validation".
     """
 
     model: nn.Module
@@ -104,6 +109,7 @@ class Training:
     collator: Collator
     validation: Dataset | None
     seed: int
+    digests: Mapping[str, str]
 
     @classmethod
     def of(
@@ -128,14 +134,13 @@ class Training:
         floating = model.dtype if model.dtype.is_floating_point else None
         builder = builder_of(processor, answer_only=answer_only, dtype=floating)
         builder.device = torch.device("cpu")  # a Trainer moves batches
-        examples = _examples(records, "records", builder)
-        collator = _collator(config, builder, examples, chosen, draw, seed)
-        others = (
-            None
-            if validation is None
-            else _FixedEpisodes(_examples(validation, "validation", builder), collator)
-        )
-        return cls(model, config, chosen, builder, examples, collator, others, seed)
+        examples, digests = {}, {}
+        for name, source in (("records", records), ("validation", validation)):
+            if source is not None:
+                examples[name], digests[name] = _examples(source, name, builder)
+        collator = _collator(config, builder, examples["records"], chosen, draw, seed)
+        others = _FixedEpisodes(examples["validation"], collator) if "validation" in examples else None
+        return cls(model, config, chosen, builder, examples["records"], collator, others, seed, digests)
 
     def description(self) -> dict[str, Any]:
         """What decides the adapter, for ``training.json``: a run with another one cannot be resumed."""
@@ -144,7 +149,8 @@ class Training:
             "config": asdict(self.config),
             "recipe": self.recipe.description(),
             "prompt": self.builder.settings,
-            "examples": len(self.examples),
+            "examples": self.digests,
+            "draw": _named(self.collator.draw),
             "seed": self.seed,
         }
 
@@ -158,22 +164,34 @@ class Training:
         progress: bool = True,
     ) -> Adapter:
         """Arguments and errors are those of :func:`train`."""
-        if importlib.util.find_spec("accelerate") is None:
-            raise ImportError("mmicl_kernels.train needs accelerate: pip install 'mmicl-kernels[train]'")
-        with tempfile.TemporaryDirectory() as nowhere:
-            folder = Path(nowhere if out is None else out)
-            checkpoint = None if out is None else self._checkpoint(folder, resume)
-            made = self._arguments(folder, out is not None, arguments or {}, progress)
-            with self.module() as module:
-                trainer = self._trainer(module, made, callbacks)
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        given = dict(arguments or {})
+        with tempfile.TemporaryDirectory() as nowhere, undrawn(), torch.inference_mode(False):
+            folder, kept = Path(nowhere if out is None else out), out is not None
+            made = self.arguments(given, folder, kept=kept, progress=progress)
+            description = {**self.description(), "arguments": deciding(given), "processes": made.world_size}
+            known = _Known.of(folder, description, resume) if kept else _Known()
+            if known.adapter is not None:
+                return load(known.adapter, self.model).requires_grad_(False).eval()
+            with self.module() as module, torch.enable_grad():
+                trainer = self._trainer(module, made, description, callbacks)
+                if known.is_finished:
+                    trainer.restore(known.checkpoint)
+                else:
+                    trainer.train(resume_from_checkpoint=known.checkpoint and str(known.checkpoint))
                 trainer.description["log"] = trainer.state.log_history
-                if out is not None:
+                if kept:
                     trainer.save_model()
-                    if trainer.args.should_save and importlib.util.find_spec("matplotlib") is not None:
-                        plot_losses(trainer.state.log_history, folder / "training.png")
+                    if trainer.args.should_save:
+                        _plot(trainer.state.log_history, folder / "training.png")
                 trainer.accelerator.wait_for_everyone()  # before one reads the folder, or removes it
         return module.adapter.requires_grad_(False).eval()
+
+    def arguments(
+        self, given: Mapping[str, Any], folder: str | os.PathLike = "", *, kept: bool, progress: bool = True
+    ) -> TrainingArguments:
+        """As :func:`training_arguments`."""
+        options = {"kept": kept, "validated": self.validation is not None, "seed": self.seed}
+        return training_arguments(self.recipe, given, folder, progress=progress, **options)
 
     @contextmanager
     def module(self) -> Iterator[TrainedModule]:
@@ -188,43 +206,12 @@ class Training:
             finally:
                 module.handle.detach()
 
-    def _checkpoint(self, folder: Path, resume: bool) -> Path | None:
-        """Where to go on. Raises ValueError: the folder has another run, or one that shall not go on."""
-        from mmicl_kernels.training.trainer import DESCRIPTION_FILE, last_checkpoint
-
-        checkpoint = last_checkpoint(folder)
-        if checkpoint is None:
-            return None
-        if not resume:
-            raise ValueError(
-                f"out is {folder}, which has {checkpoint.name} of a training: expected resume=True, or "
-                "another folder"
-            )
-        theirs, mine = json.loads((checkpoint / DESCRIPTION_FILE).read_text()), self.description()
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise ValueError(f"{checkpoint} was trained with {name} {theirs.get(name)}, expected {value}")
-        return checkpoint
-
-    def _arguments(
-        self, folder: Path, kept: bool, arguments: Mapping[str, Any], progress: bool
-    ) -> TrainingArguments:
-        """The recipe's and, before them, ``arguments``. Raises ValueError: there is no such field."""
-        from transformers import TrainingArguments
-
-        mine = {"output_dir", "remove_unused_columns", "seed"}
-        unknown = sorted(set(arguments) - set(TrainingArguments.__dataclass_fields__) | mine & set(arguments))
-        if unknown:
-            raise ValueError(
-                f"arguments has {unknown}, expected fields of transformers.TrainingArguments, without "
-                f"{sorted(mine)}"
-            )
-        options = _fields(self.recipe, kept, self.validation is not None)
-        options |= {"seed": self.seed, "disable_tqdm": not progress, **arguments}
-        return TrainingArguments(**{**options, "output_dir": str(folder), "remove_unused_columns": False})
-
     def _trainer(
-        self, module: TrainedModule, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback]
+        self,
+        module: TrainedModule,
+        arguments: TrainingArguments,
+        description: Mapping[str, Any],
+        callbacks: Sequence[TrainerCallback],
     ) -> AdapterTrainer:
         from transformers import PrinterCallback
 
@@ -232,60 +219,89 @@ class Training:
 
         trainer = AdapterTrainer(
             module, arguments, self.collator, self.examples, self.validation,
-            description=self.description(), callbacks=list(callbacks),
+            description=description, callbacks=list(callbacks),
         )  # fmt: skip
         if arguments.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
         return trainer
 
 
-def _fields(recipe: Recipe, kept: bool, validated: bool) -> dict[str, Any]:
-    """The recipe as fields of ``TrainingArguments``."""
-    return {
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.accumulate,
-        "num_train_epochs": recipe.epochs,
-        "max_steps": recipe.steps or -1,
-        "learning_rate": recipe.learning_rate,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": recipe.warmup,
-        "train_sampling_strategy": "random" if recipe.shuffle else "sequential",
-        "save_strategy": "steps" if kept or validated else "no",
-        "save_steps": CHECKPOINTS,
-        "save_total_limit": 2,
-        "eval_strategy": "steps" if validated else "no",
-        "eval_steps": CHECKPOINTS,
-        "load_best_model_at_end": validated,
-        "metric_for_best_model": "ce",
-        "greater_is_better": False,
-        "logging_steps": 0.01,
-        "use_cpu": not torch.accelerator.is_available(),  # or bf16 would be refused
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "ddp_find_unused_parameters": False,  # there are none
-        "report_to": "none",
-    }
+@dataclass(frozen=True)
+class _Known:
+    """What a folder has of the same training: its adapter, or where to go on, or nothing."""
+
+    adapter: Path | None = None
+    checkpoint: Path | None = None
+    is_finished: bool = False  # but for the adapter, which was not yet copied out of the last checkpoint
+
+    @classmethod
+    def of(cls, folder: Path, description: Mapping[str, Any], resume: bool) -> _Known:
+        """Raises ValueError: the folder has another adapter or training, or one that shall not go on."""
+        from mmicl_kernels.training.trainer import DESCRIPTION_FILE, check_whole, is_finished, last_checkpoint
+
+        last = last_checkpoint(folder)
+        made, begun = _read(folder / DESCRIPTION_FILE), last and _read(last / DESCRIPTION_FILE)
+        theirs = made or begun
+        if last is None and made is None and not (folder / CONFIG_FILE).exists():
+            return cls()
+        if not resume:
+            expected = "expected resume=True, or another folder"
+            raise ValueError(f"out is {folder}, which has an adapter or a training already: {expected}")
+        if theirs is None:
+            raise ValueError(f"out is {folder}, which has no {DESCRIPTION_FILE} of a training to go on with")
+        for name, value in description.items():
+            if theirs.get(name) != value:
+                raise ValueError(f"{folder} was trained with {name} {theirs.get(name)}, expected {value}")
+        if made is not None:
+            return cls(adapter=folder)
+        check_whole(last)
+        return cls(checkpoint=last, is_finished=is_finished(last))
 
 
-def _examples(source: Any, name: str, builder: PromptBuilder) -> Sequence[Any]:
-    """Raises TypeError or ValueError, with ``name``: no examples, or a record that cannot be learnt.
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a description has, if it is there: it is written after the adapter that it describes."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
-    Found now, not when its batch is made; of the images only the number is looked at.
+
+def _plot(log: list[dict[str, Any]], path: Path) -> None:
+    try:
+        plot_losses(log, path)
+    except ImportError as error:  # matplotlib is missing, or cannot be imported
+        if importlib.util.find_spec("matplotlib") is not None:
+            warnings.warn(f"no {path.name}: {error}", stacklevel=2)
+
+
+def _named(draw: Draw) -> str:
+    kind = getattr(draw, "__qualname__", None)
+    if kind is not None:
+        return kind
+    plain = {name: x for name, x in vars(draw).items() if isinstance(x, bool | int | float | str)}
+    return f"{type(draw).__qualname__} {plain}"
+
+
+def _examples(source: Any, name: str, builder: PromptBuilder) -> tuple[Sequence[Any], str]:
+    """Examples, and a digest of their ids and texts.
+
+    Raises TypeError or ValueError, with ``name``: no examples, or one that cannot be learnt. That is found
+    now, not when its batch is made; of the images only the number is looked at.
     """
-    if isinstance(source, DrawnEpisodes):
-        return source
-    examples = examples_of(source)
+    examples = source if isinstance(source, DrawnEpisodes) else examples_of(source)
     if len(examples) == 0:
         raise ValueError(f"{name} is empty, expected at least one example")
-    for x in (examples[i] for i in range(len(examples))):
-        if isinstance(x, Record):
+    digest = hashlib.sha256()
+    for i in tqdm(range(len(examples)), desc=f"checking {name}", delay=2):
+        x = examples[i]
+        parts = [str(getattr(x, field, "")) for field in ("id", "text", "answer")]
+        digest.update("\0".join(parts).encode() + b"\0\0")
+        if isinstance(x, Record | Demonstration):
             try:
                 builder.check(Demonstration((b"",) * len(x.images), x.text, x.answer), answered=True)
             except ValueError as error:
                 raise ValueError(f"{name}, {key_of(x)}: {error}") from error
-    return examples
+    return examples, f"{len(examples)}, {digest.hexdigest()}"
 
 
 def _recipe(
@@ -314,6 +330,9 @@ def _collator(
 ) -> Collator:
     options = {"draw": draw or RandomShots(replacement=recipe.replacement), "seed": seed}
     if isinstance(config, AIMConfig):
+        least = recipe.shots if isinstance(recipe.shots, int) else recipe.shots[0]
+        if least < 1:
+            raise ValueError(f"shots is {recipe.shots}, expected at least 1 for AIM")
         return AggregationCollator(builder, examples, recipe.shots, **options)
     if isinstance(recipe.shots, tuple):
         raise ValueError(f"shots is {recipe.shots}, expected a number: pairs are AIM's")
@@ -332,29 +351,3 @@ class _FixedEpisodes(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, list[Any]]:
         example = self.examples[index]
         return example if isinstance(example, tuple) else (example, self.collator.drawn(example, epoch=0))
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """What a training changes in a model beside its weights is undone at the end of a ``with`` block.
-
-    Which parameters ask for gradients, the modules' modes, gradient checkpointing, the cache.
-    """
-    gradients = {name: x.requires_grad for name, x in model.named_parameters()}
-    modes = {name: x.training for name, x in model.named_modules()}
-    checkpointing = {
-        name: x.gradient_checkpointing
-        for name, x in model.named_modules()
-        if hasattr(x, "gradient_checkpointing")
-    }
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        yield
-    finally:
-        for name, x in model.named_parameters():
-            x.requires_grad_(gradients.get(name, False))
-        for name, x in model.named_modules():
-            x.training = modes.get(name, False)
-            if name in checkpointing:
-                x.gradient_checkpointing = checkpointing[name]
-        model.config.use_cache = use_cache

@@ -3,13 +3,15 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmicl_kernels.data import Demonstration, as_records
+from mmicl_kernels.data import Demonstration, ImageFile, Record, as_records, image_bytes, read_image
+from mmicl_kernels.data.images import ImageSource, image_path
 
 
 class Example(Protocol):
@@ -64,15 +66,48 @@ def key_of(example: Demonstration | Example) -> str:
     return digest.hexdigest()
 
 
+def question_of(example: Demonstration | Example) -> str:
+    """A digest of a record's images and text: who has the same is the same question, whatever its id.
+
+    For lines without one are numbered, in every file from 1. Files of images are read once. Examples of
+    other kinds are known by their id, if they have one.
+    """
+    if isinstance(example, Record):
+        images, text = [_digest(x) for x in example.images], example.text
+    elif getattr(example, "id", None) is not None:
+        return key_of(example)
+    else:
+        x = demonstration_of(example)
+        images, text = [hashlib.sha256(data).digest() for data in x.images], x.text
+    return hashlib.sha256(b"".join(images) + text.encode()).hexdigest()
+
+
+def _digest(image: ImageSource) -> bytes:
+    if not isinstance(image, ImageFile):
+        return hashlib.sha256(image_bytes(image)).digest()
+    path = image_path(image.folder, image.name)
+    state = os.stat(path)
+    return _file_digest(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _file_digest(path: str, size: int, changed: int) -> bytes:
+    return hashlib.sha256(read_image(None, path)).digest()
+
+
 def generator_of(query: Demonstration | Example, seed: int, epoch: int = 0) -> torch.Generator:
     """What to draw a query's demonstrations with; it depends on these alone."""
-    text = f"{seed} {epoch} {key_of(query)}"
+    return generator_of_text(f"{seed} {epoch} {key_of(query)}")
+
+
+def generator_of_text(text: str) -> torch.Generator:
+    """Seeded by a digest of ``text``, so that no two of them begin alike."""
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
     return torch.Generator().manual_seed(number)
 
 
 class RandomShots:
-    """Drawn uniformly, each at most once, and never the query.
+    """Drawn uniformly, each at most once, and never the query, by whatever id (:func:`question_of`).
 
     Args:
         replacement: whether one may come several times, as in MimIC's and LIVE's official code.
@@ -88,9 +123,9 @@ class RandomShots:
     ) -> Sequence[int]:
         """Raises ValueError: the pool has too few others than the query."""
         drawn: list[int] = []
-        key = None if self.own_query else key_of(query)
+        asked = None if self.own_query else question_of(query)
         order = torch.randperm(len(pool), generator=generator).tolist() if shots else []
-        others = (i for i in order if key is None or key_of(pool[i]) != key)
+        others = (i for i in order if asked is None or question_of(pool[i]) != asked)
         if not self.replacement:
             for i in others:
                 drawn.append(i)
@@ -99,7 +134,7 @@ class RandomShots:
         elif next(others, None) is not None:  # there is one, so the loop ends
             while len(drawn) < shots:
                 i = int(torch.randint(len(pool), (), generator=generator))
-                if key is None or key_of(pool[i]) != key:
+                if asked is None or question_of(pool[i]) != asked:
                     drawn.append(i)
         if len(drawn) < shots:
             raise ValueError(
@@ -110,7 +145,7 @@ class RandomShots:
 
 
 class NearestShots:
-    """Those most similar to the query, which is never among them: RICES.
+    """Those most similar to the query, which is never among them, by whatever id: RICES.
 
     LIVE's official code takes CLIP's image features, the inner product, and the most similar one first.
 
@@ -152,10 +187,10 @@ class NearestShots:
         """
         if len(self.features) != len(pool):
             raise ValueError(f"features has {len(self.features)} rows, expected {len(pool)} like the pool")
-        key, drawn = key_of(query), []
-        scores = self.features @ self._features_of(pool, query, key)
+        asked, drawn = question_of(query), []
+        scores = self.features @ self._features_of(pool, query, asked)
         for i in scores.argsort(descending=True, stable=True).tolist() if shots else ():
-            if key_of(pool[i]) != key:
+            if question_of(pool[i]) != asked:
                 drawn.append(i)
             if len(drawn) == shots:
                 break
@@ -165,11 +200,12 @@ class NearestShots:
             )
         return drawn if self.nearest == "first" else drawn[::-1]
 
-    def _features_of(self, pool: Sequence[Any], query: Any, key: str) -> Tensor:
+    def _features_of(self, pool: Sequence[Any], query: Any, asked: str) -> Tensor:
         if self.embed is not None:
             return self.embed(query).detach().float().cpu()
         if self._places is None:
-            self._places = {key_of(pool[i]): i for i in reversed(range(len(pool)))}
-        if key not in self._places:
-            raise KeyError(f"the query {key} is not in the pool, expected embed to make its features")
-        return self.features[self._places[key]]
+            self._places = {question_of(pool[i]): i for i in reversed(range(len(pool)))}
+        if asked not in self._places:
+            name = key_of(query)
+            raise KeyError(f"the query {name} is not in the pool, expected embed to make its features")
+        return self.features[self._places[asked]]

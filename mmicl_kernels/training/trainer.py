@@ -18,10 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from mmicl_kernels.library import read_adapter
 from mmicl_kernels.methods import CheckpointError
+from mmicl_kernels.methods.durable import replacing
 from mmicl_kernels.training.collate import Collator
 from mmicl_kernels.training.measures import describe_large_shares
 from mmicl_kernels.training.module import TrainedModule, token_shares
@@ -72,9 +73,10 @@ class AdapterTrainer(Trainer):
         )
         # Of several processes each has its own where nothing is kept; the best checkpoint is in the first's.
         (arguments.output_dir,) = broadcast_object_list([arguments.output_dir])
-        self.measure_every = measure_every
-        self._sums: dict[str, Tensor] = {}  # of the parts since the last line of the log
-        self._count = 0
+        # A compiled backward pass cannot be repeated, as measuring the parts' gradients would.
+        self.measure_every = 0 if arguments.torch_compile else measure_every
+        self._sums: dict[str, Tensor] = {}  # of the parts in the updates since the last line of the log
+        self._logged = 0
         self._measured: int | None = None
         self._warned = False
 
@@ -141,6 +143,8 @@ class AdapterTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Raises FloatingPointError: the loss is not finite; nothing was changed by it."""
         step, objective = self.state.global_step, self.module.objective
+        if not self._sums:  # the first after a line of the log, or after going on
+            self._logged = step
         due = self.measure_every > 0 and step % self.measure_every == 0
         objective.measures = due and self._measured != step  # an update may have several batches
         self._measured = step
@@ -152,6 +156,13 @@ class AdapterTrainer(Trainer):
         if not math.isfinite(total):
             raise FloatingPointError(f"the loss is {float(total)} at step {step}, expected finite")
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises FloatingPointError: it is not finite, but in fp16, whose scale is lowered then."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {float(norm)} at step {self.state.global_step}")
+        return norm
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -172,15 +183,15 @@ class AdapterTrainer(Trainer):
                 warnings.warn(message, stacklevel=2)
         for name in outputs.keys() - measured.keys() - {"loss"}:
             part = outputs[name].detach() * shares[self.module.tokens_of(name)]
-            self._sums[name] = self._sums.get(name, 0) + part
-        self._count += 1
+            self._sums[name] = self._sums.get(name, 0) + part / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """With the means of the parts over all processes' tokens, beside the loss."""
-        if "loss" in logs and self._count:
-            parts = {name: x / self._count for name, x in sorted(self._sums.items())}
+        if "loss" in logs and self._sums:
+            updates = self.state.global_step - self._logged
+            parts = {name: x / updates for name, x in sorted(self._sums.items())}
             logs = {**logs, **{name: float(self.accelerator.reduce(x, "mean")) for name, x in parts.items()}}
-            self._sums, self._count = {}, 0
+            self._sums, self._logged = {}, self.state.global_step
         super().log(logs, *args)
 
     def evaluate(
@@ -207,10 +218,13 @@ class AdapterTrainer(Trainer):
                     sums[name] = sums.get(name, 0) + add
         finally:
             model.train(was_training)
-        metrics = {}
+        means = {}
         for name, x in sums.items():
             total, count = self.accelerator.reduce(x, "sum").tolist()
-            metrics[f"{metric_key_prefix}_{name}"] = total / count
+            means[name] = total / count
+        weights = self.module.objective.weights
+        means["loss"] = sum(weight * means[name] for name, weight in weights.items())
+        metrics = {f"{metric_key_prefix}_{name}": x for name, x in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -223,7 +237,8 @@ class AdapterTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         adapter = self.module.adapter
         adapter.from_tensors(adapter.config, adapter.backbone, whole).save_pretrained(folder)
-        (folder / DESCRIPTION_FILE).write_text(json.dumps(self.description, indent=2))
+        with replacing(folder / DESCRIPTION_FILE) as (file,):
+            file.write_text(json.dumps(self.description, indent=2))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         """Raises CheckpointError: the folder has no adapter, or one of another method or model."""
@@ -241,12 +256,21 @@ class AdapterTrainer(Trainer):
                     value = distribute_tensor(value, x.device_mesh, x.placements)
                 x.copy_(value)
 
+    def restore(self, checkpoint: Path) -> None:
+        """What :meth:`train` had left, where it was ended after the last update."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # or STATE_FILE might be there before another process's state
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        # By its name: the folder may have been moved since.
+        name = Path(self.state.best_model_checkpoint).name
+        self._load_from_checkpoint(str(Path(self.args.output_dir) / name))
 
 
 def _check_order(arguments: TrainingArguments) -> None:
@@ -284,6 +308,20 @@ def last_checkpoint(folder: str | os.PathLike) -> Path | None:
         if number.isdigit() and _is_complete(path):
             found.append((int(number), path))
     return max(found)[1] if found else None
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether it was written after the last update."""
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    return state.global_step >= state.max_steps
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise ValueError unless it has what a training needs to go on, the optimizer's state too."""
+    names = {x.name for x in checkpoint.iterdir()}
+    # DeepSpeed's is in a folder of its own.
+    if "optimizer.pt" not in names and not any(x.startswith("global_step") for x in names):
+        raise ValueError(f"{checkpoint} has {sorted(names)}, expected optimizer.pt too, to go on from it")
 
 
 def _is_complete(folder: Path) -> bool:

@@ -95,6 +95,12 @@ def test_dry_run(run, tmp_path):
     assert re.search(r"time +\d+\.\d\d s a batch", out)
 
 
+def test_dry_run_of_other_arguments(run):
+    options = ["--set", "max_steps=7", "--set", "per_device_train_batch_size=3", "--bf16", "--checkpointing"]
+    code, out, errors = run(*SHORT, "--dry-run", *options)
+    assert (code, errors) == (0, []) and re.search(r"updates +7 of 3 x 1 queries", out)
+
+
 def test_dry_run_of_aim(run):
     code, out, errors = run("--method", "aim", "--shots", "2-2", "--dry-run")
     assert (code, errors) == (0, [])
@@ -111,6 +117,14 @@ def test_dry_run_of_aim(run):
         (["--recipe", "mimics"], "--method is None, expected one of mimic, live, m2iv, aim"),
         (["--recipe", "mimic-fast"], "--recipe is 'mimic-fast', expected one of mimic, live"),
         (["--method", "live"], "--out is missing, expected a folder, or --dry-run"),
+        ([*SHORT, "--shots", "²", "--dry-run"], "--shots is '²', expected a number, or LOW-HIGH"),
+        (["--method", "mimic", "--recipe", "live"], "--recipe is 'live', expected one of mimic's"),
+        ([*SHORT, "--dtype", "bf16", "--dry-run"], "dtype is 'bf16', expected 'auto'"),
+        ([*SHORT, "--seed", "-1", "--dry-run"], "seed is -1, expected 0 to 2^32 - 1"),
+        ([*SHORT, "--set", "output_dir=x", "--dry-run"], "arguments has ['output_dir'], expected fields"),
+        ([*SHORT, "--bf16", "--fp16", "--dry-run"], "fp16 and bf16 can be True, but not both"),
+        ([*SHORT, "--set", "report_to=no_such_logger", "--out", "unused"], "no_such_logger"),
+        (["--method", "mimic", "--checkpointing", "--dry-run"], "gradient checkpointing is on"),
         ([*SHORT, "--shots", "two"], "--shots is 'two', expected a number, or LOW-HIGH"),
         ([*SHORT, "--shots", "1-2", "--dry-run"], "shots is (1, 2), expected a number: pairs are AIM's"),
         ([*SHORT, "--config", "ce_weight"], "--config is 'ce_weight', expected NAME=VALUE"),
@@ -132,8 +146,10 @@ def test_bad_files(run, records, tmp_path):
     records.write_text(good + '{"image": "0.png", "text": 3, "answer": "red"}\n')
     (error,) = run(*SHORT, "--dry-run")[2]
     assert f"{records}:13: bad field: text is 3, expected a string" in error
+    with records.open("a") as file:
+        file.write('{"image": "0.png", "text": "what?", "answer": ""}\n')
     code, out, errors = run(*SHORT, "--dry-run", "--skip-bad")
-    assert code == 0 and errors == [f"mmicl train: {records}: left out 1 bad lines"]
+    assert code == 0 and errors == [f"mmicl train: {records}: left out 1 bad lines and 1 without an answer"]
     records.write_text(good)
     (error,) = run(*SHORT, "--dry-run", model=tmp_path / "none")[2]
     assert "does not exist, expected a folder or a name on the hub" in error

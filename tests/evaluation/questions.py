@@ -23,12 +23,12 @@ def png(colour, size):
 
 
 def rows_of(name, count, images=1):
-    """Rows of questions of different lengths, with images of different sizes."""
-    rows = []
+    """Rows of questions of different lengths, with images of different sizes; other names ask others."""
+    rows, more = [], "" if name == "q" else " it"
     for i in range(count):
         answer = list(COLOURS)[i % 2]
         shown = [f"{name}{i}-{j}.png" for j in range(images)]
-        rows.append({"id": f"{name}{i}", "images": shown, "text": QUESTIONS[i % 4], "answer": answer})
+        rows.append({"id": f"{name}{i}", "images": shown, "text": QUESTIONS[i % 4] + more, "answer": answer})
     return rows
 
 

@@ -1,6 +1,7 @@
 """Batches from queries: what is drawn, and that it depends on the seed, the epoch and the query alone."""
 
 import copy
+import json
 import pickle
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from example_images import BLUE, GREEN, RED
 from torch.utils.data import DataLoader, SequentialSampler
 
 import mmicl_kernels as mk
+from mmicl_kernels.data import as_records
 from mmicl_kernels.integration import PromptBuilder
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_models import tiny_model
@@ -200,6 +202,33 @@ def test_the_query_is_known_by_its_id_or_its_content():
     # Where one text ends and the next begins is content, too.
     other = Demonstration((RED,), "ar", "ed")
     assert sorted(RandomShots()(POOL, other, 8, generator())) == list(range(8))
+
+
+def test_a_record_is_never_its_own_demonstration(tmp_path):
+    """Whatever its id: of the same file, of a part of it, as rows, with its images under other names."""
+    lines = []
+    for i, data in enumerate((RED, BLUE) * 2):
+        (tmp_path / f"{i}.png").write_bytes(data)
+        (tmp_path / f"copy{i}.png").write_bytes(data)
+        lines.append({"image": f"{i}.png", "text": f"what {i // 2}", "answer": "red"})
+    copies = [{**x, "image": f"copy{x['image']}", "answer": "another", "id": i} for i, x in enumerate(lines)]
+    for name, rows in {"all": lines, "part": lines[2:], "copies": copies}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    pool = mk.Records(tmp_path / "all.jsonl")
+    features = torch.eye(4)
+    near = NearestShots(features, lambda x: features[2])  # the first of "part" is the pool's third
+    for name, first in (("all", 0), ("part", 2), ("copies", 0)):
+        for i, query in enumerate(mk.Records(tmp_path / f"{name}.jsonl")):
+            assert sorted(RandomShots()(pool, query, 3, generator())) == sorted({0, 1, 2, 3} - {first + i})
+            with pytest.raises(ValueError, match="others than the query"):
+                RandomShots()(pool, query, 4, generator())
+    (query, *_) = mk.Records(tmp_path / "part.jsonl")
+    assert 2 not in near(pool, query, 3, generator())
+    # Line 1 of another file is no example of the pool, though its number is one's id.
+    other = as_records([{"image": RED, "text": "else", "answer": "red", "id": "1"}])[0]
+    assert sorted(RandomShots()(pool, other, 4, generator())) == [0, 1, 2, 3]
+    with pytest.raises(KeyError, match="the query id 1 is not in the pool, expected embed"):
+        NearestShots(features)(pool, other, 1, generator())
 
 
 def test_only_what_is_drawn_is_read(builder):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from records_of_colours import write_records
@@ -20,6 +22,7 @@ from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import (
     AggregationCollator,
     EpisodeCollator,
+    RandomShots,
     TrainedModule,
     epochs,
     trainable,
@@ -147,6 +150,67 @@ def test_accumulated_batches_are_one(model, processor, records, method, tmp_path
             assert (other - whole).norm() <= allowed < (whole - old).norm(), kind
 
 
+def test_a_finished_training_is_left_alone(model, processor, records, tmp_path):
+    """Also where it was killed between its last checkpoint and its end, and with the best one before it."""
+    arguments = {"lr_scheduler_type": "constant"}
+    recipe = recipe_for("mimic", batch_size=1, learning_rate=2.0)  # ends within an epoch
+    others = [Demonstration(x.images, x.text, "what is it what is it") for x in demonstrations(records)]
+    options = {"recipe": recipe, "progress": False, "arguments": arguments, "validation": others}
+    whole = mk.train(model, processor, records, mk.MimICConfig(), out=tmp_path / "out", **options)
+    options |= {"out": tmp_path / "out", "resume": True}
+    files = {x: x.read_bytes() for x in (tmp_path / "out").rglob("*") if x.is_file()}
+    for _ in range(2):
+        assert_same(mk.train(model, processor, records, mk.MimICConfig(), **options), whole)
+    assert files == {x: x.read_bytes() for x in (tmp_path / "out").rglob("*") if x.is_file()}
+    with pytest.raises(ValueError, match=r"trained with arguments \{'lr_scheduler_type': 'constant'\}"):
+        mk.train(model, processor, records, mk.MimICConfig(), **(options | {"arguments": {}}))
+    names = ["training.json", "mmicl_adapter.safetensors", "mmicl_adapter.json"]
+    for count in (1, 3):  # what a kill leaves, in the order of their writing
+        for name in names[:count]:
+            (options["out"] / name).unlink()
+        options["out"] = options["out"].rename(tmp_path / f"moved{count}")
+        assert_same(mk.train(model, processor, records, mk.MimICConfig(), **options), whole)
+        again = {x.name: x.read_bytes() for x in options["out"].glob("mmicl*")}
+        assert again == {
+            x.name: files[x] for x in files if x.parent == tmp_path / "out" and "mmicl" in x.name
+        }
+
+
+def test_what_decides_the_adapter_cannot_change(model, processor, records, tmp_path):
+    options = {"recipe": recipe_for("live"), "progress": False, "out": tmp_path / "out"}
+    with pytest.raises(Killed):
+        mk.train(model, processor, records, mk.LIVEConfig(), callbacks=[Kill(3)], **options)
+    options["resume"] = True
+    changed = records.read_text().replace('"answer": "blue"', '"answer": "red"', 1)
+    (records.parent / "changed.jsonl").write_text(changed)
+    for change, message in [
+        ({"records": records.parent / "changed.jsonl"}, "trained with examples"),
+        ({"arguments": {"learning_rate": 0.5}}, r"trained with arguments \{\}, expected \{'learning_rate'"),
+        ({"draw": RandomShots(replacement=True)}, "trained with draw RandomShots"),
+        ({"validation": records}, "trained with examples"),
+        ({"config": mk.LIVEConfig(ce_weight=0.25)}, "trained with config"),
+        ({"processor": mk.PromptBuilder(processor)}, "trained with prompt"),
+    ]:
+        given = {"records": records, "config": mk.LIVEConfig(), "processor": processor} | change
+        with pytest.raises(ValueError, match=message):
+            mk.train(model, **given, **{x: y for x, y in options.items() if x not in given})
+    (last_checkpoint(options["out"]) / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="expected optimizer.pt too"):
+        mk.train(model, processor, records, mk.LIVEConfig(), **options)
+
+
+def test_an_adapter_is_not_written_over(model, processor, records, tmp_path):
+    mk.create(model, mk.MimICConfig()).save_pretrained(tmp_path)
+    before = (tmp_path / "mmicl_adapter.safetensors").read_bytes()
+    for resume, message in ((False, "has an adapter or a training already"), (True, "no training.json")):
+        with pytest.raises(ValueError, match=message):
+            mk.train(
+                model, processor, records, mk.LIVEConfig(), out=tmp_path, resume=resume, progress=False,
+                recipe=recipe_for("live"),
+            )  # fmt: skip
+    assert (tmp_path / "mmicl_adapter.safetensors").read_bytes() == before
+
+
 class Killed(Exception):
     pass
 
@@ -170,7 +234,7 @@ def test_resumed_is_the_same(model, processor, records, method, tmp_path):
     with pytest.raises(Killed):
         mk.train(model, processor, records, CONFIGS[method], callbacks=[Kill(5)], **options)
     assert handle_of(model) is None and last_checkpoint(options["out"]).name == "checkpoint-4"
-    with pytest.raises(ValueError, match="checkpoint-4 of a training: expected resume=True, or another"):
+    with pytest.raises(ValueError, match="has an adapter or a training already: expected resume=True"):
         mk.train(model, processor, records, CONFIGS[method], **options)
     with pytest.raises(ValueError, match=r"was trained with seed 1, expected 2"):
         mk.train(model, processor, records, CONFIGS[method], resume=True, **(options | {"seed": 2}))
@@ -214,7 +278,7 @@ def test_the_best_checkpoint_is_the_result(model, processor, records, tmp_path):
     recipe = recipe_for("mimic", learning_rate=2.0)
     options = {"recipe": recipe, "progress": False, "out": tmp_path / "out"}
     adapter = mk.train(model, processor, records, mk.MimICConfig(), validation=others, **options)
-    log = json.loads((tmp_path / "out" / "training.json").read_text())["log"]
+    log = logged(tmp_path / "out")
     found = {x["step"]: x["eval_ce"] for x in log if "eval_ce" in x}
     best = min(found, key=found.get)
     assert len(found) == 5 and best != 5, "otherwise the last one is the best, and nothing is shown"
@@ -226,8 +290,51 @@ def test_the_best_checkpoint_is_the_result(model, processor, records, tmp_path):
         whole = module(**collate(others).arguments())
     module.handle.detach()
     for name, value in whole.items():
-        (logged,) = [x[f"eval_{name}"] for x in log if "eval_ce" in x and x["step"] == best]
-        assert logged == pytest.approx(float(value), rel=ROUNDINGS), name
+        (found,) = [x[f"eval_{name}"] for x in log if "eval_ce" in x and x["step"] == best]
+        assert found == pytest.approx(float(value), rel=ROUNDINGS), name
+
+
+def logged(folder):
+    return json.loads((folder / "training.json").read_text())["log"]
+
+
+def test_evaluations_do_not_depend_on_their_batches(model, processor, records, tmp_path):
+    """Of which the answers' tokens and the queries' are other shares."""
+    losses = []
+    for size in (1, 5):
+        mk.train(
+            model, processor, records, mk.MimICConfig(align_weight=1e7), out=tmp_path / str(size),
+            validation=records, recipe=recipe_for("mimic", steps=2), progress=False,
+            arguments={"per_device_eval_batch_size": size},
+        )  # fmt: skip
+        losses.append([x for x in logged(tmp_path / str(size)) if "eval_loss" in x][-1])
+    for name in ("eval_loss", "eval_align", "eval_ce"):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=ROUNDINGS), name
+    assert losses[0]["eval_align"] * 1e7 > 0.1 * losses[0]["eval_loss"], "a part that shows"
+
+
+def test_the_logged_parts_are_those_of_the_loss(model, processor, records, tmp_path):
+    """Where an epoch's last update has fewer batches, and a line of the log several updates."""
+    mk.train(
+        model, processor, list(mk.Records(records))[:7], mk.MimICConfig(align_weight=1e7),
+        out=tmp_path / "out", recipe=recipe_for("mimic", steps=5, batch_size=2, accumulate=3), progress=False,
+        arguments={"logging_steps": 2},
+    )  # fmt: skip
+    lines = [x for x in logged(tmp_path / "out") if "loss" in x]
+    assert [x["step"] for x in lines] == [2, 4]
+    for line in lines:
+        assert line["loss"] == pytest.approx(1e7 * line["align"] + 0.5 * line["ce"], rel=ROUNDINGS)
+
+
+def test_a_gradient_that_is_not_finite_stops(model, processor, records):
+    def spoil(module, args, output):
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda x: x * math.inf)
+
+    handle = model.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 0"):
+        mk.train(model, processor, records, mk.LIVEConfig(), recipe=recipe_for("live"), progress=False)
+    handle.remove()
 
 
 def test_the_model_is_left_as_it_was(model, processor, records):
@@ -235,9 +342,14 @@ def test_the_model_is_left_as_it_was(model, processor, records):
         flags = {n: (x.requires_grad, x.data_ptr()) for n, x in model.named_parameters()}
         modes = {n: (x.training, type(x)) for n, x in model.named_modules()}
         checkpointed = [getattr(x, "gradient_checkpointing", None) for x in model.modules()]
-        return flags, modes, checkpointed, model.config.use_cache
+        hooks = [x for module in model.modules() for x in (*module._forward_hooks.values(),)]
+        hooks = [x.__qualname__ for x in hooks if "capturing_hook" not in x.__qualname__]
+        grads = [x.grad is None for x in model.parameters()]
+        draws = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+        return flags, modes, checkpointed, hooks, grads, draws, model.config.use_cache
 
     model.get_input_embeddings().weight.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     model.config.use_cache = True
     model.model.language_model.train()
     before = state()
@@ -307,6 +419,24 @@ def test_examples_of_any_kind(model, processor, records):
         ({"shots": -1}, ValueError, "shots is -1, expected at least 0"),
         ({"shots": 12}, ValueError, "the pool has 12 examples, 11 of them others than the query"),
         ({"shots": (1, 2)}, ValueError, r"shots is \(1, 2\), expected a number: pairs are AIM's"),
+        (
+            {"shots": (0, 1), "config": mk.AIMConfig()},
+            ValueError,
+            r"shots is \(0, 1\), expected at least 1 for AIM",
+        ),
+        ({"seed": -1}, ValueError, "seed is -1, expected 0 to"),
+        ({"seed": None}, TypeError, "seed is None, expected an integer"),
+        (
+            {"arguments": {"label_smoothing_factor": 0.1}},
+            ValueError,
+            "label_smoothing_factor is 0.1, expected 0",
+        ),
+        ({"records": [Demonstration((), "what?", "")]}, ValueError, "records, .*answer is '', expected"),
+        (
+            {"records": [{"image": b"no", "text": x, "answer": "red"} for x in "ab"], "shots": 1},
+            ValueError,
+            r"no image that Pillow knows .*\[\['[01]', '[01]'\]",
+        ),
         ({"steps": 0}, ValueError, "steps is 0, expected at least 1"),
         ({"steps": 1.5}, TypeError, "steps is 1.5, expected an integer"),
         ({"arguments": {"lr": 1}}, ValueError, r"arguments has \['lr'\], expected fields of transformers"),
@@ -372,11 +502,11 @@ def test_recipes_name_templates_that_exist():
 def test_one_process_has_one_device(model, processor, records, tmp_path):
     """nn.DataParallel, which a Trainer makes of several, has copies that call the first one's model."""
     training = Training.of(model, processor, records, mk.LIVEConfig(), recipe=recipe_for("live"))
-    arguments = training._arguments(tmp_path, False, {}, progress=False)
+    arguments = training.arguments({}, tmp_path, kept=False, progress=False)
     assert arguments.n_gpu <= 1
     arguments._n_gpu = 2
     with training.module() as module:
-        trainer = training._trainer(module, arguments, ())
+        trainer = training._trainer(module, arguments, {}, ())
         assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == SHORT.batch_size
         trainer.train()
         assert trainer.model_wrapped is module
