@@ -21,7 +21,16 @@ if TYPE_CHECKING:  # torch is imported when the command runs
 
 METHODS = ("mimic", "live", "m2iv", "aim")
 # Of the recipe, by the option's name.
-RECIPE = ("epochs", "steps", "batch_size", "accumulate", "learning_rate", "shots_per_pass", "template")
+RECIPE = (
+    "epochs",
+    "steps",
+    "batch_size",
+    "accumulate",
+    "learning_rate",
+    "shots_per_pass",
+    "shared_shots",
+    "template",
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -50,6 +59,9 @@ def add_parser(commands: Any) -> None:
     prompts = train.add_argument_group("prompts")
     prompts.add_argument("--shots", metavar="N", help="demonstrations; for aim also LOW-HIGH")
     prompts.add_argument("--shots-per-pass", type=int, metavar="N", help="of them in one prompt, at most")
+    prompts.add_argument(
+        "--shared-shots", action="store_true", default=None, help="all queries of a batch have the same ones"
+    )
     prompts.add_argument("--template", help='"chat", a preset, or a format (default: the chat template)')
     prompts.add_argument("--instruction", metavar="TEXT", help="what prompts begin with")
     prompts.add_argument("--image-marker", metavar="TEXT", help="of an image (default: the chat template's)")

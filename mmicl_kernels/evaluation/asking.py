@@ -117,7 +117,7 @@ class OtherImages:
     def __call__(self, query: Demonstration) -> list[Demonstration]:
         """Raises ValueError: there are too few."""
         shown = _Shown(query)
-        drawn = RandomShots()(self._pool, shown, self._shots, generator_of(shown, self._seed))
+        drawn = RandomShots()(self._pool, shown, self._shots, generator_of(shown, seed=self._seed))
         return [self._pool[i].demonstration() for i in drawn]
 
 

@@ -210,7 +210,8 @@ class _Run:
     def _drawn(self, query: Record, shots: int) -> list[Any]:
         if not shots:
             return []
-        return [self.pool[i] for i in self.draw(self.pool, query, shots, generator_of(query, self.seed))]
+        generator = generator_of(query, seed=self.seed)
+        return [self.pool[i] for i in self.draw(self.pool, query, shots, generator)]
 
     @contextmanager
     def _asker(self, system: System) -> Iterator[Asker]:
@@ -300,5 +301,5 @@ def _pool(
         name = f"rices {digest}"
     elif callable(retrieval):
         draw, name = retrieval, getattr(retrieval, "__qualname__", type(retrieval).__qualname__)
-    draw(pool, queries[0], most, generator_of(queries[0], 0))  # or it would fail after other rows
+    draw(pool, queries[0], most, generator_of(queries[0], seed=0))  # or it would fail after other rows
     return pool, draw, name

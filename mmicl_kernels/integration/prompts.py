@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from operator import eq
 from string import ascii_letters
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -188,9 +189,56 @@ class PromptBuilder:
             ``shots`` as queries; an image that cannot be decoded.
         """
         written = self._asked(queries, shots, answered=True, instructed=instructed)
-        plain = [x.before + x.answer for x in written]
         texts = [self._ended(x) for x in written]
         inputs = self._process(self._images(queries, shots), texts, padding_side)
+        return self._answered(written, texts, inputs)
+
+    def answered_after(
+        self, queries: Sequence[Demonstration], shots: Sequence[Demonstration]
+    ) -> tuple[dict[str, Tensor], AnsweredPrompts]:
+        """The prompts of ``answered(queries, [shots] * B)``, cut where the queries begin.
+
+        The first part, inputs ``[1, P]``, is the same in all of them and there once. The second has the
+        queries ``[B, T]``, padded on the right. Together their tokens are the whole prompts'.
+
+        Raises:
+            TypeError, ValueError: as :meth:`answered`; a tokenizer that makes other tokens of two parts.
+        """
+        written = self._asked(queries, [shots] * len(queries), answered=True)
+        alone = self._asked(queries, [()] * len(queries), answered=True)
+        begin = min(len(x.before) - _own_length(x, y) for x, y in zip(written, alone, strict=True))
+        place = self._place(written, begin)
+        tails = [x._replace(head="", before=x.before[place:]) for x in written]
+        texts = [self._ended(x) for x in tails]
+        images = [x for row in self._images(shots) for x in row]
+        prefix = self._process([images], [written[0].before[:place]], "right")
+        inputs = self._process(self._images(queries), texts, "right", begins=False)
+        return prefix, self._answered(tails, texts, inputs)
+
+    def _place(self, written: list[Written], begin: int) -> int:
+        """Where to cut texts of which the queries begin at ``begin``: there, or before white space.
+
+        Raises ValueError: a tokenizer makes other tokens of the parts than of the whole.
+        """
+        first = written[0].before[:begin]
+        texts = [self._ended(x) for x in written]
+        for place in range(begin, len(first.rstrip()) - 1, -1):
+            before = self._encoded(first[:place])["input_ids"]
+            parts = (before + self._ids(text[place:]) for text in texts)
+            whole = (self._encoded(text)["input_ids"] for text in texts)
+            # Some processors write one token where an image ends and another begins.
+            if all(map(eq, parts, whole)) and not first[:place].endswith(self._image_token):
+                return place
+        raise ValueError(
+            f"after {first[-20:]!r} not all of {[text[begin:][:20] for text in texts]} have the tokens that "
+            "they have alone: expected queries that begin with an image or a special token, after text"
+        )
+
+    def _answered(
+        self, written: list[Written], texts: list[str], inputs: dict[str, Tensor]
+    ) -> AnsweredPrompts:
+        """Of ``texts``, which are ``written`` with their ends, and what the processor made of them."""
+        plain = [x.before + x.answer for x in written]
         ids, own = inputs["input_ids"], inputs["attention_mask"].bool()
         image = self.image_tokens(ids) & own
         head, spans = torch.zeros_like(own), []
@@ -357,9 +405,12 @@ class PromptBuilder:
                 made[-1] += [decode_image(data, f"image {j} of {name}") for j, data in enumerate(x.images)]
         return made
 
-    def _process(self, images: list[list[Image]], texts: list[str], padding_side: str) -> dict[str, Tensor]:
+    def _process(
+        self, images: list[list[Image]], texts: list[str], padding_side: str, *, begins: bool = True
+    ) -> dict[str, Tensor]:
+        """Without ``begins`` the texts are what follows others: nothing is added before or after them."""
         options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
-        options |= self._token_options(texts[0])
+        options |= self._token_options(texts[0]) if begins else {"add_special_tokens": False}
         if self._interleaves:
             prompts = [self._interleaved(text, row) for text, row in zip(texts, images, strict=True)]
             made = self.processor(text=prompts, **options)
@@ -513,6 +564,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[str], list[i
     return tokens, tokenizer.convert_tokens_to_ids(sorted(tokens - unknown))
 
 
-def _shared(x: list[int], y: list[int]) -> int:
-    """How many tokens both begin with."""
+def _own_length(x: Written, alone: Written) -> int:
+    """How many characters of ``x.before`` are the query's, whose text with nothing before is ``alone``."""
+    return min(_shared(x.before[::-1], alone.before[::-1]), len(alone.before) - len(alone.head))
+
+
+def _shared(x: Sequence, y: Sequence) -> int:
+    """How many tokens, or characters, both begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(x, y, strict=False)))

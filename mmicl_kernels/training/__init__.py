@@ -9,6 +9,7 @@ from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.loop import TrainingConfig, train
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.objectives import Losses, MimICObjective, Objective, trainable
+from mmicl_kernels.training.prefix import PrefixedBatch, prefixed_batch
 from mmicl_kernels.training.sampling import Draw, draw_demonstrations, joint_features, split_shots
 from mmicl_kernels.training.shots import NearestShots, RandomShots
 
@@ -28,6 +29,7 @@ __all__ = [
     "MimICObjective",
     "NearestShots",
     "Objective",
+    "PrefixedBatch",
     "RandomShots",
     "TrainedModule",
     "TrainingConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "episode_batch",
     "epochs",
     "joint_features",
+    "prefixed_batch",
     "split_shots",
     "train",
     "trainable",

@@ -13,6 +13,7 @@ from mmicl_kernels.training.aggregation import AggregationBatch
 from mmicl_kernels.training.alignment import episode_batch
 from mmicl_kernels.training.batch import Batch
 from mmicl_kernels.training.episodes import EpisodeBatch
+from mmicl_kernels.training.prefix import prefixed_batch
 from mmicl_kernels.training.sampling import Draw as DrawnIndices
 from mmicl_kernels.training.shots import Draw, RandomShots, demonstration_of, generator_of, key_of
 
@@ -80,7 +81,7 @@ class Collator(Generic[Made]):
 
     def drawn(self, query: Any, epoch: int | None = None) -> list[Any]:
         """The demonstrations of a query in an epoch, by default in this one."""
-        generator = generator_of(query, self.seed, self.epoch if epoch is None else epoch)
+        generator = generator_of(query, seed=self.seed, epoch=self.epoch if epoch is None else epoch)
         low, high = self.shots
         shots = low if low == high else int(torch.randint(low, high + 1, (), generator=generator))
         return [self.pool[i] for i in self.draw(self.pool, query, shots, generator)]
@@ -101,6 +102,9 @@ class EpisodeCollator(Collator[EpisodeBatch]):
         shots_per_pass: how many demonstrations a prompt of the teacher has at most; with it batches are
             ``ManyShotBatch``, for LIVE and M2IV.
         padding_side: "right" or "left".
+        shared_shots: whether all queries of a batch have the same demonstrations, none of which is one of
+            them, so that a teacher reads them once: batches are ``PrefixedBatch``. What is drawn then depends
+            on the batch's queries: two halves of a batch are not the batch. Pairs keep their own.
     """
 
     def __init__(
@@ -112,14 +116,37 @@ class EpisodeCollator(Collator[EpisodeBatch]):
         draw: Draw | None = None,
         shots_per_pass: int | None = None,
         padding_side: str = "right",
+        shared_shots: bool = False,
         seed: int = 0,
     ) -> None:
+        """Raises as :class:`Collator`; ValueError: ``shared_shots`` with options that it does not go with."""
         super().__init__(builder, pool, shots, draw=draw, seed=seed)
         if shots_per_pass is not None and shots_per_pass < 1:
             raise ValueError(f"shots_per_pass is {shots_per_pass!r}, expected at least 1")
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side is {padding_side!r}, expected 'right' or 'left'")
-        self.shots_per_pass, self.padding_side = shots_per_pass, padding_side
+        low, high = self.shots
+        if shared_shots and (low != high or shots_per_pass is not None or padding_side != "right"):
+            raise ValueError(
+                f"shared_shots is True, shots {shots!r}, shots_per_pass {shots_per_pass!r} and padding_side "
+                f"{padding_side!r}, expected a number, None and 'right'"
+            )
+        if shared_shots and not isinstance(self.draw, RandomShots):
+            raise ValueError(
+                f"draw is a {type(self.draw).__name__} and shared_shots True, expected RandomShots, which "
+                "draws for several queries"
+            )
+        self.shots_per_pass, self.padding_side, self.shared_shots = shots_per_pass, padding_side, shared_shots
+
+    def __call__(self, queries: Sequence[Any]) -> EpisodeBatch:
+        """Raises as the builder and the batch; ValueError: the pool is too small."""
+        shots, _ = self.shots
+        if not self.shared_shots or shots == 0 or any(isinstance(x, tuple) for x in queries):
+            return super().__call__(queries)
+        generator = generator_of(*queries, seed=self.seed, epoch=self.epoch)
+        drawn = [self.pool[i] for i in self.draw.for_all(self.pool, queries, shots, generator)]
+        made = [[demonstration_of(x) for x in row] for row in (queries, drawn)]
+        return prefixed_batch(self.builder, *made)
 
     def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> EpisodeBatch:
         options = {"shots_per_pass": self.shots_per_pass, "padding_side": self.padding_side}

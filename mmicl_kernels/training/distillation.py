@@ -18,6 +18,7 @@ from mmicl_kernels.training.answers import (
 from mmicl_kernels.training.episodes import EpisodeBatch
 from mmicl_kernels.training.measures import layer_shares
 from mmicl_kernels.training.objectives import Losses, Objective, refuse_checkpointing, teaching
+from mmicl_kernels.training.prefix import after_prefix
 from mmicl_kernels.training.record import record_outputs
 
 
@@ -103,7 +104,8 @@ def teach(handle: Handle, batch: EpisodeBatch, temperature: float) -> Tensor:
     total = None
     with teaching(handle):
         for inputs, query in passes:
-            logits = answer_logits(handle.model, inputs, teacher_rows(batch, inputs, query))
+            rows = teacher_rows(batch, inputs, query)
+            logits = answer_logits(handle.model, after_prefix(handle.model, batch, inputs), rows)
             probabilities = torch.softmax(wide(logits) / temperature, -1)
             total = probabilities if total is None else total.add_(probabilities)
     return total.div_(len(passes))

@@ -12,6 +12,7 @@ from mmicl_kernels.training.aggregation import AIMObjective
 from mmicl_kernels.training.batch import IGNORE
 from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
 from mmicl_kernels.training.objectives import MimICObjective, Objective
+from mmicl_kernels.training.prefix import PrefixedBatch
 
 OBJECTIVES: dict[type[Adapter], type[Objective]] = {
     objective.method: objective for objective in (MimICObjective, LIVEObjective, M2IVObjective, AIMObjective)
@@ -51,7 +52,8 @@ class TrainedModule(AdaptedModel):
         equal share: the mean of their losses is then that over all tokens (see :func:`token_shares`).
         Raises as the batch and the objective.
         """
-        losses = self.objective(self.objective.batch(**inputs, labels=labels))
+        kind = PrefixedBatch if "prefix" in inputs else self.objective.batch
+        losses = self.objective(kind(**inputs, labels=labels))
         total = losses.total
         if shares is not None:
             total = sum(x * shares[self.tokens_of(name)].to(x) for name, x in losses.terms.items())

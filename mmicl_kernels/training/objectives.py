@@ -17,6 +17,7 @@ from mmicl_kernels.training.answers import answer_logits, answer_loss, wide
 from mmicl_kernels.training.batch import Batch
 from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.measures import alignment_shares, gradient_norms
+from mmicl_kernels.training.prefix import after_prefix
 from mmicl_kernels.training.record import record_outputs
 
 
@@ -117,9 +118,11 @@ class MimICObjective(Objective):
         one = torch.zeros_like(batch.teacher_query)
         one[0, 0] = True
         sites = list(self._sites.values())
-        with teaching(self.handle), record_outputs(sites, batch.teacher_query) as states:
-            # Not `base_model`, which a sharded model cannot be asked for alone.
-            answer_logits(self.handle.model, batch.teacher, one)
+        with teaching(self.handle):
+            inputs = after_prefix(self.handle.model, batch, batch.teacher)
+            with record_outputs(sites, batch.teacher_query) as states:
+                # Not `base_model`, which a sharded model cannot be asked for alone.
+                answer_logits(self.handle.model, inputs, one)
         return states
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmicl_kernels.training.batch import IGNORE, Batch
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.objectives import trainable
+from mmicl_kernels.training.prefix import PrefixedBatch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,6 +59,9 @@ def _prompts(batch: Batch) -> list[tuple[str, Mapping[str, Tensor], Tensor | Non
             ("query", batch.queries, batch.labels != IGNORE),
         ]
     made = [("student", batch.student, batch.student_query), ("teacher", batch.teacher, batch.teacher_query)]
+    if isinstance(batch, PrefixedBatch):
+        none = torch.zeros_like(batch.prefix["input_ids"], dtype=torch.bool)
+        made.insert(1, ("shared by teachers", batch.prefix, none))
     further = getattr(batch, "further", ())
     return made + [(f"teacher {i + 2}", inputs, query) for i, (inputs, query) in enumerate(further)]
 

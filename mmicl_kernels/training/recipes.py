@@ -21,6 +21,8 @@ class Recipe:
         batch_size: queries at once in each process; ``accumulate`` such batches make one update.
         shots: demonstrations of the teacher (MimIC, LIVE, M2IV), or before a query (AIM); (low, high) is
             drawn for each query, for AIM. ``shots_per_pass``: how many of them one prompt has at most.
+        shared_shots: whether all queries of a batch have the same ones, which the teacher reads once. They
+            depend on the batch then, so that neither accumulation nor more processes are a larger batch.
         learning_rate, weight_decay, clip: of AdamW; the largest norm of a gradient.
         warmup: the fraction of the updates in which the rate rises; then it falls along a cosine.
         replacement: whether a demonstration may come twice.
@@ -37,6 +39,7 @@ class Recipe:
     accumulate: int = 2
     shots: int | tuple[int, int] = 8
     shots_per_pass: int | None = None
+    shared_shots: bool = False
     learning_rate: float = 5e-3
     weight_decay: float = 1e-3
     warmup: float = 0.1
@@ -54,6 +57,10 @@ class Recipe:
             _check_whole("shots", value, 0)
         if isinstance(self.shots, tuple) and (len(self.shots) != 2 or self.shots[0] > self.shots[1]):
             raise ValueError(f"shots is {self.shots}, expected a number or (low, high)")
+        if not isinstance(self.shared_shots, bool):
+            raise TypeError(f"shared_shots is {self.shared_shots!r}, expected True or False")
+        if self.shared_shots and self.shots_per_pass is not None:
+            raise ValueError(f"shots_per_pass is {self.shots_per_pass} with shared_shots, expected None")
         for name in ("epochs", "learning_rate", "weight_decay", "warmup", "clip"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -28,6 +28,7 @@ from mmicl_kernels.training.arguments import deciding, training_arguments
 from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.plot import plot_losses
+from mmicl_kernels.training.prefix import new_cache
 from mmicl_kernels.training.recipes import RECIPES, Recipe
 from mmicl_kernels.training.shots import Draw, Example, RandomShots, examples_of, key_of
 from mmicl_kernels.training.unchanged import unchanged, undrawn
@@ -130,6 +131,8 @@ class Training:
         chosen = _recipe(recipe, config, shots, steps)
         if chosen.template is not None and not isinstance(processor, PromptBuilder):
             processor = PromptBuilder(processor, chosen.template)
+        if chosen.shared_shots:
+            new_cache(model)  # or the first batch would be refused
         answer_only = isinstance(config, AIMConfig) and config.positions == "answer"
         floating = model.dtype if model.dtype.is_floating_point else None
         builder = builder_of(processor, answer_only=answer_only, dtype=floating)
@@ -329,6 +332,11 @@ def _collator(
     seed: int,
 ) -> Collator:
     options = {"draw": draw or RandomShots(replacement=recipe.replacement), "seed": seed}
+    if recipe.shared_shots and (isinstance(config, AIMConfig) or isinstance(examples, DrawnEpisodes)):
+        what = "config is AIM's" if isinstance(config, AIMConfig) else "records are DrawnEpisodes"
+        raise ValueError(
+            f"shared_shots is True and {what}, expected demonstrations that are drawn for a teacher"
+        )
     if isinstance(config, AIMConfig):
         least = recipe.shots if isinstance(recipe.shots, int) else recipe.shots[0]
         if least < 1:
@@ -336,7 +344,8 @@ def _collator(
         return AggregationCollator(builder, examples, recipe.shots, **options)
     if isinstance(recipe.shots, tuple):
         raise ValueError(f"shots is {recipe.shots}, expected a number: pairs are AIM's")
-    return EpisodeCollator(builder, examples, recipe.shots, shots_per_pass=recipe.shots_per_pass, **options)
+    options |= {"shots_per_pass": recipe.shots_per_pass, "shared_shots": recipe.shared_shots}
+    return EpisodeCollator(builder, examples, recipe.shots, **options)
 
 
 class _FixedEpisodes(Dataset):

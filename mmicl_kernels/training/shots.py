@@ -95,9 +95,9 @@ def _file_digest(path: str, size: int, changed: int) -> bytes:
     return hashlib.sha256(read_image(None, path)).digest()
 
 
-def generator_of(query: Demonstration | Example, seed: int, epoch: int = 0) -> torch.Generator:
-    """What to draw a query's demonstrations with; it depends on these alone."""
-    return generator_of_text(f"{seed} {epoch} {key_of(query)}")
+def generator_of(*queries: Demonstration | Example, seed: int, epoch: int = 0) -> torch.Generator:
+    """What to draw the demonstrations of queries with; it depends on these alone, not on their order."""
+    return generator_of_text(f"{seed} {epoch} {' '.join(sorted(key_of(x) for x in queries))}")
 
 
 def generator_of_text(text: str) -> torch.Generator:
@@ -122,10 +122,19 @@ class RandomShots:
         self, pool: Sequence[Any], query: Any, shots: int, generator: torch.Generator
     ) -> Sequence[int]:
         """Raises ValueError: the pool has too few others than the query."""
+        return self.for_all(pool, [query], shots, generator)
+
+    def for_all(
+        self, pool: Sequence[Any], queries: Sequence[Any], shots: int, generator: torch.Generator
+    ) -> Sequence[int]:
+        """The same demonstrations for several queries, none of which is among them.
+
+        Raises ValueError: the pool has too few others.
+        """
         drawn: list[int] = []
-        asked = None if self.own_query else question_of(query)
+        asked = set() if self.own_query else {question_of(x) for x in queries}
         order = torch.randperm(len(pool), generator=generator).tolist() if shots else []
-        others = (i for i in order if asked is None or question_of(pool[i]) != asked)
+        others = (i for i in order if not asked or question_of(pool[i]) not in asked)
         if not self.replacement:
             for i in others:
                 drawn.append(i)
@@ -134,12 +143,13 @@ class RandomShots:
         elif next(others, None) is not None:  # there is one, so the loop ends
             while len(drawn) < shots:
                 i = int(torch.randint(len(pool), (), generator=generator))
-                if asked is None or question_of(pool[i]) != asked:
+                if not asked or question_of(pool[i]) not in asked:
                     drawn.append(i)
         if len(drawn) < shots:
             raise ValueError(
-                f"the pool has {len(pool)} examples, {len(drawn)} of them others than the query, expected at "
-                f"least {'1' if self.replacement else shots}"
+                f"the pool has {len(pool)} examples, {len(drawn)} of them others than "
+                f"{'the query' if len(queries) == 1 else 'the queries'}, expected at least "
+                f"{'1' if self.replacement else shots}"
             )
         return drawn
 

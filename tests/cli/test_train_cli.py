@@ -101,6 +101,20 @@ def test_dry_run_of_other_arguments(run):
     assert (code, errors) == (0, []) and re.search(r"updates +7 of 3 x 1 queries", out)
 
 
+def test_dry_run_of_shared_shots(run):
+    """What stands before all queries is shown once, and the teacher's prompts are the queries."""
+    options = ("--dry-run", "--batch-size", "2", "--template", "{image}{text} {answer}\n", "--shared-shots")
+    code, out, errors = run(*SHORT, *options)
+    assert (code, errors) == (0, [])
+    shared, teacher = re.findall(
+        r"^(?:shared by teachers|teacher):\n(.*?)\n\n", out, re.DOTALL | re.MULTILINE
+    )
+    assert shared.startswith("<s>") and shared.count("<image> x 4") == 2 and "[[" not in shared
+    assert re.fullmatch(r"\[\[<image> x 4 \nwhat\? red</s>\]\]", teacher)
+    table = dict(re.findall(r"^(shared by teachers|teacher) +\d.*? (\d+) +\S.*$", out, re.MULTILINE))
+    assert table.keys() == {"shared by teachers", "teacher"}
+
+
 def test_dry_run_of_aim(run):
     code, out, errors = run("--method", "aim", "--shots", "2-2", "--dry-run")
     assert (code, errors) == (0, [])
