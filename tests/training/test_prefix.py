@@ -217,6 +217,15 @@ def test_white_space_before_a_query():
     )
 
 
+def test_an_instruction_that_ends_as_demonstrations_do():
+    """It is no part of a query: the cut is not before "red." but after it."""
+    processor = tiny_processor("llava")
+    builder = PromptBuilder(processor, "{image}{text} {answer}.", instruction="say red.")
+    shared = prefixed_batch(builder, QUERIES, SHOTS[:1])
+    assert processor.tokenizer.decode(shared.prefix["input_ids"][0]).endswith("what? red.")
+    assert torch.equal(shared.teacher_query, shared.teacher["attention_mask"].bool())
+
+
 @pytest.mark.parametrize(
     "template, shot, query, message",
     [
