@@ -169,3 +169,23 @@ def test_what_deepspeed_cannot_train():
     for method, name in {"live": "LIVE", "m2iv": "M2IV", "aim": "AIM"}.items():
         with pytest.raises(NotImplementedError, match=f"cannot train {name}.*expected MimIC or DDP"):
             check_deepspeed(1, adapters[method])
+
+
+def check_shared_shots(rank, records, folder):
+    recipe, arguments = CASES["adam"]
+    for method in SHARDED:
+        for name, sharding in {"ddp": {}, "fsdp": fsdp()}.items():
+            case, model = (replace(recipe, shared_shots=True), arguments | sharding), model_for()
+            adapter = tiny_training(records, method, case, processes=2, model=model)
+            if sharding:
+                assert_sharded(model, adapter)
+            adapter.save_pretrained(folder / f"{method}-{name}{rank}")
+
+
+def test_shared_shots(records, tmp_path):
+    """A teacher that keeps keys and values: the same where the model is sharded as where it is whole."""
+    in_two_processes(check_shared_shots, records, tmp_path)
+    for method in SHARDED:
+        one, other = of_both(tmp_path, f"{method}-fsdp")
+        assert_same(one, other)
+        assert_same_run(one, of_both(tmp_path, f"{method}-ddp")[0], method)
