@@ -18,6 +18,7 @@ from mmicl_kernels.testing.real_processors import tiny_vlm
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import (
+    Draw,
     DrawnEpisodes,
     EpisodeBatch,
     EpisodeCollator,
@@ -374,7 +375,7 @@ def refused(records, message, *, model="llava-llama", config=None, **options):
 def test_refused_before_training_begins(records):
     refused(records, "shared_shots is True and the model a gemma3", model="gemma3")
     refused(records, "shared_shots is True and config is AIM's", config=mk.AIMConfig(), shots=(1, 2))
-    refused(DrawnEpisodes(records, []), "shared_shots is True and records are DrawnEpisodes")
+    refused(DrawnEpisodes(records, [Draw(0, (1, 2))]), "shared_shots is True and records are DrawnEpisodes")
     refused(records, "draw is a function", draw=lambda *_: [0, 1])
     with pytest.raises(ValueError, match="shots_per_pass is 2 with shared_shots, expected None"):
         Recipe(shared_shots=True, shots_per_pass=2)
