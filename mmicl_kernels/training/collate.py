@@ -1,6 +1,7 @@
 """Queries as batches, with demonstrations drawn for each: what a ``DataLoader`` collates with."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, Generic, TypeVar
 
@@ -66,14 +67,11 @@ class Collator(Generic[Made]):
     def __call__(self, queries: Sequence[Any]) -> Made:
         """Raises as the builder and the batch; ValueError: the pool is too small. It names the queries."""
         pairs = [x if isinstance(x, tuple) else (x, self.drawn(x)) for x in queries]
-        try:
+        with _naming(pairs):
             return self._batch(
                 [demonstration_of(x) for x, _ in pairs],
                 [[demonstration_of(x) for x in shots] for _, shots in pairs],
             )
-        except ValueError as error:
-            names = [[_name(x), *map(_name, shots)] for x, shots in pairs]
-            raise ValueError(f"{error} (queries, each with its demonstrations: {names})") from error
 
     def arguments(self, queries: Sequence[Any]) -> dict[str, object]:
         """The batch's ``arguments()``: the ``data_collator`` of a Trainer."""
@@ -88,6 +86,16 @@ class Collator(Generic[Made]):
 
     def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> Made:
         raise NotImplementedError
+
+
+@contextmanager
+def _naming(pairs: Sequence[tuple[Any, Sequence[Any]]]) -> Iterator[None]:
+    """A ValueError in a ``with`` block says which queries and demonstrations are at it."""
+    try:
+        yield
+    except ValueError as error:
+        names = [[_name(x), *map(_name, shots)] for x, shots in pairs]
+        raise ValueError(f"{error} (queries, each with its demonstrations: {names})") from error
 
 
 def _name(example: Any) -> str:
@@ -145,8 +153,9 @@ class EpisodeCollator(Collator[EpisodeBatch]):
             return super().__call__(queries)
         generator = generator_of(*queries, seed=self.seed, epoch=self.epoch)
         drawn = [self.pool[i] for i in self.draw.for_all(self.pool, queries, shots, generator)]
-        made = [[demonstration_of(x) for x in row] for row in (queries, drawn)]
-        return prefixed_batch(self.builder, *made)
+        with _naming([(x, drawn) for x in queries]):
+            made = [[demonstration_of(x) for x in row] for row in (queries, drawn)]
+            return prefixed_batch(self.builder, *made)
 
     def _batch(self, queries: list[Demonstration], shots: list[list[Demonstration]]) -> EpisodeBatch:
         options = {"shots_per_pass": self.shots_per_pass, "padding_side": self.padding_side}

@@ -65,7 +65,7 @@ def test_it_is_the_objective(method):
 
 def test_its_signature_is_what_trainers_read():
     parameters = inspect.signature(TrainedModule.forward).parameters
-    assert list(parameters) == ["self", "inputs", "labels"]
+    assert list(parameters) == ["self", "inputs", "labels", "shares"]
     assert {x.kind for x in parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
     module = TrainedModule(tiny_model("llava-llama"), random_adapter(tiny_model("llava-llama")))
     assert module.accepts_loss_kwargs is False
