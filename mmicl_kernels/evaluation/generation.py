@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mmicl_kernels.evaluation.metrics import PRESETS
+from mmicl_kernels.integration.anchors import unwrap
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Generation:
 
     Attributes:
         max_new_tokens, num_beams, length_penalty, repetition_penalty: of ``generate``. What the model's own
-            ``generation_config`` says of these, or of sampling, does not count.
+            ``generation_config`` says, special tokens aside, does not count.
         cut: the stop words of :func:`~mmicl_kernels.evaluation.metrics.postprocess`, or a preset of it.
 
     Raises:
@@ -106,19 +108,30 @@ def generate(
         num_beams=settings.num_beams,
         length_penalty=settings.length_penalty,
         repetition_penalty=settings.repetition_penalty,
-        no_repeat_ngram_size=0,
         do_sample=False,
-        temperature=1.0,  # these three are not used, but another value would be warned of
-        top_p=1.0,
-        top_k=50,
         eos_token_id=sorted(ends) or None,
         pad_token_id=next(x for x in pads if x is not None),
     )
-    start = _now(inputs["input_ids"])
-    made = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([first]))
-    seconds = _now(made) - start
+    processors = LogitsProcessorList([first])
+    with _special_tokens_alone(model):
+        start = _now(inputs["input_ids"])
+        made = model.generate(**inputs, generation_config=config, logits_processor=processors)
+        seconds = _now(made) - start
     yes = None if yes_no is None else yes_no.probability(first.scores[:: settings.num_beams])
     return Answers(made[:, inputs["input_ids"].shape[1] :], seconds, first.moment - start, yes)
+
+
+@contextmanager
+def _special_tokens_alone(model: nn.Module) -> Iterator[None]:
+    """Of its ``generation_config``, which ``generate`` asks for all that it is not given."""
+    inner = unwrap(model)
+    own = inner.generation_config
+    names = ("bos_token_id", "decoder_start_token_id")
+    inner.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 @dataclass(frozen=True)

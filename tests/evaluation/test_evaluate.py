@@ -161,14 +161,21 @@ def test_files(world, tmp_path):
         assert 0 < line["first_seconds"] < line["seconds"] * 6
 
 
-def test_greedy_whatever_the_model_says(world):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_greedy_whatever_the_model_says(world, beams):
     model, processor, queries, _ = world
-    options = {"generation": WHOLE, "progress": False}
+    options = {"generation": Generation(NEW_TOKENS, num_beams=beams, cut="none"), "progress": False}
     expected = mk.evaluate(model, processor, queries, **options)["zero-shot"].texts
-    config = model.generation_config
-    config.do_sample, config.temperature, config.top_p, config.repetition_penalty = True, 5.0, 0.3, 9.0
-    config.no_repeat_ngram_size, config.num_beams = 1, 4
+    own = model.generation_config
+    own.do_sample, own.temperature, own.top_p, own.num_beams = True, 5.0, 0.3, 4
+    own.repetition_penalty, own.no_repeat_ngram_size, own.encoder_repetition_penalty = 9.0, 1, 5.0
+    own.suppress_tokens = own.begin_suppress_tokens = list(range(9, 60))
+    own.forced_eos_token_id, own.min_new_tokens, own.early_stopping = 9, NEW_TOKENS, True
+    own.num_return_sequences, own.return_dict_in_generate, own.stop_strings = 3, True, ["e"]
+    own.prompt_lookup_num_tokens, own.sequence_bias = 3, [[[9], 50.0]]
+    said = own.to_dict()
     assert mk.evaluate(model, processor, queries, **options)["zero-shot"].texts == expected
+    assert model.generation_config is own and own.to_dict() == said
 
 
 def test_the_papers_beams(world):
