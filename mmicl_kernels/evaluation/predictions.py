@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from mmicl_kernels.data import ImageFile, Record, Records
-from mmicl_kernels.data.images import image_bytes
+from mmicl_kernels.data import Demonstration, Record
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.durable import append, replacing
-from mmicl_kernels.training.shots import key_of
 
 SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
 SAMPLED = 16  # values of each of a model's tensors that tell it from others
 # Of a model's configuration: where it came from and how it runs, not what it is.
-_NOT_THE_MODELS = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype")
+_NOT_THE_MODELS = (
+    "_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype", "use_cache",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,23 @@ class Prediction:
     """What a system answered to a record.
 
     Attributes:
-        id: the record's. record: digest of what was asked.
+        id: the record's. asked: digest of the query and its demonstrations.
         text: as generated, not cut. yes: probability of yes, where it was asked for.
         demonstrations: the names of those before the query, in order.
         prompt_tokens, image_tokens: of the prompt without padding, and those among them that are images'.
-        seconds: of its batch, divided by the batch's size. first_seconds: until the batch's first tokens.
+        batch_size: of the run that asked it. seconds: of its batch, divided by the number of queries in it.
+        first_seconds: until the batch's first tokens.
         peak_bytes: the most that the row allocated on the GPU so far; None on a CPU.
     """
 
     id: str
-    record: str
+    asked: str
     text: str
     yes: float | None
     demonstrations: list[str]
     prompt_tokens: int
     image_tokens: int
+    batch_size: int
     seconds: float
     first_seconds: float
     peak_bytes: int | None
@@ -57,7 +59,8 @@ class PredictionFile:
     half-written line is dropped.
 
     Args:
-        settings: whatever the predictions depend on, beside the records; stored beside them.
+        settings: whatever the predictions depend on, beside the queries and demonstrations; stored beside
+            them.
 
     Raises:
         ValueError: the folder's predictions were made with other settings, or its file is damaged.
@@ -81,15 +84,21 @@ class PredictionFile:
         if self._path.exists():
             self._read()
 
-    def find(self, record: Record) -> Prediction | None:
-        """Raises ValueError: the record of this id is another one than was asked."""
-        found = self._made.get(record.id)
-        if found is not None and found.record != digest_of(record):
+    def find(self, id: str, asked: Callable[[], str]) -> Prediction | None:
+        """What was answered to the record of this id. ``asked`` makes the digest of what is asked now.
+
+        Raises ValueError: it is another one than of what was asked.
+        """
+        found = self._made.get(id)
+        if found is not None and found.asked != asked():
             raise ValueError(
-                f"{self._path}: record {record.id!r} is not the one that was asked, expected the same data, "
-                "or another out"
+                f"{self._path}: record {id!r} is not the one that was asked, or has other demonstrations, "
+                "expected the same data and the same draw, or another out"
             )
         return found
+
+    def __getitem__(self, id: str) -> Prediction:
+        return self._made[id]
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         if self._path is not None:
@@ -123,25 +132,13 @@ def _refuse_others(folder: Path, stored: Mapping[str, Any], own: Mapping[str, An
             )
 
 
-def digest_of(record: Record) -> str:
-    """Of what is asked, its answers aside: the id, the text, names of image files, or images themselves."""
-    images = [x.name.encode() if isinstance(x, ImageFile) else image_bytes(x) for x in record.images]
-    return _digest([record.id.encode(), record.text.encode(), *images])
-
-
-def pool_digest(pool: Sequence[Any]) -> str:
-    """Of examples that may become demonstrations: of a file its bytes, else each one's name and texts."""
-    if isinstance(pool, Records):
-        digest = hashlib.sha256()
-        with open(pool.file, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()[:16]
-    return _digest(
-        part
-        for x in pool
-        for part in (key_of(x).encode(), getattr(x, "text", "").encode(), getattr(x, "answer", "").encode())
-    )
+def digest_of(query: Record, demonstrations: Iterable[Demonstration]) -> str:
+    """Of what is asked, with the contents of images; the query's answers aside."""
+    parts = [query.id.encode(), query.text.encode(), *query.image_bytes()]
+    for x in demonstrations:
+        parts += [f"demonstration, {len(x.images)} images".encode(), x.text.encode(), x.answer.encode()]
+        parts += x.images
+    return _digest(parts)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -156,9 +153,11 @@ def model_digest(model: nn.Module) -> str:
 
 
 def processor_digest(processor: ProcessorMixin) -> str:
-    """Of its configuration and its tokenizer's vocabulary."""
-    vocabulary = json.dumps(sorted(processor.tokenizer.get_vocab().items()))
-    return _digest([processor.to_json_string().encode(), vocabulary.encode()])
+    """Of its configuration, its chat template, and its tokenizer's vocabulary."""
+    vocabulary = sorted(processor.tokenizer.get_vocab().items())
+    # A loaded tokenizer has the processor's template, too.
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    return _digest([processor.to_json_string().encode(), json.dumps([template, vocabulary]).encode()])
 
 
 def adapter_digest(adapter: Adapter) -> str:

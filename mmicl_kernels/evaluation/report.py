@@ -35,7 +35,8 @@ class Row:
         minus_zero_shot, minus_best: paired differences to the zero-shot row and to the best k-shot row; None
             where there is none, or it is this one.
         prompt_tokens, image_tokens: means over the prompts.
-        seconds: median over queries, of the time that ``generate`` took for their batch divided by its size.
+        batch_sizes: of the runs that asked it. seconds: median over queries, of the time that ``generate``
+            took for their batch divided by the number of queries in it.
         first_seconds: median until the first tokens of a batch were there.
         peak_bytes: the most that was allocated on the GPU; None on a CPU.
     """
@@ -49,6 +50,7 @@ class Row:
     minus_best: Interval | None
     prompt_tokens: float
     image_tokens: float
+    batch_sizes: tuple[int, ...]
     seconds: float
     first_seconds: float
     peak_bytes: int | None
@@ -83,8 +85,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         """A table in Markdown, and what it means."""
-        batch = self.settings["batch_size"]
-        lines = [f"{self.metric} of {self.records} records, batches of {batch}", "", *self._table(), ""]
+        sizes = sorted({size for row in self.rows for size in row.batch_sizes})
+        batches = f"batches of {' and '.join(map(str, sizes))}"
+        lines = [f"{self.metric} of {self.records} records, {batches}", "", *self._table(), ""]
         if self.gap is not None:
             others = sum(not row.system.adapter and row.system.shots > 0 for row in self.rows)
             chosen = f", the best of {others}" if others > 1 else ""
@@ -180,6 +183,7 @@ def evaluation_of(
                 minus_best=minus(system, best),
                 prompt_tokens=fmean(x.prompt_tokens for x in made),
                 image_tokens=fmean(x.image_tokens for x in made),
+                batch_sizes=tuple(sorted({x.batch_size for x in made})),
                 seconds=median(x.seconds for x in made),
                 first_seconds=median(x.first_seconds for x in made),
                 peak_bytes=max(peaks, default=None),
@@ -209,7 +213,7 @@ def _with_bounds(x: Interval | None, sign: str = "") -> str:
 
 def _results(row: Row) -> dict[str, Any]:
     intervals = ("interval", "auroc", "minus_zero_shot", "minus_best")
-    plain = ("prompt_tokens", "image_tokens", "seconds", "first_seconds", "peak_bytes")
+    plain = ("prompt_tokens", "image_tokens", "batch_sizes", "seconds", "first_seconds", "peak_bytes")
     return {
         "name": row.name,
         **asdict(row.system),

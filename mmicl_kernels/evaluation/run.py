@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from mmicl_kernels.evaluation.predictions import (
     adapter_digest,
     digest_of,
     model_digest,
-    pool_digest,
     processor_digest,
 )
 from mmicl_kernels.evaluation.report import Evaluation, evaluation_of
@@ -103,7 +103,7 @@ def evaluate(
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size is {batch_size!r}, limit {limit!r}, expected at least 1")
     _check_plain(model)
-    queries = as_records(records)[:limit]
+    queries = _First(as_records(records), limit)
     settings = _generation(generation, metric)
     scorer = Scorer(metric, queries, with_auroc=auroc)
     chosen = _adapters(adapters or {}, model)
@@ -126,7 +126,6 @@ def evaluate(
         "model": str(getattr(model.config, "_name_or_path", "")),
         "prompt": builder.settings,
         "generation": asdict(settings),
-        "batch_size": batch_size,
         "seed": seed,
         "retrieval": drawn,
     }
@@ -158,26 +157,32 @@ class _Run:
     def answers(self, systems: Sequence[System], progress: bool) -> dict[System, list[Prediction]]:
         common = self._common_settings()
         files = {x: self._file(x, common) for x in systems}
-        # Batches begin where they would without an interruption, so rounding is the same, too.
-        missing = {x: [q for q in self.queries if files[x].find(q) is None] for x in systems}
-        total = len(systems) * len(self.queries)
+        ids, missing = [], {x: set() for x in systems}
+        for query in self.queries:
+            ids.append(query.id)
+            asked = cache(partial(self._digest, query))  # rows with as many demonstrations ask the same
+            for x in systems:
+                if files[x].find(query.id, partial(asked, x.shots)) is None:
+                    missing[x].add(query.id)
+        total = len(systems) * len(ids)
         known = total - sum(map(len, missing.values()))
         with tqdm(total=total, initial=known, unit="query", disable=not progress) as bar:
             for system in systems:
                 bar.set_description(system.name)
                 self._answer(system, missing[system], files[system], bar)
-        return {x: [files[x].find(q) for q in self.queries] for x in systems}
+        return {x: [files[x][id] for id in ids] for x in systems}
 
-    def _answer(self, system: System, missing: list[Record], file: PredictionFile, bar: tqdm) -> None:
+    def _answer(self, system: System, missing: Set[str], file: PredictionFile, bar: tqdm) -> None:
         if not missing:
             return
-        asked = {x.id for x in missing}
         device = self.builder.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with self._asker(system) as asker:
+            # Batches begin where they would without an interruption, so rounding is the same, too.
             for start in range(0, len(self.queries), self.batch_size):
-                batch = [x for x in self.queries[start : start + self.batch_size] if x.id in asked]
+                places = range(len(self.queries))[start : start + self.batch_size]
+                batch = [x for x in map(self.queries.__getitem__, places) if x.id in missing]
                 if batch:
                     file.add(self._batch(asker, system, batch))
                     bar.update(len(batch))
@@ -194,18 +199,22 @@ class _Run:
         return [
             Prediction(
                 id=record.id,
-                record=digest_of(record),
+                asked=digest_of(record, shots[i]),
                 text=made.texts[i],
                 yes=None if made.yes is None else made.yes[i],
                 demonstrations=[key_of(x) for x in rows[i]],
                 prompt_tokens=made.prompt_tokens[i],
                 image_tokens=made.image_tokens[i],
+                batch_size=self.batch_size,
                 seconds=made.seconds / len(batch),
                 first_seconds=made.first_seconds,
                 peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             )
             for i, record in enumerate(batch)
         ]
+
+    def _digest(self, query: Record, shots: int) -> str:
+        return digest_of(query, map(demonstration_of, self._drawn(query, shots)))
 
     def _drawn(self, query: Record, shots: int) -> list[Any]:
         if not shots:
@@ -242,12 +251,25 @@ class _Run:
     def _file(self, system: System, common: Mapping[str, Any]) -> PredictionFile:
         own = dict(common, shots=system.shots)
         if system.shots:
-            own |= {"demonstrations": pool_digest(self.pool), "retrieval": self.drawn, "seed": self.seed}
+            own |= {"retrieval": self.drawn, "seed": self.seed}
         if system.adapter is not None:
             own["adapter"] = adapter_digest(self.adapters[system.adapter])
         if system.fused:
             own["bank"] = str(self._bank(system).dtype)
         return PredictionFile(None if self.out is None else self.out / system.folder, own)
+
+
+class _First(Sequence[Record]):
+    """The first ``limit`` records, by default all, each made when it is asked for."""
+
+    def __init__(self, records: Sequence[Record], limit: int | None) -> None:
+        self._records, self._places = records, range(len(records))[:limit]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[self._places[index]]
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -297,8 +319,7 @@ def _pool(
     pool = examples_of(demonstrations)
     draw, name = RandomShots(), "random"
     if retrieval == "rices":
-        draw, digest = nearest_shots(queries, pool, features, **options)
-        name = f"rices {digest}"
+        draw, name = nearest_shots(queries, pool, features, **options), "rices"
     elif callable(retrieval):
         draw, name = retrieval, getattr(retrieval, "__qualname__", type(retrieval).__qualname__)
     draw(pool, queries[0], most, generator_of(queries[0], seed=0))  # or it would fail after other rows

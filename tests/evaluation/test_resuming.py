@@ -4,9 +4,11 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from questions import adapter_of, model_and_processor, rows_of, write
 
 import mmicl_kernels as mk
@@ -164,7 +166,7 @@ def test_another_model_adapter_or_pool(folder):
     with pytest.raises(ValueError, match=r"^(model|prompt) is"):
         mk.evaluate(model, builder, folder / "query.jsonl", **options)
     write(folder, "pool", rows_of("p", 3))
-    with pytest.raises(ValueError, match=r"^demonstrations is .* in .*/2-shot were made with"):
+    with pytest.raises(ValueError, match="2-shot/predictions.jsonl: record 'q.' .* other demonstrations"):
         evaluated(folder)
 
 
@@ -176,8 +178,85 @@ def test_another_question_of_the_same_name(folder):
     with pytest.raises(ValueError, match="zero-shot/predictions.jsonl: record 'q3' is not the one"):
         evaluated(folder, adapters=None)
     rows[3]["text"], rows[3]["answer"] = "red or blue?", "red"  # answers may be put right
-    write(folder, "query", rows)
+    (folder / "query.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluated(folder, adapters=None)
+
+
+def test_other_images_of_the_same_names(folder):
+    """In another folder, as other bytes of rows, or written over: of a query, and of a demonstration."""
+    evaluated(folder, adapters=None)
+    other = folder / "other"
+    other.mkdir()
+    rows = rows_of("p", 4)
+    write(other, "pool", [{**x, "answer": "blue" if x["answer"] == "red" else "red"} for x in rows])
+    images = [{**x, "images": [(other / x["images"][0]).read_bytes()]} for x in rows]
+    message = "2-shot/predictions.jsonl: record 'q0' is not the one that was asked, or has other demons"
+    for pool in (mk.Records(folder / "pool.jsonl", other), images):
+        with pytest.raises(ValueError, match=message):
+            evaluated(folder, adapters=None, demonstrations=pool)
+    same = [{**x, "images": [(folder / x["images"][0]).read_bytes()]} for x in rows]
+    assert texts(evaluated(folder, adapters=None, demonstrations=same))
+    (folder / "q3-0.png").write_bytes((folder / "q0-0.png").read_bytes())
+    with pytest.raises(ValueError, match="zero-shot/predictions.jsonl: record 'q3' is not the one"):
+        evaluated(folder, adapters=None)
+
+
+class From:
+    """Draws those from a place on."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __call__(self, pool, query, shots, generator):
+        return [(self.place + i) % len(pool) for i in range(shots)]
+
+
+def test_a_draw_that_draws_others(folder):
+    evaluated(folder, adapters=None, retrieval=From(0))
+    evaluated(folder, adapters=None, retrieval=From(4))  # the same ones
+    with pytest.raises(ValueError, match="record 'q0' is not the one .* the same draw"):
+        evaluated(folder, adapters=None, retrieval=From(1))
+
+
+def test_what_is_another_model_or_processor(folder):
+    """How a model runs is not what it is; what a processor's prompts look like is."""
+    model, processor = model_and_processor(chat=True)
+    digests = predictions.model_digest(model), predictions.processor_digest(processor)
+    processor.save_pretrained(folder / "processor")
+    model.config.use_cache = model.config.text_config.use_cache = False
+    loaded = mk.load_processor(folder / "processor")
+    assert (predictions.model_digest(model), predictions.processor_digest(loaded)) == digests
+    for writer in (processor, processor.tokenizer):
+        template, writer.chat_template = writer.chat_template, "{{ messages }}"
+        same = writer is processor.tokenizer  # it does not write where the processor does
+        assert (predictions.processor_digest(processor) == digests[1]) == same
+        writer.chat_template = template
+
+
+def test_batch_sizes_are_those_of_when_it_was_asked(folder):
+    assert str(evaluated(folder, adapters=None)).startswith("exact of 5 records, batches of 2\n")
+    again = evaluated(folder, adapters=None, batch_size=3, shots=(0, 2, 3))
+    assert [row.batch_sizes for row in again.rows] == [(2,), (2,), (3,)]
+    assert str(again).startswith("exact of 5 records, batches of 2 and 3\n")
+
+
+def test_rows_are_made_when_they_are_asked_for(folder):
+    """As of a HuggingFace Dataset, whose images are decoded then: none is kept."""
+
+    class Rows:
+        made = []
+
+        def __len__(self):
+            return 500
+
+        def __getitem__(self, i):
+            self.made.append(weakref.ref(image := Image.new("RGB", (8, 8), (i, 0, 0))))
+            assert sum(x() is not None for x in self.made) <= 6  # two batches, and what a loop ended with
+            return {"image": image, "text": "what?", "answer": "red"}
+
+    model, processor = model_and_processor()
+    mk.evaluate(model, processor, Rows(), limit=12, batch_size=2, progress=False, generation=SETTINGS)
+    assert len(Rows.made) >= 12
 
 
 def test_damage(folder, asked):
@@ -188,7 +267,7 @@ def test_damage(folder, asked):
     with pytest.raises(ValueError, match=r"zero-shot/predictions.jsonl:2: .*expected JSON"):
         evaluated(folder, adapters=None, shots=(0,))
     path.write_bytes(lines[0] + b'{"id": "q1"}\n')
-    with pytest.raises(ValueError, match=r"zero-shot/predictions.jsonl:2: expected an object of demonstr"):
+    with pytest.raises(ValueError, match=r"zero-shot/predictions.jsonl:2: expected an object of asked"):
         evaluated(folder, adapters=None, shots=(0,))
     path.write_bytes(b"".join(lines))
     (path.parent / "settings.json").unlink()
