@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmicl_kernels.evaluation.generation import Generation, YesNo, generate
 from mmicl_kernels.evaluation.systems import trained_prompt
 from mmicl_kernels.integration import Handle, PromptBuilder, attach, load
 from mmicl_kernels.integration.images import decode_image
-from mmicl_kernels.integration.prompts import builder_of
+from mmicl_kernels.integration.prompts import builder_of, special_tokens
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.library.bank_files import DTYPES
 from mmicl_kernels.methods import AIMAdapter
@@ -30,7 +31,8 @@ class Asked:
     """What a batch was answered.
 
     Attributes:
-        texts: without special tokens, as they were generated.
+        texts: without special tokens, as they were generated up to the first one that the prompts have: of
+            an image, or of another turn, which after demonstrations begin a next one.
         prompt_tokens, image_tokens: of each prompt without padding, and those among them that are images'.
         seconds: that ``generate`` took. first_seconds: until the first tokens. yes: as of ``Answers``.
     """
@@ -85,8 +87,13 @@ class Asker:
         own = inputs["attention_mask"].bool()
         images = self.builder.image_tokens(inputs["input_ids"]) & own
         as_they_are = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        special = set(special_tokens(tokenizer)[1])
+        answers = []
+        for ids, shown, answer in zip(inputs["input_ids"], own, made.tokens.tolist(), strict=True):
+            ends = special.intersection(ids[shown].tolist())
+            answers.append(list(takewhile(lambda id, ends=ends: id not in ends, answer)))
         return Asked(
-            tokenizer.batch_decode(made.tokens, **as_they_are),
+            tokenizer.batch_decode(answers, **as_they_are),
             own.sum(-1).tolist(),
             images.sum(-1).tolist(),
             made.seconds,

@@ -50,7 +50,8 @@ class LmmsModel(lmms):
         for text, _, visuals, document, task, split in rows:
             images = tuple(map(image_bytes, visuals(self.task_dict[task][split][document]) or ()))
             queries.append(Demonstration(images, text.replace("{image}", "{{image}}"), ""))
-        return postprocess(self._ask(queries, [*map(self._draw, queries)], settings).texts, settings.cut)
+        texts = self._ask(queries, [*map(self._draw, queries)], settings).texts
+        return postprocess(texts, settings.cut, self._ask.builder.ending)
 
     def loglikelihood(self, requests: list) -> list:
         raise NotImplementedError("mmicl answers; it does not say how likely given answers are")

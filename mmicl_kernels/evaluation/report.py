@@ -154,10 +154,14 @@ def evaluation_of(
     predictions: Mapping[System, Sequence[Prediction]],
     scorer: Scorer,
     cut: str | Sequence[str],
+    ending: str,
     settings: Mapping[str, Any],
 ) -> Evaluation:
-    """Score what each system answered, one prediction for each record in the same order."""
-    texts = {system: postprocess([x.text for x in made], cut) for system, made in predictions.items()}
+    """Score what each system answered, one prediction for each record in the same order.
+
+    ``cut``, ``ending``: of ``postprocess``.
+    """
+    texts = {x: postprocess([y.text for y in made], cut, ending) for x, made in predictions.items()}
     scores = {system: scorer(x) for system, x in texts.items()}
     zero = System(None, 0) if System(None, 0) in scores else None
     k_shot = [x for x in scores if x.adapter is None and x.shots]

@@ -129,7 +129,7 @@ def evaluate(
         "seed": seed,
         "retrieval": drawn,
     }
-    made = evaluation_of(predictions, scorer, settings.cut, common)
+    made = evaluation_of(predictions, scorer, settings.cut, builder.ending, common)
     if folder is not None:
         made.save(folder)
     return made

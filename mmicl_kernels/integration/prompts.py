@@ -262,6 +262,13 @@ class PromptBuilder:
         ids = self._ids(written.after)[-1:] if written.closed else [self._tokenizer.eos_token_id]
         return [x for x in ids if x is not None]
 
+    @property
+    def ending(self) -> str:
+        """What a format string has after the answer of a demonstration; a chat's turns end at ``end_ids``."""
+        if self.template == "chat":
+            return ""
+        return self._turns.alone(Demonstration((b"",), "text", "answer")).after
+
     def splits(self, text: str, place: int) -> bool:
         """Whether no token of ``text`` has characters before and after ``place``."""
         ids, before = (self._encoded(x)["input_ids"] for x in (text, text[:place]))

@@ -21,6 +21,12 @@ def test_exact_match():
     assert exact_match([" dog", "Dog"], ["dog", "dog"], normalize=str.strip).samples.tolist() == [1, 0]
 
 
+def test_exact_match_of_what_normalization_leaves_nothing_of():
+    """Articles and punctuation, such as the choice "A", are not equal to nothing, nor to one another."""
+    predictions, answers = ["", "the", "?", "A", "(a).", "?"], ["A", "A", "an", "a", "A", "?"]
+    assert exact_match(predictions, answers).samples.tolist() == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "prediction, expected",
     [

@@ -210,6 +210,31 @@ def test_an_answer_ends_with_its_turn(tmp_path):
     assert made["zero-shot"].texts == ("", "") and calls == [2]
 
 
+@pytest.mark.parametrize("cut", ["none", "vqa", ("\n",)])
+@pytest.mark.parametrize(
+    "template", ["{image}{text} {answer}", "{image}{text} {answer};", "{image}{text} {answer}.\n\n"]
+)
+def test_an_answer_ends_where_those_of_demonstrations_do(world, template, cut, monkeypatch):
+    """Of a model that goes on as its demonstrations do, with the next one."""
+    model, processor, queries, pool = world
+    builder = mk.PromptBuilder(processor, template)
+    copied = processor.tokenizer(f"red{builder.ending}<image>what? red", add_special_tokens=False)[
+        "input_ids"
+    ]
+
+    def copying(**given):
+        ids = given["input_ids"]
+        given["logits_processor"][0](ids, torch.zeros(len(ids), 9))
+        return torch.cat([ids, torch.tensor(copied).expand(len(ids), -1)], 1)
+
+    monkeypatch.setattr(model, "generate", copying)
+    made = mk.evaluate(
+        model, builder, queries, shots=(0, 2), demonstrations=pool, generation=Generation(cut=cut),
+        progress=False,
+    )  # fmt: skip
+    assert [set(row.texts) for row in made.rows] == [{"red"}] * 2
+
+
 def test_the_model_is_left_plain(world, monkeypatch):
     model, processor, queries, pool = world
     texts = mk.evaluate(model, processor, queries, progress=False)["zero-shot"].texts

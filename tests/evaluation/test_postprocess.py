@@ -36,6 +36,22 @@ def test_cut(preset, text, expected):
 
 
 @pytest.mark.parametrize(
+    "preset, ending, text, expected",
+    [
+        ("vqa", ";", "red; blue\n", "red"),
+        ("vqa", ";", "red\nblue;", "red"),
+        (["."], ";", "a; b.", "a"),
+        ("none", ".\n\n", "3.5.\n\nQuestion: what", "3.5"),
+        ("none", "\n", "a\nb", "a"),
+        ("none", " ", "a b", "a b"),
+        ("live-vqa", "|", "a|b, c", "a"),
+    ],
+)
+def test_cut_where_a_demonstration_ends(preset, ending, text, expected):
+    assert postprocess([text], preset, ending) == [expected]
+
+
+@pytest.mark.parametrize(
     "predictions, preset, error, message",
     [
         (["a"], "vqav2", ValueError, "preset must be one of none, vqa, .*got 'vqav2'"),

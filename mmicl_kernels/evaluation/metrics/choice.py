@@ -21,7 +21,8 @@ def exact_match(
     """Share of predictions that equal an answer of theirs, both after ``normalize``.
 
     ``answers[n]``: one string, or several of which one must match. ``normalize``: by default VQA's
-    normalization (case, punctuation, articles, number words); ``str.strip`` compares the text itself.
+    normalization (case, punctuation, articles, number words); ``str.strip`` compares the text itself. Of a
+    text that it leaves nothing of, such as "A", the words are compared, or else the text.
 
     Raises ``ValueError`` (lengths, a sample without answers) and ``TypeError`` (not strings).
     """
@@ -29,9 +30,13 @@ def exact_match(
     samples = []
     for i, (prediction, accepted) in enumerate(zip(predictions, answers, strict=True)):
         accepted = check_texts("answers", i, [accepted] if isinstance(accepted, str) else accepted)
-        prediction = normalize(check_text("predictions", i, prediction))
-        samples.append(prediction in {normalize(answer) for answer in accepted})
+        said = _normalized(check_text("predictions", i, prediction), normalize)
+        samples.append(said in {_normalized(answer, normalize) for answer in accepted})
     return mean_score(samples)
+
+
+def _normalized(text: str, normalize: Callable[[str], str]) -> str:
+    return normalize(text) or " ".join(re.findall(r"\w+", text.casefold())) or text.strip()
 
 
 def choice_accuracy(

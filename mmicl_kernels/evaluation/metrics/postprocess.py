@@ -15,11 +15,15 @@ PRESETS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def postprocess(predictions: Sequence[str], preset: str | Sequence[str] = "vqa") -> list[str]:
+def postprocess(
+    predictions: Sequence[str], preset: str | Sequence[str] = "vqa", ending: str = ""
+) -> list[str]:
     """Each prediction up to the first stop word, without outer spaces; stop words are case-sensitive.
 
     ``preset``: a name in ``PRESETS``, or stop words of your own. A prediction that begins with a stop word
-    becomes empty. LIVE also cuts at ``", "``, MimIC does not: an answer of two parts keeps the first alone.
+    becomes empty. ``ending``: what a template writes after the answers of demonstrations, another stop word
+    unless it is nothing but spaces. LIVE also cuts at ``", "``, MimIC does not: an answer of two parts keeps
+    the first alone.
 
     Raises ``ValueError`` for an unknown preset or an empty stop word, ``TypeError`` for a single string.
     """
@@ -33,6 +37,9 @@ def postprocess(predictions: Sequence[str], preset: str | Sequence[str] = "vqa")
         groups = (tuple(preset),) if preset else ()
     if any(not word for group in groups for word in group):
         raise ValueError(f"preset must have no empty stop word, got {preset!r}")
+    if ending.strip() or "\n" in ending:
+        first, *others = groups or ((),)
+        groups = ((*first, ending), *others)
     cuts = [re.compile("|".join(map(re.escape, group))) for group in groups]
     return [_cut(text, cuts) for text in predictions]
 
