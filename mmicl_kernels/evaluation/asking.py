@@ -22,7 +22,7 @@ from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.integration.prompts import builder_of, special_tokens
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.library.bank_files import DTYPES
-from mmicl_kernels.methods import AIMAdapter
+from mmicl_kernels.methods import Adapter, AIMAdapter
 from mmicl_kernels.training.shots import RandomShots, demonstration_of, generator_of
 
 
@@ -154,10 +154,10 @@ def asker_of(
 
     Raises: as :func:`prompt_builder`, ``load``, ``attach`` and :func:`bank_of`.
     """
-    builder = prompt_builder(processor, {} if adapter is None else {"adapter": adapter}, model)
     if adapter is None:
-        return Asker(model, builder)
+        return Asker(model, prompt_builder(processor, {}, model))
     loaded = load(adapter, model)
+    builder = prompt_builder(processor, {"adapter": loaded}, model)
     if not isinstance(loaded, AIMAdapter):
         return Asker(model, builder, attach(model, loaded))
     opened = bank_of(bank, loaded, builder, model.dtype)
@@ -165,15 +165,15 @@ def asker_of(
 
 
 def prompt_builder(
-    processor: ProcessorMixin | PromptBuilder, adapters: Mapping[str, Any], model: nn.Module
+    processor: ProcessorMixin | PromptBuilder, adapters: Mapping[str, Adapter], model: nn.Module
 ) -> PromptBuilder:
-    """Of prompts as a builder writes them; else as those of the adapters' folders were trained on; else as
+    """Of prompts as a builder writes them; else as those that loaded adapters were trained on; else as
     :func:`builder_of`. For the model's device and dtype.
 
     Raises ValueError: as :func:`trained_prompt`.
     """
     if not isinstance(processor, PromptBuilder):
-        folders = {name: Path(x) for name, x in adapters.items() if isinstance(x, str | os.PathLike)}
+        folders = {name: x.source for name, x in adapters.items() if x.source is not None}
         prompt = trained_prompt(folders)
         processor = processor if prompt is None else PromptBuilder(processor, **prompt)
     builder = builder_of(processor, dtype=model.dtype)

@@ -115,7 +115,9 @@ class Gap:
         if self.exists:
             return f"a gap to close: demonstrations add {self.difference}"
         if self.difference.high < 0:
-            return f"no gap to close: demonstrations make it worse, by {self.difference}"
+            x = self.difference
+            lost = Interval(-x.value, -x.high, -x.low, x.level)
+            return f"no gap to close: demonstrations make it worse by {lost}"
         return f"no gap to close: what demonstrations add, {self.difference}, may be nothing"
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from mmicl_kernels.evaluation.intervals import Gap, Interval, gap, paired_bootstrap
+from mmicl_kernels.evaluation.intervals import Gap, Interval
 from mmicl_kernels.evaluation.metrics import Score, postprocess
 from mmicl_kernels.evaluation.predictions import Prediction
-from mmicl_kernels.evaluation.scoring import Scorer, interval_of
+from mmicl_kernels.evaluation.scoring import Scorer, difference_of, interval_of
 from mmicl_kernels.evaluation.systems import System
 from mmicl_kernels.methods.durable import replacing
 
 NONE = "-"
+FEW = 30  # records: see the coverage of ``bootstrap_interval``
 RESULTS, TABLE, PLOT = "results.json", "table.md", "scores.png"
 COLUMNS = (
     "", "score (95 %)", "minus zero-shot", "minus best k-shot", "prompt tokens (of images)", "s / query",
@@ -88,6 +89,8 @@ class Evaluation:
         sizes = sorted({size for row in self.rows for size in row.batch_sizes})
         batches = f"batches of {' and '.join(map(str, sizes))}"
         lines = [f"{self.metric} of {self.records} records, {batches}", "", *self._table(), ""]
+        if self.records < FEW:
+            lines.append(f"below {FEW} records the intervals are too narrow: do not rely on them")
         if self.gap is not None:
             others = sum(not row.system.adapter and row.system.shots > 0 for row in self.rows)
             chosen = f", the best of {others}" if others > 1 else ""
@@ -170,7 +173,7 @@ def evaluation_of(
     def minus(system: System, other: System | None) -> Interval | None:
         if other in (None, system):
             return None
-        return paired_bootstrap(scores[system].samples, scores[other].samples)
+        return difference_of(scores[system], scores[other])
 
     rows = []
     for system, made in predictions.items():
@@ -193,7 +196,7 @@ def evaluation_of(
                 peak_bytes=max(peaks, default=None),
             )
         )
-    found = gap(scores[zero].samples, scores[best].samples) if zero and best else None
+    found = Gap(difference_of(scores[best], scores[zero])) if zero and best else None
     count = len(next(iter(predictions.values())))
     return Evaluation(tuple(rows), scorer.name, count, settings, best and best.name, found)
 

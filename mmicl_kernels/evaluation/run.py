@@ -81,9 +81,10 @@ def evaluate(
 
     Args:
         processor: or a PromptBuilder, which says how prompts are written. By default as ``training.json`` in
-            the adapters' folders has it, else as the processor's chat template, else plainly.
+            the folders has it that the adapters were loaded from, else as the processor's chat template, else
+            plainly.
         records: what to ask: whatever ``as_records`` takes. limit: only so many of the first.
-        adapters: by name, or their folders.
+        adapters: by name, or what ``load`` takes: their folders.
         bank: the folder of an AIM adapter's; what it lacks is added, and it is made if it does not exist. By
             default it is in ``out``, or forgotten.
         demonstrations: the pool, as ``records``, or examples. What is drawn for a query depends on the seed
@@ -91,7 +92,8 @@ def evaluate(
         retrieval: "random", each at most once and never the query; "rices", those whose ``features`` are most
             similar, nearest last; or what draws.
         features: a safetensors file, or what embeds: see ``evaluation.features``, ``ClipImages`` there.
-        metric: a name in ``METRICS``, or a function of texts and records that returns a ``Score``.
+        metric: a name in ``METRICS``, or a function of texts and records that returns a ``Score``, of which
+            a higher one is better.
         auroc: for "yes-no": also the area under the ROC curve of the probability of yes as first token.
         generation: a name in ``GENERATIONS``, by default that of the metric, or a ``Generation``.
 
@@ -114,7 +116,7 @@ def evaluate(
     most = max(system.shots for system in systems)
     options = {"cache": folder and folder / "features", "batch_size": batch_size, "progress": progress}
     pool, draw, drawn = _pool(queries, demonstrations, most, retrieval, features, options)
-    builder = prompt_builder(processor, adapters or {}, model)
+    builder = prompt_builder(processor, chosen, model)
     yes_no = YesNo.of(builder.processor.tokenizer) if auroc else None
     with tempfile.TemporaryDirectory() as temporary, evaluating(model):
         run = _Run(

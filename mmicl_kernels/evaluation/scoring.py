@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from mmicl_kernels.data import Record
-from mmicl_kernels.evaluation.intervals import Interval, bootstrap_interval, wilson_interval
+from mmicl_kernels.evaluation.intervals import (
+    Interval,
+    Statistic,
+    bootstrap_interval,
+    paired_bootstrap,
+    wilson_interval,
+)
 from mmicl_kernels.evaluation.metrics import METRICS, Score, auroc, yes_no_of
 
-# A score of the texts [N] that were answered to records [N].
+# A score of the texts [N] that were answered to records [N]; a higher one is better.
 Metric = Callable[[Sequence[str], Sequence[Record]], Score]
 LEVEL = 0.95
 
@@ -53,11 +60,27 @@ class Scorer:
 
 
 def interval_of(score: Score) -> Interval:
-    """95 %: Wilson's where all samples are right or wrong, else of the bootstrap."""
-    if np.isin(score.samples, (0, 1)).all():
+    """95 %: Wilson's of a mean of samples that are all right or wrong, else of the bootstrap."""
+    if _is_mean(score) and np.isin(score.samples, (0, 1)).all():
         correct = int(score.samples.sum())
         return Interval(score.value, *wilson_interval(correct, len(score.samples)), LEVEL)
-    return bootstrap_interval(score.samples, level=LEVEL)
+    statistic, count = _statistic(score)
+    return replace(bootstrap_interval(statistic, count=count, level=LEVEL), value=score.value)
+
+
+def difference_of(score: Score, other: Score) -> Interval:
+    """``score - other``, of answers to the same records: 95 %, of the paired bootstrap."""
+    (first, count), (second, _) = _statistic(score), _statistic(other)
+    return paired_bootstrap(first, second, count=count, level=LEVEL)
+
+
+def _statistic(score: Score) -> tuple[np.ndarray | Statistic, int | None]:
+    """What is resampled: samples, whose mean is faster than ``resampled``, or another score of a set."""
+    return (score.samples, None) if _is_mean(score) else (score.resampled, len(score.samples))
+
+
+def _is_mean(score: Score) -> bool:
+    return type(score).resampled is Score.resampled
 
 
 def _metric(name: str) -> Metric:

@@ -1,6 +1,7 @@
 """Make or load an adapter for a model."""
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -63,7 +64,9 @@ def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = 
     """
     model = unwrap(model)
     anchors = find_anchors(model)
-    adapter = read_adapter(adapter_folder(folder, revision))
+    found = adapter_folder(folder, revision)
+    adapter = read_adapter(found)
+    adapter.source = Path(found)
     check_backbone(adapter, describe_backbone(model, anchors))
     return _place(adapter, model, anchors)
 

@@ -109,7 +109,7 @@ class Adapter(nn.Module):
     """Parameters of one method for one backbone, in ``layers``, keyed by decoder layer index.
 
     Subclasses set ``method``, ``config_class`` and ``tensor_shapes``, and build ``layers`` in
-    ``__init__(config, backbone)``.
+    ``__init__(config, backbone)``. ``source`` is the folder or file that it was loaded from, or None.
     """
 
     method: ClassVar[str]
@@ -118,6 +118,7 @@ class Adapter(nn.Module):
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
+        self.source: Path | None = None
         self.layers = nn.ModuleDict()
 
     @staticmethod

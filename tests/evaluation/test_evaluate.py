@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,8 @@ def test_scores_and_differences(world, tmp_path):
     assert "1-shot: no gap to close" in str(mk.evaluate(model, processor, queries, **options))
     options["shots"] = (2,)
     assert "not known" in str(mk.evaluate(model, processor, queries, **options))
+    assert "below 30 records the intervals are too narrow: do not rely on them" in str(made)
+    assert "too narrow" not in str(replace(made, records=30))
 
 
 def test_files(world, tmp_path):
@@ -330,6 +333,28 @@ def test_a_metric_of_ones_own(world):
     assert made["zero-shot"].score.samples.tolist() == [len(x) for x in made["zero-shot"].texts]
 
 
+def test_a_metric_that_is_no_mean(world):
+    """A ratio of sums is shown, and its intervals are its own."""
+    from mmicl_kernels.evaluation.metrics.score import Ratio
+
+    def digits(texts, records):
+        counts = [[float(sum(map(test, text))) for text in texts] for test in (str.isdigit, str.isprintable)]
+        return Ratio.of(*map(np.array, counts))
+
+    model, processor, queries, pool = world
+    made = mk.evaluate(
+        model, processor, queries, metric=digits, shots=(0, 2), demonstrations=pool, generation=WHOLE,
+        progress=False,
+    )  # fmt: skip
+    zero, two = (digits(made[x].texts, ()) for x in ("zero-shot", "2-shot"))
+    assert zero.value != zero.samples.mean() and zero.value != two.value
+    row = made["2-shot"]
+    assert row.interval == bootstrap_interval(two.resampled, count=6) and row.interval.value == two.value
+    difference = paired_bootstrap(two.resampled, zero.resampled, count=6)
+    assert row.minus_zero_shot == made.gap.difference == difference
+    assert f"| {zero.value:.3f} [" in str(made)
+
+
 def test_rows_and_examples_in_memory(world):
     """Rows with image bytes as queries, demonstrations as a pool, which the query is never among."""
     model, processor, queries, _ = world
@@ -405,6 +430,8 @@ def test_prompts_are_those_of_training(world, tmp_path):
     builder = mk.PromptBuilder(processor, templates["a"], instruction="do.")
     expected = tuple(said(model, builder, x.demonstration()) for x in mk.Records(queries))
     assert evaluated(processor, "none", "a", "b")["zero-shot"].texts == expected
+    loaded = {"adapters": {"a": mk.load(tmp_path / "a", model)}, "generation": WHOLE, "progress": False}
+    assert mk.evaluate(model, processor, queries, **loaded)["zero-shot"].texts == expected
     assert evaluated(processor, "none")["zero-shot"].texts != expected
     message = f"adapters 'a' and 'c' were trained on prompts .*{re.escape(templates['c'])}.* give a template"
     with pytest.raises(ValueError, match=message):

@@ -148,7 +148,7 @@ def test_gap():
     assert open_gap.exists and open_gap.difference.value == pytest.approx(0.4)
     assert str(open_gap).startswith("a gap to close: demonstrations add 0.4000 (95% interval 0.")
     worse = gap(better, zero)
-    assert not worse.exists and "make it worse, by -0.4000" in str(worse)
+    assert not worse.exists and "make it worse by 0.4000 (95%" in str(worse)
     assert worse.difference.excludes_zero and not closed.difference.excludes_zero
     # One sample more in fifty is no evidence.
     assert not gap(zero, np.r_[1, zero[1:]]).exists
