@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -556,3 +558,14 @@ def test_other_orders_of_queries_are_refused(model, processor, records, argument
     with pytest.raises(ValueError, match=message):
         mk.train(model, processor, records, mk.LIVEConfig(), **options)
     assert handle_of(model) is None
+
+
+def test_the_readme_s_first_line(model, processor, records, monkeypatch):
+    text = (Path(mk.__file__).parent / "training" / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("shots=8", "shots=2, steps=1")
+    monkeypatch.chdir(records.parent)
+    names = {"mk": mk, "model": model, "processor": processor}
+    exec(block, names)
+    assert_same(names["adapter"], mk.load("adapters/vqa", model))
+    for name in re.findall(r"`([\w/]+\.py)`", text):
+        assert list(Path(mk.__file__).parent.rglob(name)), name
