@@ -46,6 +46,10 @@ def nearest_shots(
         found = [embedded(x, features, **options) for x in (pool, queries)]
     else:
         found = _read(Path(features), (len(pool), len(queries)))
+    for name, x in zip(PARTS, found, strict=True):
+        expected = f"expected finite ones [N, {found[0].shape[1] or 'C'}] for all"
+        if x.shape[1] != found[0].shape[1] or not x.shape[1] or not x.isfinite().all():
+            raise ValueError(f"features of {name} are {list(x.shape)}, {expected}")
     places = {key_of(query): i for i, query in enumerate(queries)}
 
     def embed(query: Any) -> Tensor:
@@ -75,9 +79,10 @@ def embedded(
     with tqdm(total=len(examples), desc="embedding", unit="example", disable=not progress) as bar:
         for start in range(0, len(examples), batch_size):
             batch = [demonstration_of(examples[i]) for i in range(len(examples))[start : start + batch_size]]
-            made = embed(batch)
-            if made.dim() != 2 or len(made) != len(batch):
-                raise ValueError(f"features has shape {list(made.shape)}, expected [{len(batch)}, C]")
+            made = torch.as_tensor(embed(batch))
+            width = rows[0].shape[1] if rows else "C"
+            if made.dim() != 2 or len(made) != len(batch) or width not in ("C", made.shape[1]):
+                raise ValueError(f"features has shape {list(made.shape)}, expected [{len(batch)}, {width}]")
             rows.append(made.detach().float().cpu())
             bar.update(len(batch))
     found = torch.cat(rows)
@@ -94,16 +99,25 @@ class ClipImages:
     Of several images the mean; a demonstration without one has zeros, and is similar to nothing.
 
     Raises:
-        FileNotFoundError: no such folder. OSError, ValueError: it holds no CLIP.
+        FileNotFoundError: no such folder. OSError, ValueError: it holds no CLIP, or not all that makes image
+        features.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
-        from transformers import CLIPModel
+        from transformers import CLIPConfig, CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"clip: {folder} does not exist, expected a folder")
-        model = CLIPModel.from_pretrained(folder, local_files_only=True)
+        kind = CLIPConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if kind != "clip":
+            raise ValueError(f"clip: {folder} has a model of type {kind!r}, expected 'clip'")
+        options = {"local_files_only": True, "output_loading_info": True}
+        model, loading = CLIPModel.from_pretrained(folder, **options)
+        parts = ("vision_model.", "visual_projection.")
+        missing = sorted(name for name in loading["missing_keys"] if name.startswith(parts))
+        if missing:
+            raise ValueError(f"clip: {folder} has no {', '.join(missing[:3])}, expected a whole CLIP")
         self.model = model.eval().to(device)
         self.processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         self.digest = f"clip {model_digest(self.model)} {self.processor.to_json_string()}"
@@ -142,12 +156,12 @@ def _read(path: Path, counts: tuple[int, int]) -> list[Tensor]:
         raise ValueError(f"features: {path} has {sorted(tensors)}, expected {list(PARTS)}")
     for name, count in zip(PARTS, counts, strict=True):
         x = tensors[name]
-        enough = len(x) == count if name == "demonstrations" else len(x) >= count
-        if x.dim() != 2 or not x.is_floating_point() or not enough:
+        enough = x.dim() == 2 and (len(x) == count if name == "demonstrations" else len(x) >= count)
+        if not x.is_floating_point() or not enough:
             raise ValueError(
                 f"features: {path} has {name} {x.dtype} {list(x.shape)}, expected floating [{count}, C]"
             )
-    return [tensors[name] for name in PARTS]
+    return [tensors[name].float() for name in PARTS]
 
 
 def _content(examples: Sequence[Any], name: str) -> str:

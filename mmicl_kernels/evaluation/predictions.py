@@ -52,6 +52,14 @@ class Prediction:
     peak_bytes: int | None
 
 
+# The types that JSON has of a prediction's fields.
+KINDS: dict[str, tuple[type, ...]] = {
+    "id": (str,), "asked": (str,), "text": (str,), "yes": (float, type(None)), "demonstrations": (list,),
+    "prompt_tokens": (int,), "image_tokens": (int,), "batch_size": (int,), "seconds": (float,),
+    "first_seconds": (float,), "peak_bytes": (int, type(None)),
+}  # fmt: skip
+
+
 class PredictionFile:
     """The predictions of one row of the table, in ``folder``, or nowhere if that is None.
 
@@ -75,7 +83,7 @@ class PredictionFile:
         own = json.loads(json.dumps(settings))
         stored = folder / SETTINGS
         if stored.exists():
-            _refuse_others(folder, json.loads(stored.read_text(encoding="utf-8")), own)
+            _refuse_others(folder, _settings(stored), own)
         else:
             if self._path.exists():
                 raise ValueError(f"{folder} has {PREDICTIONS} without {SETTINGS}, expected both or neither")
@@ -120,7 +128,22 @@ class PredictionFile:
                 raise ValueError(f"{self._path}:{number}: {error}, expected JSON") from error
             if not isinstance(row, dict) or set(row) != names:
                 raise ValueError(f"{self._path}:{number}: expected an object of {', '.join(sorted(names))}")
+            wrong = [name for name, kinds in KINDS.items() if type(row[name]) not in kinds]
+            if wrong:
+                name = wrong[0]
+                expected = f"expected {' or '.join(x.__name__ for x in KINDS[name])}"
+                raise ValueError(f"{self._path}:{number}: {name} is {row[name]!r:.80}, {expected}")
             self._made[row["id"]] = Prediction(**row)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, expected JSON") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is {found!r:.80}, expected an object")
+    return found
 
 
 def _refuse_others(folder: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -14,12 +15,11 @@ from mmicl_kernels.evaluation.intervals import Gap, Interval
 from mmicl_kernels.evaluation.metrics import Score, postprocess
 from mmicl_kernels.evaluation.predictions import Prediction
 from mmicl_kernels.evaluation.scoring import Scorer, difference_of, interval_of
-from mmicl_kernels.evaluation.systems import System
+from mmicl_kernels.evaluation.systems import PLOT, RESULTS, TABLE, System
 from mmicl_kernels.methods.durable import replacing
 
 NONE = "-"
 FEW = 30  # records: see the coverage of ``bootstrap_interval``
-RESULTS, TABLE, PLOT = "results.json", "table.md", "scores.png"
 COLUMNS = (
     "", "score (95 %)", "minus zero-shot", "minus best k-shot", "prompt tokens (of images)", "s / query",
     "first token, ms", "GPU peak, GiB",
@@ -100,15 +100,22 @@ class Evaluation:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> None:
-        """Write ``results.json``, ``table.md`` and, where matplotlib is installed, ``scores.png``."""
+        """Write ``results.json``, ``table.md`` and, where matplotlib is installed, ``scores.png``.
+
+        If it is and cannot be imported, there is a warning and no picture.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         results = json.dumps(self.results(), indent=1, ensure_ascii=False)
         for name, text in ((RESULTS, results), (TABLE, f"{self}\n")):
             with replacing(folder / name) as (temporary,):
                 temporary.write_text(text, encoding="utf-8")
-        if find_spec("matplotlib") is not None:
+        if find_spec("matplotlib") is None:
+            return
+        try:
             with replacing(folder / PLOT) as (temporary,):
                 self._plot(temporary)
+        except ImportError as error:
+            warnings.warn(f"{PLOT} is not made: matplotlib cannot be imported: {error}", stacklevel=2)
 
     def results(self) -> dict[str, Any]:
         """All numbers, for JSON; the samples of a row's score are in the order of the records."""

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from mmicl_kernels.data import Record, as_records
+from mmicl_kernels.data import Demonstration, Record, as_records
 from mmicl_kernels.evaluation.asking import Asker, bank_of, prompt_builder
 from mmicl_kernels.evaluation.features import Embed, nearest_shots
 from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
@@ -30,10 +30,11 @@ from mmicl_kernels.evaluation.predictions import (
 )
 from mmicl_kernels.evaluation.report import Evaluation, evaluation_of
 from mmicl_kernels.evaluation.scoring import Metric, Scorer
-from mmicl_kernels.evaluation.systems import System, systems_of
+from mmicl_kernels.evaluation.systems import BANKS, FEATURES, System, systems_of
 from mmicl_kernels.integration import PromptBuilder, UnsupportedModelError, attach, load
 from mmicl_kernels.integration.aggregation import evaluating
 from mmicl_kernels.integration.anchors import unwrap
+from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.integration.patches import is_patched
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.methods import Adapter
@@ -87,10 +88,11 @@ def evaluate(
         adapters: by name, or what ``load`` takes: their folders.
         bank: the folder of an AIM adapter's; what it lacks is added, and it is made if it does not exist. By
             default it is in ``out``, or forgotten.
-        demonstrations: the pool, as ``records``, or examples. What is drawn for a query depends on the seed
-            and the query alone; more shots begin with the same ones.
-        retrieval: "random", each at most once and never the query; "rices", those whose ``features`` are most
-            similar, nearest last; or what draws.
+        demonstrations: the pool, as ``records``, or examples. What is drawn for a query depends on the seed,
+            the query and the pool.
+        retrieval: "random", each at most once and never the query, more shots begin with the same ones;
+            "rices", those whose ``features`` are most similar, nearest last, so that more shots end with the
+            same ones; or what draws.
         features: a safetensors file, or what embeds: see ``evaluation.features``, ``ClipImages`` there.
         metric: a name in ``METRICS``, or a function of texts and records that returns a ``Score``, of which
             a higher one is better.
@@ -114,9 +116,11 @@ def evaluate(
         raise ValueError("bank is given, expected an AIM adapter among the adapters, or no bank")
     folder, bank = (None if x is None else Path(x) for x in (out, bank))
     most = max(system.shots for system in systems)
-    options = {"cache": folder and folder / "features", "batch_size": batch_size, "progress": progress}
+    options = {"cache": folder and folder / FEATURES, "batch_size": batch_size, "progress": progress}
     pool, draw, drawn = _pool(queries, demonstrations, most, retrieval, features, options)
     builder = prompt_builder(processor, chosen, model)
+    for query in queries:
+        _check_text(builder, query)
     yes_no = YesNo.of(builder.processor.tokenizer) if auroc else None
     with tempfile.TemporaryDirectory() as temporary, evaluating(model):
         run = _Run(
@@ -196,6 +200,8 @@ class _Run:
             shots = [[demonstration_of(x) for x in row] for row in rows]
             made = asker(queries, shots, self.generation, self.yes_no)
         except ValueError as error:
+            for x in (*batch, *(x for row in rows for x in row)):
+                _check_images(x)
             raise ValueError(f"{system.name}, records {[x.id for x in batch]}: {error}") from error
         device = self.builder.device
         return [
@@ -236,7 +242,7 @@ class _Run:
             yield Asker(self.model, self.builder, handle, adapter if system.fused else None)
 
     def _bank(self, system: System) -> DemonstrationBank:
-        folder = self.bank or (self.out or self.temporary) / f"{system.adapter}-bank"
+        folder = self.bank or (self.out or self.temporary) / BANKS / system.adapter
         return bank_of(folder, self.adapters[system.adapter], self.builder, self.model.dtype)
 
     def _common_settings(self) -> dict[str, Any]:
@@ -274,6 +280,22 @@ class _First(Sequence[Record]):
         return self._records[self._places[index]]
 
 
+def _check_text(builder: PromptBuilder, query: Record) -> None:
+    """Raise ValueError, which names the record, unless a prompt can be made of it; images are not read."""
+    try:
+        builder.check(Demonstration((b"",) * len(query.images), query.text, "answer"))
+    except ValueError as error:
+        raise ValueError(f"{query.place or f'record {query.id!r}'}: {error}") from error
+
+
+def _check_images(example: Any) -> None:
+    """Raise ValueError, which names the record and the file, if one of its images cannot be decoded."""
+    where = getattr(example, "place", "") or key_of(example)
+    images = demonstration_of(example).images
+    for source, data in zip(getattr(example, "images", images), images, strict=True):
+        decode_image(data, f"{where}: {getattr(source, 'name', 'an image')}")
+
+
 def _check_plain(model: nn.Module) -> None:
     """Raise ValueError if adapters are attached: the rows without one would have them."""
     try:
@@ -298,6 +320,9 @@ def _generation(generation: str | Generation | None, metric: str | Metric) -> Ge
 def _adapters(given: Mapping[str, Adapter | str | os.PathLike], model: nn.Module) -> dict[str, Adapter]:
     if not isinstance(given, Mapping):
         raise TypeError(f"adapters is a {type(given).__name__}, expected a dict of names and adapters")
+    for name, x in given.items():
+        if not isinstance(x, Adapter | str | os.PathLike):
+            raise TypeError(f"adapter {name!r} is a {type(x).__name__}, expected an adapter or its folder")
     return {name: x if isinstance(x, Adapter) else load(x, model) for name, x in given.items()}
 
 

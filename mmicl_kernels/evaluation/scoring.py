@@ -102,6 +102,8 @@ def _reference(metric: str, record: Record) -> str | tuple[str, ...]:
     if metric in ("choice", "yes-no") or record.answers is None:
         if not record.answer.strip():
             raise ValueError(f"{where}: answer is {record.answer!r}, expected a known one for {metric!r}")
+        if metric == "yes-no":
+            _yes(record)
         return record.answer if metric != "caption" else (record.answer,)
     return record.answers
 
@@ -109,5 +111,6 @@ def _reference(metric: str, record: Record) -> str | tuple[str, ...]:
 def _yes(record: Record) -> bool:
     label = yes_no_of(record.answer)
     if label is None:
-        raise ValueError(f"{record.place or record.id}: answer is {record.answer!r}, expected yes or no")
+        where = record.place or f"record {record.id!r}"
+        raise ValueError(f"{where}: answer is {record.answer!r}, expected yes or no")
     return label

@@ -13,6 +13,8 @@ from mmicl_kernels.methods import Adapter, AIMAdapter
 
 PROMPT = ("template", "instruction", "image_marker")  # what training.json keeps of a PromptBuilder
 NAME = re.compile(r"\w[\w.-]*")
+# What the folder of an evaluation has beside a folder for each row.
+RESULTS, TABLE, PLOT, FEATURES, BANKS = "results.json", "table.md", "scores.png", "features", "banks"
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,13 @@ def systems_of(
     ``shots`` as fused tokens.
 
     Raises:
-        ValueError: shots are negative or repeated, an AIM adapter has no demonstrations to fuse, a name has
-        other characters than a file's may, or two rows would have one name.
+        TypeError: shots are no sequence. ValueError: they are negative or repeated, an AIM adapter has no
+        demonstrations to fuse, a name has other characters than a file's may, two rows would have one name,
+        or one that of a file.
     """
     for name, counts in (("shots", shots), ("adapter_shots", adapter_shots)):
+        if not isinstance(counts, Sequence):
+            raise TypeError(f"{name} is {counts!r}, expected a list of numbers, such as (0, 4)")
         whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in counts)
         if not whole or len(set(counts)) < len(counts):
             raise ValueError(f"{name} is {list(counts)}, expected different numbers of at least 0")
@@ -69,6 +74,9 @@ def systems_of(
         raise ValueError("shots and adapters are empty, expected something to evaluate")
     folders = [x.folder.casefold() for x in made]
     twice = [x.name for x in made if folders.count(x.folder.casefold()) > 1]
+    taken = {RESULTS, TABLE, PLOT, FEATURES, BANKS}.intersection(folders)
+    if taken:
+        raise ValueError(f"an adapter's name is {', '.join(sorted(taken))}, which is a file of the results")
     if twice:
         raise ValueError(f"adapters make the rows {', '.join(twice)}, expected names that differ")
     return made

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -378,7 +379,7 @@ def test_rows_and_examples_in_memory(world):
         ({"metric": "bleu"}, "metric is 'bleu', expected a function or one of vqa, okvqa"),
         ({"metric": "vqa"}, "query.jsonl:1: answers is missing"),
         ({"metric": "choice"}, "query.jsonl:1: choices is missing"),
-        ({"metric": "yes-no"}, "must be yes or no"),
+        ({"metric": "yes-no"}, "query.jsonl:1: answer is 'red', expected yes or no"),
         ({"generation": "slow"}, "generation is 'slow', expected a Generation or one of vqa"),
         ({"retrieval": "nearest"}, "retrieval is 'nearest', expected 'random'"),
         ({"retrieval": "rices"}, "retrieval is 'rices', features None"),
@@ -388,6 +389,8 @@ def test_rows_and_examples_in_memory(world):
         ({"limit": 1}, "records has 1, expected at least 2"),
         ({"adapters": {"a/b": "live"}}, "adapter 'a/b', expected a name of letters"),
         ({"adapters": {"zero-shot": "live"}}, "adapters make the rows zero-shot, zero-shot"),
+        ({"adapters": {"Table.md": "live"}}, "an adapter's name is table.md, which is a file of the results"),
+        ({"adapters": {"banks": "live"}}, "an adapter's name is banks, which is a file of the results"),
         ({"adapters": {"aim": "aim"}}, r"shots is \[0\], expected one above 0 for adapter 'aim'"),
     ],
 )
@@ -399,6 +402,38 @@ def test_errors_before_anything_is_asked(world, options, message, monkeypatch):
         options = {**options, "adapters": {name: mk.create(model, configs[kind])}}
     with pytest.raises(ValueError, match=message):
         mk.evaluate(model, processor, queries, progress=False, **options)
+
+
+def test_wrong_types(world):
+    model, processor, queries, _ = world
+    for given in ({"shots": 4}, {"adapter_shots": 4}):
+        with pytest.raises(TypeError, match=f"{next(iter(given))} is 4, expected a list of numbers"):
+            mk.evaluate(model, processor, queries, **given)
+    with pytest.raises(TypeError, match="adapter 'a' is a NoneType, expected an adapter or its folder"):
+        mk.evaluate(model, processor, queries, adapters={"a": None})
+
+
+def test_bad_records_are_named(world, tmp_path, monkeypatch):
+    """A text that no prompt can have before anything is asked; an image when it is read."""
+    model, processor, queries, pool = world
+    options = {"generation": WHOLE, "progress": False, "batch_size": 2}
+    (tmp_path / "p2-0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"pool.jsonl:3: p2-0.png cannot be decoded: it is no image"):
+        mk.evaluate(model, processor, queries, shots=(5,), demonstrations=pool, **options)
+    with pytest.raises(ValueError, match=r"pool.jsonl:3: p2-0.png cannot be decoded: it is no image"):
+        mk.evaluate(model, processor, pool, **options)
+    rows = [{"image": png("red", (9, 7)), "text": text, "answer": "red"} for text in ("a", "b", "c<image>")]
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.raises(ValueError, match="row 2: text 'c<image>' has '<image>', expected no special"):
+        mk.evaluate(model, processor, rows, **options)
+
+
+def test_a_matplotlib_that_cannot_be_imported(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match="scores.png is not made: matplotlib cannot be imported"):
+        made = mk.evaluate(*world[:3], out=tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "table.md").read_text() == f"{made}\n"
+    assert not [x for x in (tmp_path / "out").iterdir() if "png" in x.name]
 
 
 def test_a_patched_model_is_refused(world):

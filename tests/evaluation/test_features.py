@@ -39,6 +39,14 @@ def test_features_of_a_file(files, tmp_path):
     save_file({**rows, "queries": rows["queries"][:2]}, tmp_path / "features.safetensors")
     with pytest.raises(ValueError, match=r"has queries torch.float32 \[2, 2\], expected floating \[3, C\]"):
         mk.evaluate(model, processor, queries, **options)
+    for other in (torch.ones(3, 3), torch.full((3, 2), torch.nan)):
+        save_file({**rows, "queries": other}, tmp_path / "features.safetensors")
+        message = rf"features of queries are \[3, {other.shape[1]}\], expected finite ones \[N, 2\] for all"
+        with pytest.raises(ValueError, match=message):
+            mk.evaluate(model, processor, queries, **options)
+    save_file({"demonstrations": torch.ones(4, 0), "queries": torch.ones(3, 0)}, tmp_path / "0.safetensors")
+    with pytest.raises(ValueError, match=r"features of demonstrations are \[4, 0\], expected finite"):
+        mk.evaluate(model, processor, queries, **{**options, "features": tmp_path / "0.safetensors"})
     save_file({"queries": rows["queries"]}, tmp_path / "features.safetensors")
     with pytest.raises(ValueError, match=r"has \['queries'\], expected \['demonstrations', 'queries'\]"):
         mk.evaluate(model, processor, queries, **options)
@@ -82,6 +90,8 @@ def test_embedding_functions_and_their_cache(files, tmp_path):
     assert other.calls == [3]
     with pytest.raises(ValueError, match=r"features has shape \[3\], expected \[3, C\]"):
         embedded(queries, lambda rows: torch.ones(len(rows)), progress=False)
+    with pytest.raises(ValueError, match=r"features has shape \[1, 1\], expected \[1, 2\]"):
+        embedded(queries, lambda rows: torch.ones(len(rows), len(rows)), batch_size=2, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +140,16 @@ def test_clip(clip, files, tmp_path):
     assert len(list((tmp_path / "out" / "features").iterdir())) == 2
     with pytest.raises(FileNotFoundError, match="clip: none does not exist"):
         ClipImages("none")
+
+
+def test_what_is_no_whole_clip(clip, tmp_path):
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(clip)
+    model.vision_model.save_pretrained(tmp_path / "tower")
+    with pytest.raises(ValueError, match="tower has a model of type 'clip_vision_model', expected 'clip'"):
+        ClipImages(tmp_path / "tower")
+    weights = {name: x for name, x in model.state_dict().items() if not name.startswith("visual_proj")}
+    model.save_pretrained(tmp_path / "part", state_dict=weights)
+    with pytest.raises(ValueError, match="part has no visual_projection.weight, expected a whole CLIP"):
+        ClipImages(tmp_path / "part")

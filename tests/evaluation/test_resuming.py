@@ -1,6 +1,7 @@
 """Evaluations that were ended go on: nothing is asked twice, nothing of another run is taken."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -269,7 +270,16 @@ def test_damage(folder, asked):
     path.write_bytes(lines[0] + b'{"id": "q1"}\n')
     with pytest.raises(ValueError, match=r"zero-shot/predictions.jsonl:2: expected an object of asked"):
         evaluated(folder, adapters=None, shots=(0,))
+    for name, value in {"id": ["q1"], "text": 5, "seconds": None, "yes": "no"}.items():
+        path.write_text(json.dumps({**json.loads(lines[0]), name: value}) + "\n")
+        with pytest.raises(ValueError, match=rf"jsonl:1: {name} is {re.escape(repr(value))}, "):
+            evaluated(folder, adapters=None, shots=(0,))
     path.write_bytes(b"".join(lines))
+    settings = (path.parent / "settings.json").read_bytes()
+    for damaged in (b"", b"[]", settings[:50], b"\xff"):
+        (path.parent / "settings.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"zero-shot/settings.json.* expected (JSON|an object)"):
+            evaluated(folder, adapters=None, shots=(0,))
     (path.parent / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"has predictions.jsonl without settings.json"):
         evaluated(folder, adapters=None, shots=(0,))
