@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmicl_kernels.methods import Adapter, AIMAdapter
+from mmicl_kernels.methods.base import DESCRIPTION_FILE
 
 PROMPT = ("template", "instruction", "image_marker")  # what training.json keeps of a PromptBuilder
 NAME = re.compile(r"\w[\w.-]*")
@@ -91,7 +92,7 @@ def trained_prompt(folders: Mapping[str, Path]) -> dict[str, str | None] | None:
     """
     found: dict[str, dict[str, str | None]] = {}
     for name, folder in folders.items():
-        file = folder / "training.json"
+        file = folder / DESCRIPTION_FILE
         if file.is_file():
             prompt = _prompt(file)
             if prompt is not None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
+from mmicl_kernels.methods.base import CONFIG_FILE, DESCRIPTION_FILE, TENSORS_FILE
 from mmicl_kernels.methods.durable import is_file, is_folder
 
 # "owner/name" and nothing that could only be a path.
@@ -27,7 +27,7 @@ def huggingface_hub(what: str) -> ModuleType:
 def adapter_folder(folder: str | os.PathLike, revision: str | None = None) -> str | os.PathLike:
     """``folder`` if it is there or does not look like "owner/name"; else where the hub's cache has its files.
 
-    Only an adapter's JSON and its safetensors are fetched, of the branch, tag or commit ``revision``.
+    Only an adapter's JSON files and its safetensors are fetched, of the branch, tag or commit ``revision``.
 
     Raises:
         FileNotFoundError: nothing there, and the hub could not be asked or has not got it.
@@ -39,7 +39,8 @@ def adapter_folder(folder: str | os.PathLike, revision: str | None = None) -> st
     where = folder if revision is None else f"{folder} at revision {revision!r}"
     try:
         hub = huggingface_hub("to ask the hub for a repository of this name needs")
-        found = hub.snapshot_download(folder, revision=revision, allow_patterns=[CONFIG_FILE, TENSORS_FILE])
+        files = [CONFIG_FILE, TENSORS_FILE, DESCRIPTION_FILE]
+        found = hub.snapshot_download(folder, revision=revision, allow_patterns=files)
     # Not found, gated, offline, and what the HTTP library of the day raises: they share no other class.
     except Exception as error:
         reason = " ".join(str(error).split())

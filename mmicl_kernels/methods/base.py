@@ -19,6 +19,7 @@ from mmicl_kernels.ops._checks import FLOAT_DTYPES
 FORMAT_VERSION = 1
 CONFIG_FILE = "mmicl_adapter.json"
 TENSORS_FILE = "mmicl_adapter.safetensors"
+DESCRIPTION_FILE = "training.json"  # beside them: how it was trained, its prompts for instance
 DTYPE = torch.float32  # of a new adapter, whatever the default
 # bf16 rounds by 2^-9; a different checkpoint of the same shape differs by the size of its weights.
 FINGERPRINT_TOLERANCE = 2.0**-7

@@ -23,7 +23,7 @@ from mmicl_kernels.data import Demonstration, Record
 from mmicl_kernels.integration import PromptBuilder, create, load
 from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.methods import Adapter, AIMConfig
-from mmicl_kernels.methods.base import CONFIG_FILE
+from mmicl_kernels.methods.base import CONFIG_FILE, DESCRIPTION_FILE
 from mmicl_kernels.training.arguments import deciding, training_arguments
 from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.training.module import TrainedModule
@@ -240,7 +240,7 @@ class _Known:
     @classmethod
     def of(cls, folder: Path, description: Mapping[str, Any], resume: bool) -> _Known:
         """Raises ValueError: the folder has another adapter or training, or one that shall not go on."""
-        from mmicl_kernels.training.trainer import DESCRIPTION_FILE, check_whole, is_finished, last_checkpoint
+        from mmicl_kernels.training.trainer import check_whole, is_finished, last_checkpoint
 
         last = last_checkpoint(folder)
         made, begun = _read(folder / DESCRIPTION_FILE), last and _read(last / DESCRIPTION_FILE)

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from mmicl_kernels.library import read_adapter
 from mmicl_kernels.methods import CheckpointError
+from mmicl_kernels.methods.base import DESCRIPTION_FILE
 from mmicl_kernels.methods.durable import replacing
 from mmicl_kernels.training.collate import Collator
 from mmicl_kernels.training.measures import describe_large_shares
@@ -31,7 +32,6 @@ from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 from mmicl_kernels.training.queries import CountedBatches, Queries, QueryOrder
 from mmicl_kernels.training.sharding import check_deepspeed, shard, without_fsdp
 
-DESCRIPTION_FILE = "training.json"
 STATE_FILE = "trainer_state.json"  # what a Trainer writes last into a checkpoint
 
 

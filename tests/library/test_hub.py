@@ -48,10 +48,10 @@ def hub(monkeypatch, tmp_path, elsewhere):
     return fake
 
 
-def test_the_hub_is_asked_for_two_files(hub):
+def test_the_hub_is_asked_for_three_files(hub):
     assert_same(read_adapter(adapter_folder("me/shift")), live(1.0))
     assert_same(read_adapter(adapter_folder("me/shift", "v2")), live(1.0))
-    files = [CONFIG_FILE, TENSORS_FILE]
+    files = [CONFIG_FILE, TENSORS_FILE, "training.json"]
     assert hub.asked == [("me/shift", None, files), ("me/shift", "v2", files)]
 
 
