@@ -5,7 +5,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mmicl_kernels.cli import bank_build
-from mmicl_kernels.cli.printing import FAILED, backbone_name, complain, print_table, printable
+from mmicl_kernels.cli.printing import FAILED, backbone_name, print_table, printable
+from mmicl_kernels.cli.shell import reported
 
 if TYPE_CHECKING:  # torch is imported when a command runs
     from mmicl_kernels.library import DemonstrationBank
@@ -37,13 +38,10 @@ def run(options: argparse.Namespace) -> int:
         return bank_build.run(options)
     from mmicl_kernels.library import DemonstrationBank
 
-    try:
+    def act() -> int:
         return _ACTIONS[options.action](DemonstrationBank(options.folder), options)
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError, TypeError, IndexError) as error:
-        complain("mmicl bank", str(error))
-        return FAILED
+
+    return reported("mmicl bank", act, (OSError, ValueError, TypeError, IndexError))
 
 
 def _info(bank: "DemonstrationBank", options: argparse.Namespace) -> int:

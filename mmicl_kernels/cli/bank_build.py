@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mmicl_kernels.cli.printing import FAILED, complain
+from mmicl_kernels.cli.shell import reported
 
 if TYPE_CHECKING:  # torch is imported when the command runs
     from tqdm import tqdm
@@ -47,13 +48,9 @@ def add_parser(actions: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Build the bank and return the exit code; an error is one line on stderr, so is each bad line."""
-    try:
-        return _build(options)
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        _complain(str(error))
-        return FAILED
+    return reported(
+        "mmicl bank build", lambda: _build(options), (OSError, ValueError, TypeError, ImportError)
+    )
 
 
 def _build(options: argparse.Namespace) -> int:

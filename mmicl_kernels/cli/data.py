@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
-from mmicl_kernels.cli.printing import FAILED, complain, printable
+from mmicl_kernels.cli.printing import complain, printable
+from mmicl_kernels.cli.shell import reported
 from mmicl_kernels.data import BadRecord, record_of
 from mmicl_kernels.data.formats import FORMATS, Row, convert, official_files
 from mmicl_kernels.data.records import check_images
@@ -33,13 +34,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Convert and return the exit code; an error is one line on stderr."""
-    try:
-        return _convert(options)
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        complain("mmicl data", str(error))
-        return FAILED
+    return reported("mmicl data", lambda: _convert(options), (OSError, ValueError))
 
 
 def _description(splits: dict[str, tuple[str, ...]]) -> str:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmicl_kernels.cli.printing import FAILED, complain
+from mmicl_kernels.cli.printing import complain
+from mmicl_kernels.cli.shell import reported
 
 if TYPE_CHECKING:  # torch is imported when the command runs
     from mmicl_kernels.data import Records
@@ -67,13 +68,9 @@ def _add_generation(group: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, print the table and return the exit code; an error is one line on stderr."""
-    try:
-        return _evaluate(options)
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError, TypeError, ImportError, LookupError) as error:
-        complain("mmicl eval", str(error))
-        return FAILED
+    return reported(
+        "mmicl eval", lambda: _evaluate(options), (OSError, ValueError, TypeError, ImportError, LookupError)
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -120,9 +117,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _records(name: str, file: str, images_name: str, images: str | None, skip_bad: bool) -> "Records":
     from mmicl_kernels.data import Records
 
-    for option, path, there in ((name, file, Path(file).is_file()), (images_name, images, None)):
-        if path is not None and not (Path(path).is_dir() if there is None else there):
-            raise FileNotFoundError(f"--{option}: {path} does not exist")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--{name}: {file} does not exist")
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"--{images_name}: {images} does not exist")
     records = Records(file, images, skip_bad=skip_bad)
     if records.skipped:
         complain("mmicl eval", f"{file}: left out {sum(records.skipped.values())} bad lines")

@@ -35,6 +35,17 @@ def guarded(command: Callable[[], int], is_program: bool) -> int:
     return code
 
 
+def reported(who: str, command: Callable[[], int], expected: tuple[type[Exception], ...]) -> int:
+    """The exit code of ``command``; one of the ``expected`` errors is one line on stderr."""
+    try:
+        return command()
+    except BrokenPipeError:
+        raise
+    except expected as error:
+        complain(who, str(error))
+        return FAILED
+
+
 def _streams() -> list:
     """Those that were not closed before the start."""
     return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]

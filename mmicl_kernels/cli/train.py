@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmicl_kernels.cli.printing import FAILED, complain
+from mmicl_kernels.cli.printing import complain
+from mmicl_kernels.cli.shell import reported
 
 if TYPE_CHECKING:  # torch is imported when the command runs
     from collections.abc import Sequence
@@ -103,13 +104,7 @@ def run(options: argparse.Namespace) -> int:
         RuntimeError,
         SafetensorError,
     )
-    try:
-        return _train(options)
-    except BrokenPipeError:
-        raise
-    except expected as error:
-        complain("mmicl train", str(error))
-        return FAILED
+    return reported("mmicl train", lambda: _train(options), expected)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Examples of a task as records: files of them, rows of any kind, and converters of official data sets."""
 
+from mmicl_kernels.data.digest import content_digest
 from mmicl_kernels.data.images import ImageFile, image_bytes, read_image
 from mmicl_kernels.data.lines import BadRecord, parse_line, read_lines
 from mmicl_kernels.data.records import Demonstration, Record, Records, as_records, record_of
@@ -11,6 +12,7 @@ __all__ = [
     "Record",
     "Records",
     "as_records",
+    "content_digest",
     "image_bytes",
     "parse_line",
     "read_image",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data import Demonstration, content_digest
 from mmicl_kernels.evaluation.predictions import model_digest
 from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.methods.durable import replacing
@@ -165,10 +164,6 @@ def _read(path: Path, counts: tuple[int, int]) -> list[Tensor]:
 
 
 def _content(examples: Sequence[Any], name: str) -> str:
-    digest = hashlib.sha256(name.encode())
-    for i in range(len(examples)):
-        x = demonstration_of(examples[i])
-        for part in (x.text.encode(), x.answer.encode(), *x.images):
-            digest.update(len(part).to_bytes(8, "little") + part)
-        digest.update(b"\0")
-    return digest.hexdigest()
+    shown = (demonstration_of(examples[i]) for i in range(len(examples)))
+    parts = (content_digest((x.text.encode(), x.answer.encode(), *x.images)) for x in shown)
+    return content_digest(parts, name.encode()).hex()

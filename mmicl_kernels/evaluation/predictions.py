@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from mmicl_kernels.data import Demonstration, Record
+from mmicl_kernels.data import Demonstration, Record, content_digest
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.durable import append, replacing
 
@@ -201,7 +200,4 @@ def _bytes(x: Tensor) -> bytes:
 
 
 def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:16]
+    return content_digest(parts).hex()[:16]

@@ -132,11 +132,6 @@ class PromptBuilder:
         }
 
     @property
-    def image_ids(self) -> list[int]:
-        """Of the tokens that stand for images."""
-        return list(self._image_ids)
-
-    @property
     def description(self) -> str:
         """What decides the tokens of a demonstration's prompt, for ``DemonstrationBank.create``."""
         fused = "answer" if self.answer_only else "text"

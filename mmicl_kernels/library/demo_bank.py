@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 import uuid
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data import Demonstration, content_digest
 from mmicl_kernels.library.bank_files import (
     INDEX,
     LOCK,
@@ -302,11 +301,8 @@ class DemonstrationBank:
         """SHA-256 of the adapter and all parts, each after its length; the last two are the texts."""
         if not isinstance(demonstration, Demonstration):
             raise TypeError(f"demonstrations has a {type(demonstration).__name__}, expected Demonstration")
-        digest = hashlib.sha256(self.digest.encode())
-        for part in (*demonstration.images, demonstration.text.encode(), demonstration.answer.encode()):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return digest.digest()
+        texts = demonstration.text.encode(), demonstration.answer.encode()
+        return content_digest((*demonstration.images, *texts), self.digest.encode())
 
     def _id_of(self, digest: bytes) -> int | None:
         """For who holds the mutex."""

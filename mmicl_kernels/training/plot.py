@@ -21,10 +21,8 @@ def plot_losses(log: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> No
         if not any(name in line for name in ("loss", VALIDATION + "loss")):
             continue
         for name in line.keys() - OTHERS:
-            part, kind = (
-                name.removeprefix(VALIDATION),
-                "validation" if name.startswith(VALIDATION) else "training",
-            )
+            part = name.removeprefix(VALIDATION)
+            kind = "training" if part == name else "validation"
             curves.setdefault(part, {}).setdefault(kind, []).append((line["step"], line[name]))
     names = sorted(curves, key=lambda name: (name != "loss", name))
     figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")

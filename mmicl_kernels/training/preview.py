@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ def preview(training: Training, given: Mapping[str, Any] | None = None) -> str:
         lines += [f"{name}:", _shown(inputs, marked, decode), ""]
     answer = batch.labels[0][batch.labels[0] != IGNORE].tolist()
     lines += [f"answer: {decode(answer)!r}", "", f"Tokens of a prompt, {len(rows)} queries", ""]
-    lines += _token_table(prompts, batch, training.builder.image_ids)
+    lines += _token_table(prompts, batch, training.builder.image_tokens)
     return "\n".join([*lines, "", "Cost", "", *_cost(training, arguments, batch)])
 
 
@@ -92,12 +92,12 @@ def _counted(ids: Sequence[int], decode: Any) -> str:
     return "".join([*texts, decode(plain)])
 
 
-def _token_table(prompts: Sequence, batch: Batch, image_ids: Sequence[int]) -> list[str]:
+def _token_table(prompts: Sequence, batch: Batch, image_tokens: Callable[[Tensor], Tensor]) -> list[str]:
     rows = [("prompt", "tokens", "of images", "marked")]
     for name, inputs, marked in prompts:
         ids = inputs["input_ids"]
         own = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
-        image = torch.isin(ids, torch.tensor(list(image_ids))) & own
+        image = image_tokens(ids) & own
         marks = own if marked is None else marked
         rows.append((name, *(_range(x.sum(-1)) for x in (own, image, marks))))
     rows.append(("answer", _range((batch.labels != IGNORE).sum(-1)), "0", ""))

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmicl_kernels.data import Demonstration, ImageFile, Record, as_records, image_bytes, read_image
+from mmicl_kernels.data import (
+    Demonstration,
+    ImageFile,
+    Record,
+    as_records,
+    content_digest,
+    image_bytes,
+    read_image,
+)  # fmt: skip
 from mmicl_kernels.data.images import ImageSource, image_path
 
 
@@ -60,10 +68,7 @@ def key_of(example: Demonstration | Example) -> str:
     if name is not None:
         return f"id {name}"
     x = demonstration_of(example)
-    digest = hashlib.sha256()
-    for part in (x.text.encode(), x.answer.encode(), *x.images):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
+    return content_digest((x.text.encode(), x.answer.encode(), *x.images)).hex()
 
 
 def question_of(example: Demonstration | Example) -> str:

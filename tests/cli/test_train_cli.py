@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from records_of_colours import write_records
+from same_adapter import assert_same
 
 import mmicl_kernels as mk
 from mmicl_kernels.cli import main
@@ -46,11 +47,6 @@ def run(saved, records, capfd):
         return code, out, [line for line in err.splitlines() if line.startswith("mmicl train:")]
 
     return run
-
-
-def assert_same(x, y):
-    for (name, a), b in zip(x.state_dict().items(), y.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def test_it_is_the_adapter_of_mk_train(run, saved, records, tmp_path):

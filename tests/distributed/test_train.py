@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from records_of_colours import write_records
+from same_adapter import assert_same
 from short_training import ROUNDINGS
 from tiny_runs import (
     CASES,
     CONFIGS,
     DESCENT,
     TOGETHER,
-    assert_same,
     assert_same_run,
     launch,
     log_of,

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from same_adapter import assert_same
 from short_training import EPS, ROUNDINGS, by_kind
 from test_train import INDEXED_CPU, Kill, Killed
 from tiny_runs import (
     CASES,
     CONFIGS,
-    assert_same,
     assert_same_run,
     assert_sharded,
     launch,

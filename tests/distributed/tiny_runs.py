@@ -87,11 +87,6 @@ def assert_same_run(actual, expected, method, steps=3):
         assert error <= allowed < moved, f"{kind}: {error} of {moved}, expected at most {allowed}"
 
 
-def assert_same(x, y):
-    for (name, a), b in zip(x.state_dict().items(), y.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def of_both(folder, case):
     return [mk.load(folder / f"{case}{rank}", tiny_model("llava-llama")) for rank in range(2)]
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from example_images import BLUE, GREEN, RED
 from example_processors import REAL, processor_of
+from example_questions import PLAIN, QUERIES, SHOTS
 from tokenizers import pre_tokenizers, processors
 
 from mmicl_kernels.integration import PromptBuilder
@@ -18,19 +19,7 @@ from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_p
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
 from mmicl_kernels.training.distillation import student_rows, teacher_rows
 
-# One, several or no images, and of other sizes: other numbers of tokens, so that rows are padded.
-POOL = [
-    Demonstration((RED,), "what?", "red"),
-    Demonstration((BLUE, GREEN), "which?", "blue cat"),
-    Demonstration((), "a b", "do"),
-]
-QUERIES = [
-    Demonstration((BLUE,), "who is it?", "cat"),
-    Demonstration((RED, GREEN), "say", "red blue"),
-    Demonstration((), "why so?", "it"),
-]
 TWO = QUERIES[:2]
-PLAIN = "{image}{text} {answer}\n"
 # Quick: one of the official templates for each processor.
 OFFICIAL = {
     "idefics": "mimic-idefics",
@@ -51,7 +40,7 @@ REFUSED = [
         ("llava_onevision",),
         ["chat", PLAIN, *PRESETS],
         QUERIES[:1],
-        [POOL[:1]],
+        [SHOTS[:1]],
         "only the last .* other tokens of an image among several",
     ),
     # ":red" is one token: an answer would never begin with it after a prompt that ends with ":".
@@ -67,7 +56,7 @@ REFUSED = [
         ("real-smolvlm", "real-smolvlm-whole"),
         ["mimic-llava", "mimic-llava-caption"],
         QUERIES[:1],
-        [POOL[:1]],
+        [SHOTS[:1]],
         "neither its end of text nor in the template",
     ),
 ]
@@ -138,7 +127,7 @@ def test_the_query_is_the_same(name, template, shots, side):
     """All of its images and its answer, never what the prompt begins with."""
     builder = builder_of(name, template)
     queries = queries_for(name, shots)
-    rows = [[POOL[(i + j) % 3] for j in range(shots)] for i in range(len(queries))]
+    rows = [[SHOTS[(i + j) % 3] for j in range(shots)] for i in range(len(queries))]
     batch = episode_batch(builder, queries, rows, padding_side=side)
     assert type(batch) is EpisodeBatch
     student = builder.answered(queries, [[]] * len(queries), instructed=builder.instructs_students)
@@ -167,7 +156,7 @@ def test_the_query_is_the_same(name, template, shots, side):
         assert torch.equal(whole[-len(theirs) :], theirs)
         shown = text_of(builder, whole[: -len(theirs)])
         assert all(x.answer in shown for x in rows[i])
-        assert not any(x.answer in shown for x in POOL if x not in rows[i])
+        assert not any(x.answer in shown for x in SHOTS if x not in rows[i])
     for inputs in (batch.student, batch.teacher):
         attended = inputs["attention_mask"].bool()
         assert attended[:, 0 if side == "right" else -1].all()
@@ -231,7 +220,7 @@ def test_by_hand():
 
 def test_a_query_s_images_are_where_its_text_has_them():
     query = Demonstration((RED, GREEN), "is{image}or{image}", "cat")
-    found, _, _ = marked("qwen2_vl", PLAIN, query, POOL[:1])
+    found, _, _ = marked("qwen2_vl", PLAIN, query, SHOTS[:1])
     one, two = (f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in (1, 2))
     assert found == f"is{one}or{two}▁cat</s>"
 
@@ -284,13 +273,13 @@ def test_merged_in_the_student_s_head():
     builder = PromptBuilder(processor, PLAIN, instruction="look.")
     with pytest.raises(ValueError, match="prompts of query 1: only the last 5 tokens .* of 6 that"):
         queries = [Demonstration((RED,), "a", "red"), Demonstration((), "hi x", "red")]
-        episode_batch(builder, queries, [POOL[:1]] * 2)
+        episode_batch(builder, queries, [SHOTS[:1]] * 2)
 
 
 def test_an_image_alone_that_has_other_tokens():
     builder = builder_of("llava_onevision", PLAIN)
     with pytest.raises(ValueError, match="only the last .* other tokens of an image among several"):
-        episode_batch(builder, QUERIES[:1], [POOL[:1]])
+        episode_batch(builder, QUERIES[:1], [SHOTS[:1]])
 
 
 def test_long_tails_are_shown_where_they_part():
@@ -305,7 +294,7 @@ def test_long_tails_are_shown_where_they_part():
 def test_any_other_token_before_the_end_is_found():
     """Whatever the processor did to one prompt alone."""
     builder = builder_of("llava", PLAIN)
-    student, teacher = builder.answered(TWO, [[], []]), builder.answered(TWO, [POOL, POOL])
+    student, teacher = builder.answered(TWO, [[], []]), builder.answered(TWO, [SHOTS, SHOTS])
     masks = align(student, teacher, builder)
     for row in range(2):
         for place in masks[1][row].nonzero().flatten().tolist():
@@ -319,7 +308,7 @@ def test_any_other_token_before_the_end_is_found():
 @pytest.mark.parametrize("shots, passes", [(0, [0]), (1, [1]), (4, [2, 2]), (5, [1, 2, 2])])
 def test_many_shots(shots, passes):
     builder = builder_of("qwen2_vl", "chat")
-    rows = [[POOL[(i + j) % 3] for j in range(shots)] for i in range(2)]
+    rows = [[SHOTS[(i + j) % 3] for j in range(shots)] for i in range(2)]
     batch = episode_batch(builder, TWO, rows, shots_per_pass=2)
     assert isinstance(batch, ManyShotBatch)
     teachers = [(batch.teacher, batch.teacher_query), *batch.further]
@@ -335,7 +324,7 @@ def test_many_shots(shots, passes):
     with pytest.raises(ValueError, match="shots_per_pass is 0, expected at least 1"):
         episode_batch(builder, TWO, rows, shots_per_pass=0)
     with pytest.raises(ValueError, match=r"shots has rows of \[1, 2\] demonstrations, expected as many"):
-        episode_batch(builder, TWO, [POOL[:1], POOL[:2]], shots_per_pass=2)
+        episode_batch(builder, TWO, [SHOTS[:1], SHOTS[:2]], shots_per_pass=2)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["", "writes_the_end"])
@@ -364,7 +353,7 @@ def test_a_text_s_first_token(name, template, missing, scheme, ends):
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     builder = PromptBuilder(processor, template)
-    batch = episode_batch(builder, TWO, [POOL, POOL[:1]])
+    batch = episode_batch(builder, TWO, [SHOTS, SHOTS[:1]])
     missing = missing if isinstance(missing, int) else missing[scheme]
     student = builder.answered(TWO, [[], []], instructed=builder.instructs_students)
     own = student.inputs["attention_mask"].bool() & ~student.head
@@ -389,7 +378,7 @@ def test_places_that_tokens_split():
 def test_what_predicts_the_answer(template):
     """The token before it, not the padding that keeps it apart: as ``generate`` begins."""
     builder = builder_of("llava", template)
-    batch = episode_batch(builder, TWO, [POOL, POOL[:1]])
+    batch = episode_batch(builder, TWO, [SHOTS, SHOTS[:1]])
     prompt = builder.prompt(TWO, [[], []])
     rows = student_rows(batch), teacher_rows(batch, batch.teacher, batch.teacher_query)
     for i in range(2):

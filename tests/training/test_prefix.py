@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from example_images import BLUE, GREEN, RED
+from example_images import RED
 from example_processors import processor_of
+from example_questions import PLAIN, QUERIES, SHOTS
 from published import in_double, random_adapter
 from records_of_colours import write_records
 from residuals import random_shift
@@ -35,19 +36,7 @@ from mmicl_kernels.training.prefix import FAMILIES, PrefixedBatch, after_prefix,
 from mmicl_kernels.training.recipes import Recipe
 from mmicl_kernels.training.run import Training
 
-# None, one or two images, of other sizes, and answers of other lengths.
-SHOTS = [
-    Demonstration((RED,), "what?", "red"),
-    Demonstration((BLUE, GREEN), "which?", "blue cat"),
-    Demonstration((), "a b", "do"),
-]
-QUERIES = [
-    Demonstration((BLUE,), "who is it?", "cat"),
-    Demonstration((RED, GREEN), "say", "red blue"),
-    Demonstration((), "why so?", "it"),
-]
 SEQUENCES = ("input_ids", "attention_mask")
-PLAIN = "{image}{text} {answer}\n"
 ADAPTERS = {
     "mimic": random_adapter,
     "live": lambda model: random_shift(model, mk.LIVEConfig()),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from records_of_colours import write_records
+from same_adapter import assert_same
 from transformers import TrainerCallback, TrainerState, get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -70,12 +71,6 @@ def processor():
 
 def demonstrations(records):
     return [x.demonstration() for x in mk.Records(records)]
-
-
-def assert_same(x, y):
-    assert x.state_dict().keys() == y.state_dict().keys()
-    for (name, a), b in zip(x.state_dict().items(), y.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 def written_out(model, processor, records, config, recipe, seed):

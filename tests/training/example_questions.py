@@ -1,0 +1,17 @@
+"""Demonstrations and queries with one, several or no images, of other sizes, so that rows are padded."""
+
+from example_images import BLUE, GREEN, RED
+
+from mmicl_kernels.library import Demonstration
+
+SHOTS = [
+    Demonstration((RED,), "what?", "red"),
+    Demonstration((BLUE, GREEN), "which?", "blue cat"),
+    Demonstration((), "a b", "do"),
+]
+QUERIES = [
+    Demonstration((BLUE,), "who is it?", "cat"),
+    Demonstration((RED, GREEN), "say", "red blue"),
+    Demonstration((), "why so?", "it"),
+]
+PLAIN = "{image}{text} {answer}\n"
