@@ -146,7 +146,7 @@ def measure(model: nn.Module, split: str, seeds: tuple[int, ...], out: Path) -> 
     for fused in ("label", "end"):
         found = results["fused"][fused] = {"seconds": [], "seeds": {}}
         prompts = DigitsPrompts(fused=fused)
-        for seed in tqdm(seeds if fused == "label" else seeds[:1], desc=f"fused: {fused}", unit="seed"):
+        for seed in tqdm(seeds, desc=f"fused: {fused}", unit="seed"):
             start = time.perf_counter()
             adapter = train_aim(model, fused=fused, seed=seed, progress=False)
             found["seconds"].append(round(time.perf_counter() - start, 1))
