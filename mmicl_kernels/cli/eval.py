@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmicl_kernels.cli.models import add_import, import_modules
 from mmicl_kernels.cli.printing import complain
 from mmicl_kernels.cli.shell import reported
 
@@ -26,6 +27,7 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="folder of the model and its processor")
+    add_import(parser)
     add("--dtype", default="auto", help="of the model: bfloat16, ... (default: its own)")
     add("--quantization", choices=("4bit", "8bit"), help="of the model, by bitsandbytes")
     add("--data", required=True, metavar="FILE", help="what to ask: records, JSON lines")
@@ -88,6 +90,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     adapters, generation = _adapters(options.adapter), _generation(options)
     if options.template is None and (options.instruction, options.image_marker) != (None, None):
         raise ValueError("--instruction or --image-marker is given without --template, expected it too")
+    import_modules(options)
     processor = load_processor(options.model)
     model = load_model(options.model, dtype=options.dtype, quantization=options.quantization)
     made = evaluate(

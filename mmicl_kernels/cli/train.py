@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmicl_kernels.cli.models import add_import, import_modules
 from mmicl_kernels.cli.printing import complain
 from mmicl_kernels.cli.shell import reported
 
@@ -44,6 +45,7 @@ def add_parser(commands: Any) -> None:
         "accelerate launch -m mmicl_kernels.cli train ...",
     )
     train.add_argument("--model", required=True, metavar="PATH", help="of the model and its processor")
+    add_import(train)
     train.add_argument("--data", required=True, metavar="FILE", help="queries and demonstrations, JSON lines")
     train.add_argument("--out", metavar="FOLDER", help="of the adapter and its checkpoints")
     train.add_argument("--method", choices=METHODS, help="needed unless --recipe names one")
@@ -157,6 +159,7 @@ def _training(options: argparse.Namespace, config: object, recipe: Recipe) -> Tr
     records = [Records(x, options.images, skip_bad=options.skip_bad) for x in files]
     if options.skip_bad:
         records = [_good(path, found) for path, found in zip(files, records, strict=True)]
+    import_modules(options)
     processor = load_processor(options.model)
     settings = {"instruction": options.instruction, "image_marker": options.image_marker}
     builder = builder_of(processor)

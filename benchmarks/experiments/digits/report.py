@@ -1,7 +1,6 @@
-"""The README's tables of the demo and of all digits: ``python -m benchmarks.experiments.digits.report``.
+"""The README's tables of the digits: ``python -m benchmarks.experiments.digits.report``.
 
-Reads ``results.json``, ``aim.json``, ``held_out.json`` and ``uses.json`` beside this file, and ``demo.json``
-under benchmarks/results.
+Reads ``results.json``, ``aim.json``, ``held_out.json`` and ``uses.json`` beside this file.
 """
 
 import itertools
@@ -21,45 +20,18 @@ from benchmarks.report import fill_tables
 
 ROOT = Path(__file__).parents[3]
 FUSED = {"label": "answer and end", "end": "end alone"}
-DEMO = ROOT / "benchmarks" / "results" / "cpu-amd-epyc" / "demo.json"
 
 
 def tables() -> dict[str, str]:
     """Markdown by the name of its marker."""
     results = json.loads(RESULTS.read_text())
     return {
-        "demo": demo_table(json.loads(DEMO.read_text())),
         "digits": task_table(results),
         "mixed": mixed_table(results),
         "aim": aim_table(json.loads(AIM.read_text())),
         "held-out": held_out_table(json.loads(HELD_OUT.read_text())),
         "uses": uses_table(json.loads(USES.read_text())),
     }
-
-
-def demo_table(demo: dict) -> str:
-    header = [
-        "",
-        "accuracy (95 % interval)",
-        "prompt tokens",
-        "first token ms",
-        "further token ms",
-        "attention KiB",
-    ]
-    lines = []
-    for row in demo["rows"]:
-        low, high = row["interval"]
-        lines.append(
-            [
-                row["name"],
-                f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})",
-                str(row["prompt_tokens"]),
-                f"{row['first_token_ms']:.1f}",
-                f"{row['further_token_ms']:.2f}",
-                f"{row['attention_peak_bytes'] / 1024:.0f}",
-            ]
-        )
-    return _markdown(header, lines)
 
 
 def task_table(results: dict) -> str:

@@ -29,6 +29,17 @@ def postprocess(
     """
     if isinstance(predictions, str):
         raise TypeError(f"predictions must be a sequence of strings, got one string {predictions!r}")
+    cuts = _patterns(preset, ending)
+    return [_cut(text, cuts) for text in predictions]
+
+
+def is_cut(text: str, preset: str | Sequence[str] = "vqa", ending: str = "") -> bool:
+    """Whether :func:`postprocess` leaves the same of ``text`` whatever follows it. Raises as that."""
+    first = next(iter(_patterns(preset, ending)), None)
+    return first is not None and first.search(text) is not None
+
+
+def _patterns(preset: str | Sequence[str], ending: str) -> list[re.Pattern[str]]:
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)} or stop words, got {preset!r}")
@@ -40,8 +51,7 @@ def postprocess(
     if ending.strip() or "\n" in ending:
         first, *others = groups or ((),)
         groups = ((*first, ending), *others)
-    cuts = [re.compile("|".join(map(re.escape, group))) for group in groups]
-    return [_cut(text, cuts) for text in predictions]
+    return [re.compile("|".join(map(re.escape, group))) for group in groups]
 
 
 def _cut(text: str, cuts: Sequence[re.Pattern[str]]) -> str:

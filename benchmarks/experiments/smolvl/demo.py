@@ -1,0 +1,198 @@
+"""The whole point in one table, on a real vision-language model (`mmicl demo`).
+
+A task is asked of unseen pictures: without demonstrations, after 1 to 16 of them, and with an adapter of each
+method in their place, trained here. Beside them the control that could embarrass them, the same parameters
+trained on the same answers without a teacher, and LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import mmicl_kernels as mk
+from mmicl_kernels.data import as_records
+from mmicl_kernels.evaluation.generation import Generation
+from mmicl_kernels.evaluation.systems import System
+from mmicl_kernels.methods import Adapter, AIMAdapter
+
+from . import adapters, tasks
+from .model import load_model, load_processor
+from .speed import Way, costs
+
+TASKS = tuple(tasks.TASKS)
+SHOTS = (0, 1, 4, 8, 16)
+GENERATION = Generation(max_new_tokens=6)
+CONTROL, LORA = "answers-only", "LoRA"
+COSTS = {"prompt_tokens": "prompt tokens", "first_token_ms": "time to first token (ms)"}
+_PLAIN = {System(None, k).name for k in SHOTS}
+ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS = 7, 1, 12, (0, 4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer; times in milliseconds at batch 1, bytes of a forward pass over the prompt."""
+
+    name: str
+    accuracy: float
+    interval: tuple[float, float]
+    prompt_tokens: float
+    first_token_ms: float
+    further_token_ms: float
+    peak_bytes: int
+
+
+def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
+    """Train an adapter of each method for ``task``, measure every way to answer, print the table, save it and
+    a plot.
+
+    ``quick`` shows the adapters that are shipped (of "kind"), few queries, and no LoRA.
+    """
+    model, prompts = load_model(), tasks.prompts(load_processor())
+    queries, shots = tasks.records(task, "test"), SHOTS
+    if quick:
+        queries, shots = queries[:QUICK_QUERIES], QUICK_SHOTS
+    made = _adapters(model, prompts, task, seed, quick)
+    ask = partial(
+        mk.evaluate, model, prompts, queries,
+        demonstrations=tasks.records(task, "train"), generation=GENERATION, seed=seed,
+    )  # fmt: skip
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    found = list(ask(adapters=made, shots=shots).rows)
+    with TemporaryDirectory() as folder:
+        ways = _ways(model, prompts, task, made, shots, Path(folder))
+        measured = costs(model, ways, rounds)
+    if not quick:
+        with adapters.lora(model, prompts, task, seed):
+            found.append(replace(ask(shots=(0,)).rows[0], system=System(LORA, 0)))
+            measured |= costs(model, {LORA: ways["zero-shot"]}, rounds)
+    rows = [
+        Row(x.name, x.score.value, (x.interval.low, x.interval.high), x.prompt_tokens, *measured[x.name])
+        for x in found
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    described = {"task": task, "seed": seed, "quick": quick, "rows": [asdict(row) for row in rows]}
+    (out / "demo.json").write_text(json.dumps(described, indent=1) + "\n")
+    _plot(rows, task, out / "demo.png")
+    _print(rows, task, len(queries))
+    print(f"saved {out / 'demo.json'} and {out / 'demo.png'}")
+
+
+def _adapters(
+    model: nn.Module, prompts: mk.PromptBuilder, task: str, seed: int, quick: bool
+) -> dict[str, Adapter]:
+    if quick and task == adapters.TASK:
+        return {name: mk.load(adapters.SHIPPED / name, model) for name in adapters.SETTINGS}
+    print(
+        f"training an adapter of each method for {task!r}; {CONTROL} has MimIC's parameters, and no teacher"
+    )
+    return {name: adapters.train(model, prompts, task, name, seed) for name in adapters.SETTINGS}
+
+
+def _ways(
+    model: nn.Module,
+    prompts: mk.PromptBuilder,
+    task: str,
+    made: Mapping[str, Adapter],
+    shots: Sequence[int],
+    folder: Path,
+) -> dict[str, Way]:
+    """By the name of a row what is timed: one query, after the first demonstrations or none."""
+    query = as_records(tasks.records(task, "test"))[0].demonstration()
+    shown = [x.demonstration() for x in as_records(tasks.records(task, "train"))[: max(shots)]]
+    ways = {}
+    for k in shots:
+        inputs = prompts.prompt([query], [shown[:k]])
+        ways[System(None, k).name] = Way(nullcontext, lambda _, inputs=inputs: inputs)
+    alone = prompts.prompt([query])
+    for name, adapter in made.items():
+        if not isinstance(adapter, AIMAdapter):
+            ways[name] = Way(partial(mk.attach, model, adapter), lambda _: alone)
+            continue
+        bank, ids = _bank(model, prompts, adapter, shown, folder / name)
+        attach = partial(mk.attach, model, adapter, bank=bank)
+        for k in filter(None, shots):
+            row = System(name, k, fused=True).name
+            ways[row] = Way(attach, lambda handle, k=k, ids=ids: handle.splice(alone, [ids[:k]]))
+    return ways
+
+
+def _bank(
+    model: nn.Module,
+    prompts: mk.PromptBuilder,
+    adapter: AIMAdapter,
+    shown: Sequence[mk.Demonstration],
+    folder: Path,
+) -> tuple[mk.DemonstrationBank, list[int]]:
+    """With ``shown``, and their ids."""
+    bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
+    collate = tasks.prompts(prompts.processor, answer_only=True).demonstrations
+    with mk.attach(model, adapter, bank=bank) as handle:
+        return bank, handle.add_demonstrations(shown, collate, batch_size=len(shown), progress=False)
+
+
+def _print(rows: Sequence[Row], task: str, queries: int) -> None:
+    table = Table(title=f"{task!r} of {queries} unseen pictures or words, batch 1 on this CPU", box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    for column in ("correct", "95 %", "prompt\ntokens", "first\nms", "further\nms", "memory\nMiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        low, high = row.interval
+        table.add_row(
+            row.name,
+            f"{row.accuracy:.1%}",
+            f"{100 * low:.0f} - {100 * high:.0f}",
+            f"{row.prompt_tokens:.0f}",
+            f"{row.first_token_ms:.0f}",
+            f"{row.further_token_ms:.0f}",
+            f"{row.peak_bytes / 2**20:.0f}",
+        )
+    Console().print(table)
+    print(
+        "first, further: time to the first token, to each further one. memory: allocated for the first token"
+    )
+    print(f"{CONTROL}: MimIC's parameters trained on the same answers without a teacher")
+
+
+def _plot(rows: Sequence[Row], task: str, path: Path) -> None:
+    """Accuracy against what a prompt costs; the points of a method are joined."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        method, _, shots = row.name.partition(",")
+        lines.setdefault(method if shots or method not in _PLAIN else "demonstrations", []).append(row)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (field, label) in zip(axes, COSTS.items(), strict=True):
+        for name, own in lines.items():
+            x, y = [getattr(row, field) for row in own], [row.accuracy for row in own]
+            spread = [
+                [row.accuracy - row.interval[0] for row in own],
+                [row.interval[1] - row.accuracy for row in own],
+            ]
+            axis.errorbar(x, y, spread, marker="o", capsize=2, label=name, linewidth=1)
+            if name == "demonstrations":
+                for row in own:
+                    axis.annotate(
+                        row.name,
+                        (getattr(row, field), row.accuracy),
+                        (4, -10),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
+        axis.set(xlabel=label, xscale="log", ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"accuracy on {task!r}")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,124 @@
+"""First token and further ones of the real model on a CPU, against the length of the prompt.
+
+``python -m benchmarks.experiments.smolvl.speed --out FOLDER`` writes ``model.json``: the plain model, and
+adapters of each method that were not trained, which cost the same, on prompts of 0 to 16 demonstrations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import mmicl_kernels as mk
+from benchmarks.run import device_folder
+from benchmarks.timing import machine, peak_allocated_bytes
+from mmicl_kernels.data import as_records
+
+from . import tasks
+from .model import load_model, load_processor
+
+SHOTS = (0, 4, 8, 16)
+ROUNDS, FURTHER_TOKENS = 7, 8
+CONFIGS = {"MimIC": mk.MimICConfig(), "LIVE": mk.LIVEConfig(), "M2IV": mk.M2IVConfig()}
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is attached to the model while it is asked, and the prompt of a query then."""
+
+    attached: Callable[[], AbstractContextManager]
+    inputs: Callable[[mk.Handle | None], dict]
+
+
+def costs(model: nn.Module, ways: Mapping[str, Way], rounds: int) -> dict[str, tuple[float, float, int]]:
+    """Medians of time to first token and per further one, and peak bytes; the ways take turns, as machines
+    drift."""
+    first, further, peaks = ({name: [] for name in ways} for _ in range(3))
+    for number in tqdm(range(rounds + 1), desc="timing", unit="round"):
+        for name, way in ways.items():
+            with way.attached() as handle:
+                if number == 0:  # which warms up
+                    peaks[name].append(peak_allocated_bytes(partial(_generate, model, way, handle, 1)))
+                    continue
+                one, many = (_seconds(model, way, handle, n) for n in (1, 1 + FURTHER_TOKENS))
+                first[name].append(1e3 * one)
+                further[name].append(1e3 * (many - one) / FURTHER_TOKENS)
+    medians = (statistics.median(first[x]) for x in ways), (statistics.median(further[x]) for x in ways)
+    return dict(zip(ways, zip(*medians, (peaks[x][0] for x in ways), strict=True), strict=True))
+
+
+def _seconds(model: nn.Module, way: Way, handle: mk.Handle | None, tokens: int) -> float:
+    start = time.perf_counter()
+    _generate(model, way, handle, tokens)
+    return time.perf_counter() - start
+
+
+def _generate(model: nn.Module, way: Way, handle: mk.Handle | None, tokens: int) -> None:
+    model.generate(**way.inputs(handle), min_new_tokens=tokens, max_new_tokens=tokens)
+
+
+def measure(rounds: int) -> list[dict]:
+    """A row for each way and length."""
+    model, prompts = load_model(), tasks.prompts(load_processor())
+    query, *shown = (x.demonstration() for x in as_records(tasks.records("kind", "train"))[: max(SHOTS) + 1])
+    adapters = {name: _drawn(mk.create(model, config)) for name, config in CONFIGS.items()}
+    rows = []
+    for shots in SHOTS:
+        inputs = prompts.prompt([query], [shown[:shots]])
+        attached = {"plain": nullcontext, **{n: partial(mk.attach, model, x) for n, x in adapters.items()}}
+        ways = {name: Way(attach, lambda _, inputs=inputs: inputs) for name, attach in attached.items()}
+        for name, (first, further, peak) in costs(model, ways, rounds).items():
+            row = {"name": name, "shots": shots, "tokens": inputs["input_ids"].shape[1]}
+            rows.append({**row, "first_ms": first, "further_ms": further, "peak_bytes": peak})
+    return rows
+
+
+def _drawn(adapter: nn.Module) -> nn.Module:
+    """With no parameter that is zero, of which something could be left out."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in adapter.parameters():
+            x.add_(torch.empty(x.shape).uniform_(0.001, 0.01, generator=generator))
+    return adapter
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| | shots | prompt tokens | first token ms | further token ms | peak MiB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {x['name']} | {x['shots']} | {x['tokens']} | {x['first_ms']:.0f} | {x['further_ms']:.1f} | "
+        f"{x['peak_bytes'] / 2**20:.0f} |"
+        for x in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    rows = measure(options.rounds)
+    print(table(rows))
+    results = {"machine": machine("cpu"), "rows": rows}
+    folder = options.out / device_folder(results["machine"], "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
