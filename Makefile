@@ -43,8 +43,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP)
+bench: $(WEIGHTS)
 	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --runs 3 --out $(OUT)
+	$(BIN)/python -m benchmarks.experiments.smolvl.speed --out $(OUT)
 
 STAGE ?= test ops e2e
 FIRST := tests/ops/test_stock_attention.py
