@@ -113,9 +113,8 @@ class EfficientNetLite(PreTrainedModel):
         self.head = ConvNorm(width, HEAD)
         self.post_init()
 
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool = True, return_dict: bool = True
-    ) -> BaseModelOutput:
+    # LLaVA hands on what it is called with, of which nothing concerns a convolution.
+    def forward(self, pixel_values: Tensor, **_: object) -> BaseModelOutput:
         features = self.head(self.blocks(self.stem(pixel_values.to(self.dtype))))
         if self.config.grid is not None:
             features = F.adaptive_avg_pool2d(features, self.config.grid)
