@@ -119,7 +119,7 @@ def test_decoding_with_a_cache_is_one_forward_pass(config, model, prompts):
 
 
 def test_fused_tokens_stand_where_demonstrations_stood(model, prompts):
-    answer_only = tasks.prompts(prompts.processor, answer_only=True)
+    answer_only = tasks.TaskPrompts(prompts.processor, answer_only=True)
     shown, (query,) = demonstrations("kind", 2), demonstrations("kind", 1, "validation")
     with mk.attach(model, mk.create(model, mk.AIMConfig(positions="answer"))) as handle, torch.no_grad():
         tokens = handle.aggregate(*answer_only.demonstrations(shown))
@@ -166,7 +166,7 @@ def exported(tmp_path_factory):
 
 def test_the_folder_is_the_model(exported, model, prompts):
     loaded, processor = mk.load_model(exported / "model"), mk.load_processor(exported / "model")
-    inputs = tasks.prompts(processor).prompt(demonstrations("kind", 2))
+    inputs = tasks.TaskPrompts(processor).prompt(demonstrations("kind", 2))
     for name, x in prompts.prompt(demonstrations("kind", 2)).items():
         assert torch.equal(inputs[name], x), name
     with torch.no_grad():

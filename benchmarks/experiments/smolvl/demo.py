@@ -38,7 +38,7 @@ GENERATION = Generation(max_new_tokens=6)
 CONTROL, LORA = "answers-only", "LoRA"
 COSTS = {"prompt_tokens": "prompt tokens", "first_token_ms": "time to first token (ms)"}
 _PLAIN = {System(None, k).name for k in SHOTS}
-ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS = 7, 1, 12, (0, 4)
+ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS = 5, 1, 12, (0, 4)
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Row:
 
 
 def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
-    """Train an adapter of each method for ``task``, measure every way to answer, print the table, save it and
-    a plot.
+    """Train an adapter of each method for ``task``, measure every way to answer, print the table, and save
+    it, a plot and the adapters in ``out``.
 
     ``quick`` shows the adapters that are shipped (of "kind"), few queries, and no LoRA.
     """
-    model, prompts = load_model(), tasks.prompts(load_processor())
+    model, prompts = load_model(), tasks.TaskPrompts(load_processor())
     queries, shots = tasks.records(task, "test"), SHOTS
     if quick:
         queries, shots = queries[:QUICK_QUERIES], QUICK_SHOTS
-    made = _adapters(model, prompts, task, seed, quick)
+    made = _adapters(model, prompts, task, seed, out, quick)
     ask = partial(
         mk.evaluate, model, prompts, queries,
         demonstrations=tasks.records(task, "train"), generation=GENERATION, seed=seed,
@@ -91,14 +91,19 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
 
 
 def _adapters(
-    model: nn.Module, prompts: mk.PromptBuilder, task: str, seed: int, quick: bool
+    model: nn.Module, prompts: mk.PromptBuilder, task: str, seed: int, out: Path, quick: bool
 ) -> dict[str, Adapter]:
+    """By name; those that are trained are kept under ``out``."""
     if quick and task == adapters.TASK:
         return {name: mk.load(adapters.SHIPPED / name, model) for name in adapters.SETTINGS}
     print(
         f"training an adapter of each method for {task!r}; {CONTROL} has MimIC's parameters, and no teacher"
     )
-    return {name: adapters.train(model, prompts, task, name, seed) for name in adapters.SETTINGS}
+    made = {}
+    for name in adapters.SETTINGS:
+        made[name] = adapters.train(model, prompts, task, name, seed)
+        made[name].save_pretrained(out / "adapters" / name)
+    return made
 
 
 def _ways(
@@ -138,7 +143,7 @@ def _bank(
 ) -> tuple[mk.DemonstrationBank, list[int]]:
     """With ``shown``, and their ids."""
     bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
-    collate = tasks.prompts(prompts.processor, answer_only=True).demonstrations
+    collate = tasks.TaskPrompts(prompts.processor, answer_only=True).demonstrations
     with mk.attach(model, adapter, bank=bank) as handle:
         return bank, handle.add_demonstrations(shown, collate, batch_size=len(shown), progress=False)
 

@@ -70,7 +70,7 @@ def _generate(model: nn.Module, way: Way, handle: mk.Handle | None, tokens: int)
 
 def measure(rounds: int) -> list[dict]:
     """A row for each way and length."""
-    model, prompts = load_model(), tasks.prompts(load_processor())
+    model, prompts = load_model(), tasks.TaskPrompts(load_processor())
     query, *shown = (x.demonstration() for x in as_records(tasks.records("kind", "train"))[: max(SHOTS) + 1])
     adapters = {name: _drawn(mk.create(model, config)) for name, config in CONFIGS.items()}
     rows = []

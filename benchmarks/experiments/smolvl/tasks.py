@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.real_processors import package_file
@@ -38,9 +40,18 @@ SEED = 0
 Row = dict[str, Any]
 
 
-def prompts(processor: Any, **options: bool) -> mk.PromptBuilder:
-    """How all tasks are written: ``<image>What color is the shape?\\nAnswer: teal\\n\\n``."""
-    return mk.PromptBuilder(processor, TEMPLATE, instruction=BEGIN, **options)
+class TaskPrompts(mk.PromptBuilder):
+    """How all tasks are written: ``<image>What color is the triangle?\\nAnswer: teal\\n\\n``.
+
+    AIM fuses an answer and the line break after it, whose state has read it.
+    """
+
+    def __init__(self, processor: Any, *, answer_only: bool = False) -> None:
+        super().__init__(processor, TEMPLATE, instruction=BEGIN, answer_only=answer_only)
+
+    def demonstrations(self, demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
+        inputs, fused = super().demonstrations(demonstrations)
+        return inputs, fused | fused.roll(1, 1) if self.answer_only else fused
 
 
 @cache
