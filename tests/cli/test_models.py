@@ -33,6 +33,21 @@ def test_without_it_the_path_is_left_alone(monkeypatch):
     assert sys.path == before
 
 
+@pytest.mark.parametrize("name", ["a/b.py", ".mine", "mine.py.", ""])
+def test_what_is_no_name_of_a_module(name):
+    with pytest.raises(ImportError, match="expected a module's name"):
+        import_modules(options("--import", name))
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('no luck')", "def ("])
+def test_a_module_that_cannot_be_imported(text, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ImportError, match="--import broken_module: (RuntimeError: no luck|SyntaxError: )"):
+        import_modules(options("--import", "broken_module"))
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "bank"])
 def test_a_module_that_is_not_there_is_one_line(command, tmp_path, capsys):
     data = tmp_path / "data.jsonl"

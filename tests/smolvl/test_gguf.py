@@ -63,3 +63,18 @@ def test_another_kind_of_tensor(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match=r"weight is of kind 6, expected one of \[0, 1, 3, 8\]"):
         list(read_tensors(path))
+
+
+@pytest.mark.parametrize("length", [6, 40, -600, -100])
+def test_a_file_that_ends_early(length, file, tmp_path):
+    path = tmp_path / "short.gguf"
+    path.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match="short.gguf ends within"):
+        list(read_tensors(path))
+
+
+def test_another_version(file, tmp_path):
+    path = tmp_path / "old.gguf"
+    path.write_bytes(b"GGUF\x01\x00\x00\x00" + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r"version 1, expected one of \(2, 3\)"):
+        read_metadata(path)

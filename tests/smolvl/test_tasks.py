@@ -7,7 +7,7 @@ import random
 import pytest
 from PIL import Image
 
-from benchmarks.experiments.smolvl import export, tasks
+from benchmarks.experiments.smolvl import export, project, sheets, tasks
 from benchmarks.experiments.smolvl.pictures import DRAWINGS, all_pictures
 from mmicl_kernels.data import Records, as_records
 
@@ -38,6 +38,28 @@ def test_kinds_are_as_frequent_and_nothing_asks_for_them():
 
 
 @pytest.mark.parametrize(("task", "split"), [("size", "test"), ("kind", "dev")])
+def test_tests_of_kinds_ask_for_each_thing_once():
+    names = [row["id"].partition(",")[0] for row in tasks.records("kind", "test")]
+    assert len(set(names)) == len(names)
+
+
+def test_the_list_is_what_the_sheets_were_made_of():
+    things = {x.name: x for x in all_pictures()}
+    assert not sheets.LEFT_OUT & things.keys()
+    assert {x.kind for x in things.values()} == sheets.KINDS.keys()
+    assert not {word for name in things for word in name.split()} & set(tasks.KINDS)
+    for kind in sheets.KINDS:
+        own = [x.split for x in things.values() if x.kind == kind]
+        assert own.count("test") == len(own) // 3
+        assert own.count("test") + own.count("validation") == len(own) // 2
+
+
+def test_the_projector_is_taught_none_of_the_words_that_are_asked_for():
+    words = {word for own in project.KIND_WORDS.values() for word in own}
+    assert not words & set(tasks.KINDS)
+    assert all(len(set(own)) == 3 for own in project.KIND_WORDS.values())
+
+
 def test_what_there_is_not(task, split):
     with pytest.raises(ValueError, match=r"(task is 'size'|split is 'dev'), expected one of "):
         tasks.records(task, split)

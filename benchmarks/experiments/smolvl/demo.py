@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.console import Console
@@ -24,28 +23,27 @@ from torch import nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import as_records
-from mmicl_kernels.evaluation.generation import Generation
 from mmicl_kernels.evaluation.systems import System
 from mmicl_kernels.methods import Adapter, AIMAdapter
 
 from . import adapters, tasks
+from .measure import GENERATION, QUERIES, SHOTS
 from .model import load_model, load_processor
-from .speed import Way, costs
+from .speed import Way, bank_of, costs
 
 TASKS = tuple(tasks.TASKS)
-SHOTS = (0, 1, 4, 8, 16)
-GENERATION = Generation(max_new_tokens=6)
 CONTROL, LORA = "answers-only", "LoRA"
 COSTS = {"prompt_tokens": "prompt tokens", "first_token_ms": "time to first token (ms)"}
 _PLAIN = {System(None, k).name for k in SHOTS}
-ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS = 5, 1, 12, (0, 4)
+ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS, QUICK_STEPS = 5, 1, 12, (0, 4), 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to answer; times in milliseconds at batch 1, bytes of a forward pass over the prompt."""
+    """One way to answer; times in milliseconds at batch 1, bytes that are allocated for the first token."""
 
     name: str
+    parameters: int
     accuracy: float
     interval: tuple[float, float]
     prompt_tokens: float
@@ -58,10 +56,11 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
     """Train an adapter of each method for ``task``, measure every way to answer, print the table, and save
     it, a plot and the adapters in ``out``.
 
-    ``quick`` shows the adapters that are shipped (of "kind"), few queries, and no LoRA.
+    ``quick`` asks few queries, and has no LoRA; of "kind" it has the adapters that are shipped, of another
+    task some that were hardly trained.
     """
     model, prompts = load_model(), tasks.TaskPrompts(load_processor())
-    queries, shots = tasks.records(task, "test"), SHOTS
+    queries, shots = tasks.records(task, "test")[:QUERIES], SHOTS
     if quick:
         queries, shots = queries[:QUICK_QUERIES], QUICK_SHOTS
     made = _adapters(model, prompts, task, seed, out, quick)
@@ -69,19 +68,22 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
         mk.evaluate, model, prompts, queries,
         demonstrations=tasks.records(task, "train"), generation=GENERATION, seed=seed,
     )  # fmt: skip
-    rounds = QUICK_ROUNDS if quick else ROUNDS
     found = list(ask(adapters=made, shots=shots).rows)
     with TemporaryDirectory() as folder:
         ways = _ways(model, prompts, task, made, shots, Path(folder))
-        measured = costs(model, ways, rounds)
+        measured = costs(model, ways, QUICK_ROUNDS if quick else ROUNDS)
+    parameters = {name: adapter.num_parameters() for name, adapter in made.items()}
     if not quick:
-        with adapters.lora(model, prompts, task, seed):
+        with adapters.lora(model, prompts, task, seed) as parameters[LORA]:
             found.append(replace(ask(shots=(0,)).rows[0], system=System(LORA, 0)))
-            measured |= costs(model, {LORA: ways["zero-shot"]}, rounds)
+        measured[LORA] = measured["zero-shot"]  # what it costs when it is merged
     rows = [
-        Row(x.name, x.score.value, (x.interval.low, x.interval.high), x.prompt_tokens, *measured[x.name])
+        Row(
+            x.name, parameters.get(x.name.partition(",")[0], 0), x.score.value,
+            (x.interval.low, x.interval.high), x.prompt_tokens, *measured[x.name],
+        )
         for x in found
-    ]
+    ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     described = {"task": task, "seed": seed, "quick": quick, "rows": [asdict(row) for row in rows]}
     (out / "demo.json").write_text(json.dumps(described, indent=1) + "\n")
@@ -99,11 +101,11 @@ def _adapters(
     print(
         f"training an adapter of each method for {task!r}; {CONTROL} has MimIC's parameters, and no teacher"
     )
-    made = {}
-    for name in adapters.SETTINGS:
-        made[name] = adapters.train(model, prompts, task, name, seed)
-        made[name].save_pretrained(out / "adapters" / name)
-    return made
+    folder, steps = out / "adapters" / f"{task}, seed {seed}", QUICK_STEPS if quick else None
+    return {
+        name: adapters.train(model, prompts, task, name, folder / name, seed, steps)
+        for name in adapters.SETTINGS
+    }
 
 
 def _ways(
@@ -126,7 +128,7 @@ def _ways(
         if not isinstance(adapter, AIMAdapter):
             ways[name] = Way(partial(mk.attach, model, adapter), lambda _: alone)
             continue
-        bank, ids = _bank(model, prompts, adapter, shown, folder / name)
+        bank, ids = bank_of(model, prompts, adapter, shown, folder / name)
         attach = partial(mk.attach, model, adapter, bank=bank)
         for k in filter(None, shots):
             row = System(name, k, fused=True).name
@@ -134,29 +136,24 @@ def _ways(
     return ways
 
 
-def _bank(
-    model: nn.Module,
-    prompts: mk.PromptBuilder,
-    adapter: AIMAdapter,
-    shown: Sequence[mk.Demonstration],
-    folder: Path,
-) -> tuple[mk.DemonstrationBank, list[int]]:
-    """With ``shown``, and their ids."""
-    bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
-    collate = tasks.TaskPrompts(prompts.processor, answer_only=True).demonstrations
-    with mk.attach(model, adapter, bank=bank) as handle:
-        return bank, handle.add_demonstrations(shown, collate, batch_size=len(shown), progress=False)
-
-
 def _print(rows: Sequence[Row], task: str, queries: int) -> None:
     table = Table(title=f"{task!r} of {queries} unseen pictures or words, batch 1 on this CPU", box=SIMPLE)
     table.add_column("", no_wrap=True)
-    for column in ("correct", "95 %", "prompt\ntokens", "first\nms", "further\nms", "memory\nMiB"):
+    for column in (
+        "trained\nparameters",
+        "correct",
+        "95 %",
+        "prompt\ntokens",
+        "first\nms",
+        "further\nms",
+        "memory\nMiB",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         low, high = row.interval
         table.add_row(
             row.name,
+            f"{row.parameters:,}" if row.parameters else "",
             f"{row.accuracy:.1%}",
             f"{100 * low:.0f} - {100 * high:.0f}",
             f"{row.prompt_tokens:.0f}",
@@ -168,7 +165,10 @@ def _print(rows: Sequence[Row], task: str, queries: int) -> None:
     print(
         "first, further: time to the first token, to each further one. memory: allocated for the first token"
     )
-    print(f"{CONTROL}: MimIC's parameters trained on the same answers without a teacher")
+    print(
+        f"{CONTROL}: MimIC's parameters, trained without a teacher. {LORA}: when it is merged it costs what"
+    )
+    print("zero-shot costs, whose times are shown")
 
 
 def _plot(rows: Sequence[Row], task: str, path: Path) -> None:

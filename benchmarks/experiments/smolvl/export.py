@@ -1,6 +1,7 @@
 """Model and tasks as files, for the commands: ``python -m benchmarks.experiments.smolvl.export FOLDER``.
 
     mmicl eval --import benchmarks.experiments.smolvl.vision --model FOLDER/model \\
+        --template $'{image}{text}\\nAnswer: {answer}\\n\\n' --instruction '<|endoftext|>' \\
         --data FOLDER/kind/test.jsonl --demonstrations FOLDER/kind/train.jsonl --shots 0 4 16
 """
 

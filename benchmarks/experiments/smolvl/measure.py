@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from .model import load_model, load_processor
 
 RESULTS = Path(__file__).with_name("results.json")
 SHOTS = (0, 1, 4, 8, 16)
-QUERIES = 120  # at most, of a task
+QUERIES = 80  # at most, of a task
 GENERATION = Generation(max_new_tokens=6)
 
 
@@ -37,9 +38,15 @@ def measure(split: str, limit: int, names: list[str], folder: Path | None) -> di
         print(f"{task}: {evaluation}\n")
         found[task] = {
             "queries": evaluation.records,
+            "most_frequent": _most_frequent(tasks.records(task, split)[:limit]),
             "rows": {row.name: _row(row) for row in evaluation.rows},
         }
     return {"split": split, "machine": machine("cpu"), "tasks": found}
+
+
+def _most_frequent(rows: list[dict]) -> float:
+    """The accuracy of always saying the most frequent answer."""
+    return max(Counter(x["answer"] for x in rows).values()) / len(rows)
 
 
 def _row(row) -> dict:
@@ -55,15 +62,15 @@ def _row(row) -> dict:
 def table(results: dict) -> str:
     """Markdown, in percent."""
     names = list(next(iter(results["tasks"].values()))["rows"])
-    lines = [f"| | queries | {' | '.join(names)} | 16-shot minus zero-shot | tokens, 16-shot |"]
-    lines.append("|---|--:" + "|--:" * (len(names) + 2) + "|")
+    columns = ["", "queries", "most frequent answer", *names, "16-shot minus zero-shot", "tokens, 16-shot"]
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     for task, found in results["tasks"].items():
         rows = found["rows"]
         shown = [f"{100 * x['accuracy']:.0f}" for x in rows.values()]
         gained, low, high = (100 * x for x in rows["16-shot"]["minus_zero_shot"])
         tokens = rows["16-shot"]["prompt_tokens"]
         lines.append(
-            f"| `{task}` | {found['queries']} | {' | '.join(shown)} "
+            f"| `{task}` | {found['queries']} | {100 * found['most_frequent']:.0f} | {' | '.join(shown)} "
             f"| {gained:+.0f} ({low:+.0f} to {high:+.0f}) | {tokens:.0f} |"
         )
     return "\n".join(lines)

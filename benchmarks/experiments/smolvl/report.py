@@ -26,12 +26,21 @@ def tables() -> dict[str, str]:
 
 
 def demo_table(demo: dict) -> str:
-    columns = ("", "correct (95 %)", "prompt tokens", "first token ms", "further token ms", "memory MiB")
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * 5 + "|"]
+    columns = (
+        "",
+        "trained parameters",
+        "correct (95 %)",
+        "prompt tokens",
+        "first token ms",
+        "further token ms",
+        "memory MiB",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * 6 + "|"]
     for row in demo["rows"]:
         low, high = (100 * x for x in row["interval"])
         cells = [
             row["name"],
+            f"{row['parameters']:,}" if row["parameters"] else "",
             f"{100 * row['accuracy']:.1f} ({low:.0f} to {high:.0f})",
             f"{row['prompt_tokens']:.0f}",
             f"{row['first_token_ms']:.0f}",

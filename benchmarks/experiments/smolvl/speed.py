@@ -10,11 +10,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -24,12 +25,14 @@ import mmicl_kernels as mk
 from benchmarks.run import device_folder
 from benchmarks.timing import machine, peak_allocated_bytes
 from mmicl_kernels.data import as_records
+from mmicl_kernels.methods import AIMAdapter
 
 from . import tasks
 from .model import load_model, load_processor
 
 SHOTS = (0, 4, 8, 16)
 ROUNDS, FURTHER_TOKENS = 7, 8
+TOKENS_FUSED = 2  # of a demonstration, see ``TaskPrompts``
 CONFIGS = {"MimIC": mk.MimICConfig(), "LIVE": mk.LIVEConfig(), "M2IV": mk.M2IVConfig()}
 
 
@@ -68,20 +71,49 @@ def _generate(model: nn.Module, way: Way, handle: mk.Handle | None, tokens: int)
     model.generate(**way.inputs(handle), min_new_tokens=tokens, max_new_tokens=tokens)
 
 
+def bank_of(
+    model: nn.Module,
+    prompts: mk.PromptBuilder,
+    adapter: AIMAdapter,
+    shown: Sequence[mk.Demonstration],
+    folder: Path,
+) -> tuple[mk.DemonstrationBank, list[int]]:
+    """With ``shown``, and their ids."""
+    bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
+    collate = tasks.TaskPrompts(prompts.processor, answer_only=True).demonstrations
+    with mk.attach(model, adapter, bank=bank) as handle:
+        return bank, handle.add_demonstrations(shown, collate, batch_size=len(shown), progress=False)
+
+
 def measure(rounds: int) -> list[dict]:
-    """A row for each way and length."""
+    """A row for each way and number of shots; AIM's prompt has the shots as fused tokens."""
     model, prompts = load_model(), tasks.TaskPrompts(load_processor())
     query, *shown = (x.demonstration() for x in as_records(tasks.records("kind", "train"))[: max(SHOTS) + 1])
     adapters = {name: _drawn(mk.create(model, config)) for name, config in CONFIGS.items()}
     rows = []
-    for shots in SHOTS:
-        inputs = prompts.prompt([query], [shown[:shots]])
-        attached = {"plain": nullcontext, **{n: partial(mk.attach, model, x) for n, x in adapters.items()}}
-        ways = {name: Way(attach, lambda _, inputs=inputs: inputs) for name, attach in attached.items()}
-        for name, (first, further, peak) in costs(model, ways, rounds).items():
-            row = {"name": name, "shots": shots, "tokens": inputs["input_ids"].shape[1]}
-            rows.append({**row, "first_ms": first, "further_ms": further, "peak_bytes": peak})
+    with TemporaryDirectory() as folder:
+        fuser = mk.create(model, mk.AIMConfig(positions="answer"))
+        bank, ids = bank_of(model, prompts, fuser, shown, Path(folder) / "bank")
+        for shots in SHOTS:
+            inputs, alone = prompts.prompt([query], [shown[:shots]]), prompts.prompt([query])
+            attached = {
+                "plain": nullcontext,
+                **{n: partial(mk.attach, model, x) for n, x in adapters.items()},
+            }
+            ways = {name: Way(attach, lambda _, inputs=inputs: inputs) for name, attach in attached.items()}
+            tokens = dict.fromkeys(ways, inputs["input_ids"].shape[1])
+            if shots:
+                splice = partial(_spliced, alone, ids[:shots])
+                ways["AIM, fused"] = Way(partial(mk.attach, model, fuser, bank=bank), splice)
+                tokens["AIM, fused"] = alone["input_ids"].shape[1] + shots * TOKENS_FUSED
+            for name, (first, further, peak) in costs(model, ways, rounds).items():
+                row = {"name": name, "shots": shots, "tokens": tokens[name]}
+                rows.append({**row, "first_ms": first, "further_ms": further, "peak_bytes": peak})
     return rows
+
+
+def _spliced(alone: dict, ids: list[int], handle: mk.Handle) -> dict:
+    return handle.splice(alone, [ids])
 
 
 def _drawn(adapter: nn.Module) -> nn.Module:

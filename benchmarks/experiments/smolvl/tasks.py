@@ -28,7 +28,7 @@ from mmicl_kernels.testing.real_processors import package_file
 
 from . import words
 from .model import IMAGE_SIZE
-from .pictures import all_pictures
+from .pictures import Picture, all_pictures
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("animal", "food", "clothes", "vehicle")
@@ -49,6 +49,10 @@ class TaskPrompts(mk.PromptBuilder):
     def __init__(self, processor: Any, *, answer_only: bool = False) -> None:
         super().__init__(processor, TEMPLATE, instruction=BEGIN, answer_only=answer_only)
 
+    @property
+    def description(self) -> str:
+        return f"{super().description} and the break after it" if self.answer_only else super().description
+
     def demonstrations(self, demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         inputs, fused = super().demonstrations(demonstrations)
         return inputs, fused | fused.roll(1, 1) if self.answer_only else fused
@@ -56,7 +60,7 @@ class TaskPrompts(mk.PromptBuilder):
 
 @cache
 def records(task: str, split: str) -> list[Row]:
-    """Rows with "id", "image" (a file's bytes; "images": [] in text tasks), "text" and "answer", mixed.
+    """Rows with "id", "image" (a file's bytes; "images": [] for text), "text" and "answer", mixed.
 
     Raises ValueError: no such task or split.
     """
@@ -69,19 +73,22 @@ def records(task: str, split: str) -> list[Row]:
 
 
 def _kind(split: str) -> list[Row]:
-    """Of each kind as many things, each in both drawings."""
-    things: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    """Of each kind as many things: to learn from in both drawings, to be asked in one, as they are alike."""
+    things: dict[str, dict[int, list[Picture]]] = {kind: {} for kind in KINDS}
     for x in all_pictures():
-        if x.split == split and x.kind in KINDS and x.place not in things[x.kind]:
-            things[x.kind].append(x.place)
+        if x.split == split and x.kind in KINDS:
+            things[x.kind].setdefault(x.place, []).append(x)
     fewest = min(map(len, things.values()))
     generator = random.Random(f"kind {split}")
-    chosen = {place for places in things.values() for place in generator.sample(places, fewest)}
-    return [
-        {"id": f"{x.name}, {x.drawing}", "image": x.file(IMAGE_SIZE), "text": "", "answer": x.kind}
-        for x in all_pictures()
-        if x.place in chosen
-    ]
+    rows = []
+    for kind, own in things.items():
+        for place in generator.sample(sorted(own), fewest):
+            drawings = own[place] if split == "train" else [generator.choice(own[place])]
+            rows += [
+                {"id": f"{x.name}, {x.drawing}", "image": x.file(IMAGE_SIZE), "text": "", "answer": kind}
+                for x in drawings
+            ]
+    return rows
 
 
 def _colour(split: str) -> list[Row]:

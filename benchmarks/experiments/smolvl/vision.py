@@ -48,12 +48,10 @@ NAMES = (
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """``grid``: positions of the map in each direction, to which it is averaged; None leaves it."""
-
     model_type = "efficientnet_lite"
 
-    def __init__(self, image_size: int = 160, grid: int | None = None, **kwargs: object) -> None:
-        self.image_size, self.grid, self.hidden_size = image_size, grid, HEAD
+    def __init__(self, image_size: int = 160, **kwargs: object) -> None:
+        self.image_size, self.hidden_size = image_size, HEAD
         super().__init__(**kwargs)
 
 
@@ -116,8 +114,6 @@ class EfficientNetLite(PreTrainedModel):
     # LLaVA hands on what it is called with, of which nothing concerns a convolution.
     def forward(self, pixel_values: Tensor, **_: object) -> BaseModelOutput:
         features = self.head(self.blocks(self.stem(pixel_values.to(self.dtype))))
-        if self.config.grid is not None:
-            features = F.adaptive_avg_pool2d(features, self.config.grid)
         features = features.flatten(2).mT
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
 

@@ -29,17 +29,6 @@ def postprocess(
     """
     if isinstance(predictions, str):
         raise TypeError(f"predictions must be a sequence of strings, got one string {predictions!r}")
-    cuts = _patterns(preset, ending)
-    return [_cut(text, cuts) for text in predictions]
-
-
-def is_cut(text: str, preset: str | Sequence[str] = "vqa", ending: str = "") -> bool:
-    """Whether :func:`postprocess` leaves the same of ``text`` whatever follows it. Raises as that."""
-    first = next(iter(_patterns(preset, ending)), None)
-    return first is not None and first.search(text) is not None
-
-
-def _patterns(preset: str | Sequence[str], ending: str) -> list[re.Pattern[str]]:
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)} or stop words, got {preset!r}")
@@ -48,10 +37,16 @@ def _patterns(preset: str | Sequence[str], ending: str) -> list[re.Pattern[str]]
         groups = (tuple(preset),) if preset else ()
     if any(not word for group in groups for word in group):
         raise ValueError(f"preset must have no empty stop word, got {preset!r}")
-    if ending.strip() or "\n" in ending:
+    if ends_answers(ending):
         first, *others = groups or ((),)
         groups = ((*first, ending), *others)
-    return [re.compile("|".join(map(re.escape, group))) for group in groups]
+    cuts = [re.compile("|".join(map(re.escape, group))) for group in groups]
+    return [_cut(text, cuts) for text in predictions]
+
+
+def ends_answers(ending: str) -> bool:
+    """Whether what a template has after an answer can be told from the answer's own spaces."""
+    return bool(ending.strip()) or "\n" in ending
 
 
 def _cut(text: str, cuts: Sequence[re.Pattern[str]]) -> str:
