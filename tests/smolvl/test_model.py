@@ -59,13 +59,14 @@ def test_it_knows_what_a_language_model_knows(model, prompts):
 
 # Things that are classes of ImageNet, with their numbers there.
 CLASSES = {
-    "rooster": 7, "owl": 24, "scorpion": 71, "peacock": 84, "koala": 105, "jellyfish": 107, "lobster": 122,
-    "flamingo": 130, "ladybug": 301, "bee": 309, "ant": 310, "cricket": 312, "cockroach": 314, "hamster": 333,
-    "beaver": 337, "zebra": 340, "ox": 345, "hippopotamus": 344, "llama": 355, "badger": 362, "gorilla": 366,
-    "accordion": 401, "ambulance": 407, "balloon": 417, "banjo": 420, "broom": 462, "bucket": 463,
-    "candle": 470, "canoe": 472, "flute": 558, "hammer": 587, "harp": 594, "microphone": 650, "saxophone": 776,
-    "screwdriver": 784, "speedboat": 814, "tractor": 866, "umbrella": 879, "violin": 889, "bagel": 931,
-    "pretzel": 932, "hotdog": 934, "broccoli": 937, "bell pepper": 945, "strawberry": 949, "lemon": 951,
+    "rooster": 7, "owl": 24, "scorpion": 71, "peacock": 84, "koala": 105, "jellyfish": 107,
+    "lobster": 122, "flamingo": 130, "ladybug": 301, "bee": 309, "ant": 310, "cricket": 312,
+    "cockroach": 314, "hamster": 333, "beaver": 337, "zebra": 340, "ox": 345, "hippopotamus": 344,
+    "llama": 355, "badger": 362, "gorilla": 366, "accordion": 401, "ambulance": 407, "balloon": 417,
+    "banjo": 420, "broom": 462, "bucket": 463, "candle": 470, "canoe": 472, "flute": 558,
+    "hammer": 587, "harp": 594, "microphone": 650, "saxophone": 776, "screwdriver": 784,
+    "speedboat": 814, "tractor": 866, "umbrella": 879, "violin": 889, "bagel": 931, "pretzel": 932,
+    "hotdog": 934, "broccoli": 937, "bell pepper": 945, "strawberry": 949, "lemon": 951,
     "pineapple": 953, "banana": 954, "pizza": 963, "burrito": 965, "volcano": 980,
 }  # fmt: skip
 

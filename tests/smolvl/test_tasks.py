@@ -37,7 +37,6 @@ def test_kinds_are_as_frequent_and_nothing_asks_for_them():
     assert len(set(counts.values())) == 1 and {row["text"] for row in rows} == {""}
 
 
-@pytest.mark.parametrize(("task", "split"), [("size", "test"), ("kind", "dev")])
 def test_tests_of_kinds_ask_for_each_thing_once():
     names = [row["id"].partition(",")[0] for row in tasks.records("kind", "test")]
     assert len(set(names)) == len(names)
@@ -60,6 +59,7 @@ def test_the_projector_is_taught_none_of_the_words_that_are_asked_for():
     assert all(len(set(own)) == 3 for own in project.KIND_WORDS.values())
 
 
+@pytest.mark.parametrize(("task", "split"), [("size", "test"), ("kind", "dev")])
 def test_what_there_is_not(task, split):
     with pytest.raises(ValueError, match=r"(task is 'size'|split is 'dev'), expected one of "):
         tasks.records(task, split)

@@ -32,6 +32,7 @@ from .model import load_model, load_processor
 from .speed import Way, bank_of, costs
 
 TASKS = tuple(tasks.TASKS)
+WIDTH = 100  # columns, also where nobody watches
 CONTROL, LORA = "answers-only", "LoRA"
 COSTS = {"prompt_tokens": "prompt tokens", "first_token_ms": "time to first token (ms)"}
 _PLAIN = {System(None, k).name for k in SHOTS}
@@ -161,7 +162,7 @@ def _print(rows: Sequence[Row], task: str, queries: int) -> None:
             f"{row.further_token_ms:.0f}",
             f"{row.peak_bytes / 2**20:.0f}",
         )
-    Console().print(table)
+    Console(width=WIDTH).print(table)
     print(
         "first, further: time to the first token, to each further one. memory: allocated for the first token"
     )
