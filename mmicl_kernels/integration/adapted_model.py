@@ -52,6 +52,17 @@ class AdaptedModel(nn.Module):
         else:
             setattr(model, name, value)
 
+    def train(self, mode: bool = True) -> "AdaptedModel":
+        """As of any module; but norms that keep running statistics stay as they are, as the rest of the model.
+
+        In training they would normalise by the batch, and change what the model is without the adapter.
+        """
+        super().train(mode)
+        for module in self.model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.eval()
+        return self
+
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """``model(*args, **kwargs)``; ``labels`` are named because trainers look for the name."""
         if labels is not None:

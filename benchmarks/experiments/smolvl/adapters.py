@@ -26,7 +26,7 @@ from . import tasks
 
 SHIPPED = Path(__file__).with_name("adapters")  # what ``--quick`` shows
 TASK = "kind"
-STEPS = 60
+STEPS = 45
 RECIPE = mk.Recipe(
     steps=STEPS, batch_size=4, accumulate=1, shots=8, shared_shots=True, learning_rate=1e-2, weight_decay=1e-3
 )  # fmt: skip

@@ -36,7 +36,7 @@ WIDTH = 100  # columns, also where nobody watches
 CONTROL, LORA = "answers-only", "LoRA"
 COSTS = {"prompt_tokens": "prompt tokens", "first_token_ms": "time to first token (ms)"}
 _PLAIN = {System(None, k).name for k in SHOTS}
-ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS, QUICK_STEPS = 5, 1, 12, (0, 4), 3
+ROUNDS, QUICK_ROUNDS, QUICK_QUERIES, QUICK_SHOTS, QUICK_STEPS = 3, 1, 12, (0, 4), 3
 
 
 @dataclass(frozen=True)
