@@ -53,9 +53,9 @@ class AdaptedModel(nn.Module):
             setattr(model, name, value)
 
     def train(self, mode: bool = True) -> "AdaptedModel":
-        """As of any module; but norms that keep running statistics stay as they are, as the rest of the model.
+        """As of any module; but norms that keep running statistics stay in evaluation mode.
 
-        In training they would normalise by the batch, and change what the model is without the adapter.
+        Else they would normalise by the batch, and change what the model is without the adapter.
         """
         super().train(mode)
         for module in self.model.modules():

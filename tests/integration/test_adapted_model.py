@@ -234,3 +234,35 @@ def test_saving_as_accelerate_asks_for_it(adapted, tmp_path):
         tmp_path / "main", is_main_process=True, save_function=torch.save, state_dict=state
     )
     assert mk.load(tmp_path / "main", adapted.model).num_parameters() == adapted.adapter.num_parameters()
+
+
+class LastNorm(torch.nn.BatchNorm1d):
+    """Batch norm of the last dimension."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def with_running_statistics():
+    """A model with a batch norm and a dropout between its tower and its language model."""
+    model = tiny_model("llava-llama")
+    projector = model.model.multi_modal_projector
+    projector.act = torch.nn.Sequential(
+        projector.act, LastNorm(projector.linear_1.out_features), torch.nn.Dropout(0.5)
+    )
+    return model.eval()
+
+
+def test_training_leaves_running_statistics_alone(tmp_path):
+    """The model is what the adapter is for: with other statistics it would be another one."""
+    model = with_running_statistics()
+    norm, dropout = model.model.multi_modal_projector.act[1:]
+    before = {name: x.clone() for name, x in model.named_buffers()}
+    adapted = mk.AdaptedModel(model, adapter_of(model, "live"))
+    assert adapted.train() is adapted
+    assert dropout.training and adapted.adapter.training and model.training and not norm.training
+    trainer(adapted, tmp_path).train()
+    assert norm.num_batches_tracked == 0
+    for name, x in model.named_buffers():
+        assert torch.equal(x, before[name]), name
+    assert not adapted.eval().training and not dropout.training and not norm.training
