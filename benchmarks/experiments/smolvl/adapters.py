@@ -24,7 +24,7 @@ from mmicl_kernels.methods import Adapter
 
 from . import tasks
 
-SHIPPED = Path(__file__).with_name("adapters")  # what ``--quick`` shows
+SHIPPED = Path(__file__).with_name("shipped")  # what ``--quick`` shows
 TASK = "kind"
 STEPS = 45
 RECIPE = mk.Recipe(
