@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -197,7 +198,9 @@ def _plot(rows: Sequence[Row], task: str, path: Path) -> None:
                         textcoords="offset points",
                         fontsize=8,
                     )
-        axis.set(xlabel=label, xscale="log", ylim=(-0.03, 1.03))
+        axis.set(xlabel=label, ylim=(-0.03, 1.03))
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"accuracy on {task!r}")
     axes[1].legend(fontsize=8)
