@@ -26,9 +26,7 @@ def run(*, world: str | None, task: str | None, seed: int, out: str, quick: bool
     if world is None:
         world = next(name for name in WORLDS if not missing[name])
         for name in list(WORLDS)[: list(WORLDS).index(world)]:
-            print(
-                f"{name} needs {', '.join(missing[name])}, which are not installed: showing {world} instead"
-            )
+            print(f"{name} needs {', '.join(missing[name])}, not installed: showing {world} instead")
     elif missing[world]:
         print(
             f"mmicl demo: {world} needs {', '.join(missing[world])}: `make demo` downloads it",
