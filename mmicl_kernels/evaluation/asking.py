@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ class Asker:
             inputs = self._inputs(queries, shots)
             options = {"end_ids": self.builder.end_ids, "yes_no": yes_no}
             # Not at what a metric cuts at, so that another metric may have the same answers.
-            is_over = self._is_over if ends_answers(self.builder.ending) else None
+            ending = self.builder.ending  # made anew whenever it is asked for
+            is_over = partial(self._has, ending) if ends_answers(ending) else None
             made = generate(self.model, inputs, settings, tokenizer, is_over=is_over, **options)
         finally:
             if self._fusing is not None:
@@ -108,9 +110,9 @@ class Asker:
         tokenizer = self.builder.processor.tokenizer
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _is_over(self, ids: list[int]) -> bool:
+    def _has(self, ending: str, ids: list[int]) -> bool:
         """Whether a template's demonstration would be over here."""
-        return self.builder.ending in self._text(ids)
+        return ending in self._text(ids)
 
     def _inputs(
         self, queries: Sequence[Demonstration], shots: Sequence[Sequence[Demonstration]]

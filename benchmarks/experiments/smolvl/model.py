@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -52,11 +58,7 @@ def load_model(projector: Path | None = PROJECTOR) -> LlavaForConditionalGenerat
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     model.model.language_model.rotary_emb = LlamaRotaryEmbedding(model.config.text_config)  # has no weights
-    ids = {
-        name: getattr(model.config.text_config, name)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    model.generation_config = GenerationConfig(do_sample=False, **_ids(model.config.text_config))
     return model.eval().requires_grad_(False)
 
 
@@ -69,7 +71,6 @@ def new_projector() -> dict[str, Tensor]:
 
 def _config() -> LlavaConfig:
     text = language.language_config()
-    ids = {name: getattr(text, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = LlavaConfig(
         vision_config=vision.EfficientNetLiteConfig(image_size=IMAGE_SIZE),
         text_config=text,
@@ -78,7 +79,11 @@ def _config() -> LlavaConfig:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,
-        **ids,
+        **_ids(text),
     )
     config.name_or_path = NAME
     return config
+
+
+def _ids(config: PreTrainedConfig) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
