@@ -79,7 +79,10 @@ class M2IVObjective(Objective):
         if not self._anchors:
             return self._losses(terms)
         layers = self._synergies(attention, mlp)
-        terms["synergy"] = (config.synergy_weight, sum(x.to(ce.device) for x in layers))
+        total = sum(x.to(ce.device) for x in layers)
+        if config.synergy_of == "channel":
+            total = total / len(layers)
+        terms["synergy"] = (config.synergy_weight, total)
         indices = [anchor.index for anchor in self._anchors]
         return self._losses(terms, lambda: layer_shares("synergy", layers, indices))
 
@@ -90,7 +93,7 @@ class M2IVObjective(Objective):
             # The attention's vector is in what was recorded; the MLP's joins at the layer's output.
             shift = self.handle.single.layers[str(anchor.index)].mlp
             shifted = wide(m) + self.handle.scaled(shift.scale) * shift.vector
-            losses.append(synergy(a, shifted, self.config.gamma))
+            losses.append(synergy(a, shifted, self.config.gamma, self.config.synergy_of))
         return losses
 
 
@@ -149,14 +152,19 @@ def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_probabilities, targets.to(logits.device), reduction="batchmean")
 
 
-def synergy(a: Tensor, m: Tensor, gamma: float) -> Tensor:
-    """``sum_i (1 - M_ii)^2 + gamma sum_{i != j} M_ij^2`` of ``M = a^T m / N``, rows of unit length.
+def synergy(a: Tensor, m: Tensor, gamma: float, of: str) -> Tensor:
+    """``sum_i (1 - M_ii)^2 + gamma sum_{i != j} M_ij^2`` of the correlations ``M [C, C]`` of two branches.
 
-    ``a`` and ``m`` are N samples of two branches, ``[N, C]``. The smaller of two matrices is made: ``M
-    [C, C]``, or the samples' products ``[N, N]``, as ``|a^T m|_F^2 = sum((a a^T) * (m m^T))``.
+    ``a`` and ``m`` are their states ``[N, C]`` at N tokens. ``of`` "channel": ``M = a^T m`` of channels of
+    unit length, with 1 where two agree, and the result is the mean over channels; "token": ``M = a^T m / N``
+    of tokens of unit length. The smaller of two matrices is made: ``M``, or the tokens' products ``[N, N]``,
+    as ``|a^T m|_F^2 = sum((a a^T) * (m m^T))``.
     """
-    a, m = (F.normalize(wide(x), dim=-1) for x in (a, m.to(a.device)))
     N, C = a.shape
-    diagonal = (a * m).mean(0)
+    dim, unit = (0, C) if of == "channel" else (-1, 1)
+    a, m = (F.normalize(wide(x), dim=dim) for x in (a, m.to(a.device)))
+    if of == "token":
+        a = a / N
+    diagonal = (a * m).sum(0)
     squares = ((a @ a.mT) * (m @ m.mT)).sum() if N < C else (a.mT @ m).square().sum()
-    return (1 - diagonal).square().sum() + gamma * (squares / N**2 - diagonal.square().sum())
+    return ((1 - diagonal).square().sum() + gamma * (squares - diagonal.square().sum())) / unit

@@ -7,7 +7,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmicl_kernels.integration import Handle
 from mmicl_kernels.integration.aggregation import evaluating
@@ -83,8 +82,9 @@ class MimICObjective(Objective):
     """Layer-wise alignment with the demonstrated teacher plus the answer's cross-entropy.
 
     MimIC (arXiv 2504.08851) section 3.3. The teacher is the same frozen model with its adapters off,
-    given the demonstrations; the mean over ``[L, tokens, C]`` of the squared difference at the query's
-    tokens, as the official code normalises it.
+    given the demonstrations. The alignment is the squared difference at the query's tokens, relative to the
+    states' own squares or as a plain mean over ``[L, tokens, C]``, as the official code has it.
+    Without ``align_weight`` there is no teacher.
     """
 
     method = MimICAdapter
@@ -101,12 +101,15 @@ class MimICObjective(Objective):
         token is labelled, or if there are teacher passes beside the first, whose states have no mean."""
         if getattr(batch, "further", ()):
             raise ValueError(f"further has {len(batch.further)} teacher passes, expected none for MimIC")
+        if self.config.align_weight == 0:
+            ce = answer_loss(self.handle.model, batch.student, batch.labels)
+            return self._losses({"ce": (self.config.ce_weight, ce)})
         refuse_checkpointing(self.handle.model, self.config, "align", "layer")
         refuse_recorded_checkpoints(self.handle.model, self.handle.anchors[0].layer)
         targets = self._teach(batch)
         with record_outputs(list(self._sites.values()), batch.student_query) as states:
             ce = answer_loss(self.handle.model, batch.student, batch.labels)
-        align = alignment(states, targets).to(ce.device)
+        align = alignment(states, targets, self.config.alignment).to(ce.device)
         return self._losses(
             {"align": (self.config.align_weight, align), "ce": (self.config.ce_weight, ce)},
             lambda: alignment_shares(states, targets, batch.student_query, list(self._sites)),
@@ -160,9 +163,15 @@ def _is_checkpointing(model: nn.Module) -> bool:
     return model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
 
 
-def alignment(states: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Mean squared difference over layers, tokens and channels, layer by layer: nothing is stacked."""
-    losses = [F.mse_loss(wide(x), wide(y)) for x, y in zip(states, targets, strict=True)]
+def alignment(states: list[Tensor], targets: list[Tensor], form: str) -> Tensor:
+    losses = []
+    for x, y in zip(states, targets, strict=True):
+        x, y = wide(x), wide(y)
+        d = (x - y).square().sum(-1)
+        if form == "relative":
+            losses.append((d / (x.square().sum(-1) + y.square().sum(-1))).mean())
+        else:
+            losses.append(d.sum() / x.numel())
     device = losses[0].device
     return sum(loss.to(device) for loss in losses) / len(losses)
 

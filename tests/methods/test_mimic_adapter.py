@@ -118,6 +118,7 @@ def test_files_are_plain(tmp_path):
         "config": {
             "normalizer": "visible",
             "align": "mlp",
+            "alignment": "relative",
             "align_weight": 1.0,
             "ce_weight": 0.5,
             "ffn_shift": False,
@@ -173,6 +174,7 @@ def test_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, fails):
     [
         ("normalizer", "seen", "normalizer is 'seen', expected one of"),
         ("align", "attention", "align is 'attention', expected one of"),
+        ("alignment", None, "alignment is None, expected one of"),
         ("align_weight", -1.0, r"align_weight is -1\.0"),
         ("ce_weight", math.nan, "ce_weight is nan"),
     ],

@@ -35,34 +35,36 @@ def states_and_logits(model, site, inputs):
     return torch.stack(recorded), output
 
 
-def written_out(model, adapter, batch, site, ce_weight=0.5, align_weight=1.0):
+def written_out(model, adapter, batch, site, form="relative", ce_weight=0.5, align_weight=1.0):
     """The loss token by token, the student through the published formulation."""
     with torch.no_grad():
         teacher, _ = states_and_logits(model, site, batch.teacher)
     with published(model, adapter):
         student, logits_ = states_and_logits(model, site, batch.student)
-    squares, nll = [], []
+    apart, nll = [], []
     for row in range(len(batch.labels)):
         mine = batch.student_query[row].nonzero()[:, 0].tolist()
         theirs = batch.teacher_query[row].nonzero()[:, 0].tolist()
         for i, j in zip(mine, theirs, strict=True):
-            squares.append((student[:, row, i] - teacher[:, row, j]) ** 2)
+            x, y = student[:, row, i], teacher[:, row, j]
+            square = ((x - y) ** 2).sum(-1)
+            apart.append(square / ((x**2).sum(-1) + (y**2).sum(-1) if form == "relative" else x.shape[-1]))
         for t in range(1, batch.labels.shape[1]):
             label = int(batch.labels[row, t])
             if label != -100:
                 nll.append(-torch.log_softmax(logits_[row, t - 1], -1)[label])
-    align, ce = torch.stack(squares).mean(), torch.stack(nll).mean()
+    align, ce = torch.stack(apart).mean(), torch.stack(nll).mean()
     return align_weight * align + ce_weight * ce, align, ce
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site, form", [*((site, "relative") for site in SITES), ("mlp", "mean_square")])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_loss_and_gradient(name, site, padding):
+def test_loss_and_gradient(name, site, form, padding):
     model = in_double(tiny_model(name))
-    adapter = random_adapter(model, align=site).double()
+    adapter = random_adapter(model, align=site, alignment=form).double()
     batch = episode(model, padding=padding)
-    expected, align, ce = written_out(model, adapter, batch, site)
+    expected, align, ce = written_out(model, adapter, batch, site, form)
     with mk.attach(model, adapter) as handle:
         losses = MimICObjective(handle)(batch)
     align, ce = align.detach(), ce.detach()

@@ -7,7 +7,7 @@ LoRA's were not. MimIC's alignment, whose weight is 1 in the paper, is here some
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,23 +68,25 @@ def train(
 
 
 @contextmanager
-def lora(model: nn.Module, prompts: mk.PromptBuilder, task: str, seed: int = 0) -> Iterator[int]:
+def lora(
+    model: nn.Module, prompts: mk.PromptBuilder, rows: Sequence[tasks.Row], steps: int = STEPS,
+    rate: float = LORA_RATE, seed: int = 0,
+) -> Iterator[int]:  # fmt: skip
     """Within, the model has a LoRA of rank 8 (peft), trained on as many answers as the adapters, with their
     schedule, decay and clipping; how many parameters that are."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [x.demonstration() for x in as_records(tasks.records(task, "train"))]
+    rows = [x.demonstration() for x in as_records(rows)]
     layers = r".*language_model.*\.(q|k|v|o)_proj"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
     try:
         trained = [x for x in wrapped.parameters() if x.requires_grad]
-        optimizer = torch.optim.AdamW(trained, LORA_RATE, weight_decay=RECIPE.weight_decay)
-        warmup = round(RECIPE.warmup * STEPS)
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, STEPS)
-        count = STEPS * RECIPE.batch_size
+        optimizer = torch.optim.AdamW(trained, rate, weight_decay=RECIPE.weight_decay)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(RECIPE.warmup * steps), steps)
+        count = steps * RECIPE.batch_size
         laps = [torch.randperm(len(rows), generator=generator) for _ in range(-(-count // len(rows)))]
-        batches = torch.cat(laps)[:count].view(STEPS, -1).tolist()
+        batches = torch.cat(laps)[:count].view(steps, -1).tolist()
         for batch in tqdm(batches, desc="LoRA", unit="step"):
             inputs, labels = prompts.queries([rows[i] for i in batch])
             optimizer.zero_grad()

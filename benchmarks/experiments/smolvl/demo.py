@@ -76,7 +76,7 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
         measured = costs(model, ways, QUICK_ROUNDS if quick else ROUNDS)
     parameters = {name: adapter.num_parameters() for name, adapter in made.items()}
     if not quick:
-        with adapters.lora(model, prompts, task, seed) as parameters[LORA]:
+        with adapters.lora(model, prompts, tasks.records(task, "train"), seed=seed) as parameters[LORA]:
             found.append(replace(ask(shots=(0,)).rows[0], system=System(LORA, 0)))
         measured[LORA] = measured["zero-shot"]  # what it costs when it is merged
     rows = [

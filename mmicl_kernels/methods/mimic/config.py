@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 ALIGNMENT_SITES = ("mlp", "self_attn", "layer")
 NORMALIZERS = ("visible", "all_keys")
+ALIGNMENTS = ("relative", "mean_square")
 
 
 @dataclass(frozen=True)
@@ -15,18 +16,26 @@ class MimICConfig:
             paper). "all_keys": every cached key (the official code; its checkpoints need it).
         align: module whose output is aligned with the teacher's: "mlp" (official code), "self_attn",
             or "layer" (the residual stream after the layer).
+        alignment: how far the states are apart. "relative": at each token of each layer the squared
+            difference over the sum of both squares, so that no layer, token or channel's scale is most of
+            the loss [ours]; "mean_square": the plain mean of the paper and the official code.
         align_weight, ce_weight: weights of the alignment and of the answer's cross-entropy.
         ffn_shift: whether there is the official code's optional shift of the MLP's output, norm kept.
     """
 
     normalizer: str = "visible"
     align: str = "mlp"
+    alignment: str = "relative"
     align_weight: float = 1.0
     ce_weight: float = 0.5
     ffn_shift: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("normalizer", NORMALIZERS), ("align", ALIGNMENT_SITES)):
+        for name, choices in (
+            ("normalizer", NORMALIZERS),
+            ("align", ALIGNMENT_SITES),
+            ("alignment", ALIGNMENTS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
         for name in ("align_weight", "ce_weight"):

@@ -1,0 +1,125 @@
+"""One run: learn a task from labelled items, answer unseen ones. What was run is kept, line by line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+import mmicl_kernels as mk
+from benchmarks.experiments.smolvl import adapters as smolvl
+from benchmarks.experiments.smolvl import tasks
+from benchmarks.experiments.smolvl.measure import GENERATION
+from benchmarks.experiments.smolvl.tasks import Row
+from mmicl_kernels.evaluation.report import Row as Answers
+from mmicl_kernels.methods import Adapter, AIMAdapter
+
+from .arms import ARMS, CONTROL, learn, shuffled
+from .world import labelled, world
+
+RESULTS = Path(__file__).with_name("results")
+QUERIES = 80  # asked, at most
+ICL, LORA = "demonstrations", "LoRA"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is learnt from what.
+
+    Attributes:
+        task, arm: their names. ``ICL`` is no training: the labelled items, at most ``shots``, in the prompt.
+        labelled: how many items with answers; None is all of the train split.
+        seed: of the draw of items, and of everything random in training.
+        unlabelled: if any, so many other items are learnt from instead, with the answers that ``labeller``
+            gives: "teacher" is the model after ``shots`` of the labelled ones, "shuffled" after those with
+            shuffled answers, "control" an adapter of ``CONTROL`` that learnt from them; or the "truth".
+        shots: demonstrations before a query, of ``ICL``, a labeller, and AIM's answers.
+        rate: instead of the arm's. split: whose items are asked.
+        head: whether prompts begin with a token that is not the query's, and takes the attention of those
+            that look at nothing. Without, that is the query's first, with a state a thousand times as large.
+    """
+
+    task: str
+    arm: str
+    labelled: int | None
+    seed: int
+    steps: int = 60
+    unlabelled: int = 0
+    labeller: str | None = None
+    shots: int = 8
+    rate: float | None = None
+    split: str = "test"
+    head: bool = True
+
+
+def read(experiment: str) -> dict[Run, dict]:
+    """What was found by each run: "texts" that were answered, "right" as 0 and 1, "seconds" of training."""
+    path = RESULTS / f"{experiment}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = map(json.loads, lines)
+    return {Run(**row["run"]): row for row in rows}
+
+
+def keep(experiment: str, run: Run, found: dict) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{experiment}.jsonl").open("a") as file:
+        file.write(json.dumps({"run": asdict(run), **found}, ensure_ascii=False) + "\n")
+
+
+def perform(run: Run) -> dict:
+    """What :func:`read` has of it."""
+    model, prompts = world(run.head)
+    asked = tasks.records(run.task, run.split)[:QUERIES]
+    pool = labelled(run.task, run.labelled, run.seed)
+    began = time.process_time()
+    queries = _unlabelled(run, model, prompts, pool) if run.unlabelled else pool
+    answer = partial(_answer, model, prompts)
+    if run.arm == ICL:
+        row = answer(asked, pool=pool, shots=run.shots, seed=run.seed)
+    elif run.arm == LORA:
+        with smolvl.lora(model, prompts, queries, run.steps, run.rate or smolvl.LORA_RATE, run.seed):
+            row = answer(asked)
+    else:
+        arm = ARMS[run.arm] if run.rate is None else replace(ARMS[run.arm], rate=run.rate)
+        adapter = learn(arm, model, prompts, queries, pool, run.steps, run.seed)
+        row = answer(asked, adapter, pool, run.shots, run.seed)
+    seconds = round(time.process_time() - began, 1)
+    right = "".join(str(int(x)) for x in row.score.samples)
+    return {"accuracy": row.score.value, "right": right, "texts": list(row.texts), "cpu_seconds": seconds}
+
+
+def _answer(
+    model: nn.Module, prompts: mk.PromptBuilder, asked: Sequence[Row], adapter: Adapter | None = None,
+    pool: Sequence[Row] = (), shots: int = 0, seed: int = 0,
+) -> Answers:  # fmt: skip
+    """The plain model's answers after ``shots`` of ``pool``, at most all; or an adapter's, without, but for
+    AIM's, which fuses them."""
+    shots = min(shots, len(pool)) if adapter is None or isinstance(adapter, AIMAdapter) else 0
+    evaluation = mk.evaluate(
+        model, prompts, asked, adapters=None if adapter is None else {"adapter": adapter},
+        shots=(shots,) if adapter is None or shots else (), demonstrations=pool or None, seed=seed,
+        generation=GENERATION, progress=False,
+    )  # fmt: skip
+    return evaluation.rows[-1]
+
+
+def _unlabelled(
+    run: Run, model: nn.Module, prompts: mk.PromptBuilder, pool: Sequence[Row]
+) -> list[Row]:  # fmt: skip
+    """Other rows of the train split with what the labeller answers; those without an answer are left out."""
+    own = {row["id"] for row in pool}
+    rows = [row for row in labelled(run.task, None, run.seed) if row["id"] not in own][: run.unlabelled]
+    if run.labeller == "truth":
+        return rows
+    if run.labeller == "control":
+        adapter = learn(ARMS[CONTROL], model, prompts, pool, pool, run.steps, run.seed)
+        texts = _answer(model, prompts, rows, adapter).texts
+    else:
+        shown = shuffled(pool, run.seed) if run.labeller == "shuffled" else pool
+        texts = _answer(model, prompts, rows, pool=shown, shots=run.shots, seed=run.seed).texts
+    return [{**row, "answer": text} for row, text in zip(rows, texts, strict=True) if text.strip()]
