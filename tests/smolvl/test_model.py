@@ -1,11 +1,13 @@
 """The real model: what tiny random ones cannot show."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import mmicl_kernels as mk
@@ -191,6 +193,31 @@ def test_a_compiled_model_says_the_same(model, prompts):
         compiled = torch.compile(model, backend="aot_eager")
         expected, found = model(**inputs).logits, compiled(**inputs).logits
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+class Logits(nn.Module):
+    """What is exported; ``adapter`` is among its parameters, for ``strict``."""
+
+    def __init__(self, model, adapter):
+        super().__init__()
+        self.model, self.adapter = model, adapter
+
+    def forward(self, **inputs):
+        return self.model(**inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "MimIC"])
+def test_an_exported_program_says_the_same(adapted, strict, model, prompts):
+    """To the bit: it has the operations of the eager model, tower and projector included."""
+    adapter = drawn(model, mk.MimICConfig()) if adapted else None
+    inputs, module = prompts.prompt(demonstrations("kind", 2)), Logits(model, adapter)
+    with torch.no_grad():
+        with mk.attach(model, adapter) if adapted else nullcontext():
+            expected = module(**inputs)
+            program = torch.export.export(module, (), dict(inputs), strict=strict)
+        assert torch.equal(module(**inputs), expected) == (not adapted)
+        assert torch.equal(program.module()(**inputs), expected)
 
 
 @pytest.fixture(scope="module")
