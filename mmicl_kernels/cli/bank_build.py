@@ -68,10 +68,9 @@ def _build(options: argparse.Namespace) -> int:
     model, processor, adapter = _load(options)
     device, dtype = model.get_input_embeddings().weight.device, model.dtype
     template = {} if options.template is None else {"template": options.template}
-    answer_only = adapter.config.positions == "answer"
-    marker = options.image_marker
+    marker, positions = options.image_marker, adapter.config.positions
     builder = PromptBuilder(
-        processor, image_marker=marker, answer_only=answer_only, device=device, dtype=dtype, **template
+        processor, image_marker=marker, positions=positions, device=device, dtype=dtype, **template
     )
     bank = _bank(options, adapter, builder.description)
     with attach(model, adapter, bank=bank) as handle:

@@ -196,7 +196,7 @@ def prompt_builder(
 
 def fusing_builder(builder: PromptBuilder, adapter: AIMAdapter) -> PromptBuilder:
     """The same prompts, with those tokens pointed out that ``adapter`` fuses."""
-    return builder_of(builder, answer_only=adapter.config.positions == "answer", dtype=builder.dtype)
+    return builder_of(builder, positions=adapter.config.positions, dtype=builder.dtype)
 
 
 def bank_of(

@@ -100,8 +100,9 @@ def aggregate(
 ) -> list[Tensor]:
     """See ``Handle.aggregate``; ``model`` is plain."""
     shape = inputs["input_ids"].shape
-    if positions is None and adapter.config.positions == "answer":
-        raise ValueError("positions is None, expected the answers' tokens: the adapter fuses those alone")
+    chosen = adapter.config.positions
+    if positions is None and chosen != "text":
+        raise ValueError(f"positions is None, expected a mask of what the adapter fuses, {chosen!r}")
     if positions is None:
         positions = text_positions(model, inputs)
     if positions.shape != shape or positions.dtype != torch.bool:

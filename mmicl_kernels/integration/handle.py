@@ -267,7 +267,7 @@ class Handle:
 
         Raises:
             ValueError: no AIM adapter is attached, ``positions`` has another shape, or is missing where the
-            adapter's config has "answer".
+            adapter's config has other positions than "text".
         """
         self._check_attached()
         adapter = self._aim()

@@ -18,8 +18,9 @@ from torch import Tensor
 from mmicl_kernels.integration.image_markers import BARE, image_markers
 from mmicl_kernels.integration.images import decode_image
 from mmicl_kernels.integration.presets import PRESETS, Preset
-from mmicl_kernels.integration.turns import ChatTurns, FormatTurns, Written
+from mmicl_kernels.integration.turns import EXAMPLE, ChatTurns, FormatTurns, Written
 from mmicl_kernels.library import Demonstration
+from mmicl_kernels.methods.aim.config import check_positions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,14 +74,14 @@ class PromptBuilder:
             system's turn.
         image_marker: what to write for an image instead, with the image token once; ``{number}`` in it
             counts a demonstration's images.
-        answer_only: whether ``demonstrations`` points out the answers' tokens, which an adapter with
-            positions "answer" needs.
+        positions: which tokens ``demonstrations`` points out, as ``AIMConfig`` has it.
         dtype: of the pixels; by default the processor's.
 
     Raises:
         TypeError: a processor without an image token. ValueError: another template, or one that has images
             elsewhere than the model's own prompts; an ``image_marker`` without the token, or none where the
-            model's own is not known; "chat" without a chat template.
+            model's own is not known; "chat" without a chat template; other ``positions``; "answer_end" where
+            nothing follows an answer.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class PromptBuilder:
         *,
         instruction: str | None = None,
         image_marker: str | None = None,
-        answer_only: bool = False,
+        positions: str = "text",
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,7 +108,7 @@ class PromptBuilder:
             )
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction is a {type(instruction).__name__}, expected a string")
-        self.processor, self.template, self.answer_only = processor, template, answer_only
+        self.processor, self.template = processor, template
         self.instruction, self.image_marker = instruction, image_marker
         self.device, self.dtype = device, dtype
         self._image_token = token
@@ -121,6 +122,14 @@ class PromptBuilder:
         self.instructs_students = template not in PRESETS
         self._separated = False
         self._turns = self._turns_of(template, instruction, image_marker)
+        self._point_out(positions)
+
+    def _point_out(self, positions: str) -> None:
+        """Change ``positions``. Raises ValueError as the class."""
+        check_positions(positions)
+        self.positions = positions
+        if positions == "answer_end":
+            self._fused_span(self._alone(EXAMPLE))
 
     @property
     def settings(self) -> dict[str, str | None]:
@@ -134,25 +143,25 @@ class PromptBuilder:
     @property
     def description(self) -> str:
         """What decides the tokens of a demonstration's prompt, for ``DemonstrationBank.create``."""
-        fused = "answer" if self.answer_only else "text"
-        return f"{type(self.processor).__name__}, {self._turns.description(self.template)}, fused: {fused}"
+        name, written = type(self.processor).__name__, self._turns.description(self.template)
+        return f"{name}, {written}, fused: {self.positions}"
 
     def demonstrations(self, demonstrations: Sequence[Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs ``[B, T]``, padded on the right, and which of their tokens are fused: a ``Collate``.
 
-        Those, bool ``[B, T]``, are with ``answer_only`` the answer's, else the text's after the last image
-        and the special tokens that close it.
+        Those, bool ``[B, T]``, are by ``positions`` the text's after the last image and the special tokens
+        that close it, the answer's, or these and the first after them.
 
         Raises:
             TypeError, ValueError: as :meth:`check`, or an image that cannot be decoded.
         """
         self._check_all(demonstrations)
-        written = [self._fit(self._turns.alone(x)) for x in demonstrations]
+        written = [self._alone(x) for x in demonstrations]
         texts = [x.before + x.answer + x.after for x in written]
         inputs = self._process(self._images(demonstrations), texts, "right")
-        if not self.answer_only:
+        if self.positions == "text":
             return inputs, self._text_mask(inputs, demonstrations)
-        spans = [self._answer_span(x.before, x.answer, text) for x, text in zip(written, texts, strict=True)]
+        spans = [self._fused_span(x) for x in written]
         return inputs, self._answer_mask(inputs, texts, spans)
 
     def queries(self, demonstrations: Sequence[Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
@@ -253,7 +262,7 @@ class PromptBuilder:
     @property
     def end_ids(self) -> list[int]:
         """The id at which an answer ends, where there is one: of a chat's turn, else of the text."""
-        written = self._turns.prompt((), Demonstration((b"",), "text", "answer"))
+        written = self._turns.prompt((), EXAMPLE)
         ids = self._ids(written.after)[-1:] if written.closed else [self._tokenizer.eos_token_id]
         return [x for x in ids if x is not None]
 
@@ -262,7 +271,7 @@ class PromptBuilder:
         """What a format string has after the answer of a demonstration; a chat's turns end at ``end_ids``."""
         if self.template == "chat":
             return ""
-        return self._turns.alone(Demonstration((b"",), "text", "answer")).after
+        return self._turns.alone(EXAMPLE).after
 
     def splits(self, text: str, place: int) -> bool:
         """Whether no token of ``text`` has characters before and after ``place``."""
@@ -294,8 +303,9 @@ class PromptBuilder:
         """Raise TypeError or ValueError unless prompts can be made of it; the images are not looked at.
 
         Of the tokenizer's special tokens none may stand in text or answer: it would not be read as text.
-        With ``answered``, or ``answer_only``, the answer must have tokens, and with ``answered`` begin with
-        one of its own: after a prompt that ends with ":", no model says ":red".
+        With ``answered``, or other ``positions`` than "text", the answer must have tokens, and with
+        "answer_end" one after them. With ``answered`` it must begin with one of its own: after a prompt that
+        ends with ":", no model says ":red".
         """
         if not isinstance(demonstration, Demonstration):
             raise TypeError(f"demonstrations has a {type(demonstration).__name__}, expected Demonstration")
@@ -304,10 +314,12 @@ class PromptBuilder:
             found = sorted(token for token in self._special if token in value)
             if found:
                 raise ValueError(f"{name} {value!r:.80} has {found[0]!r}, expected no special token")
-        if (answered or self.answer_only) and not self._ids(demonstration.answer.strip()):
+        if (answered or self.positions != "text") and not self._ids(demonstration.answer.strip()):
             raise ValueError(f"answer is {demonstration.answer!r:.80}, expected one with tokens")
+        if self.positions == "answer_end":
+            self._fused_span(self._alone(demonstration))
         if not answered:
-            self._write(demonstration)
+            self._alone(demonstration)
             return
         x = self._fit(self._turns.prompt((), demonstration, separated=True))
         prompt = self._without_the_answers_space(x.before)
@@ -387,9 +399,9 @@ class PromptBuilder:
         beside = before.endswith(self._image_token)
         return x._replace(before=before, answer=x.answer.lstrip(" ") if beside else x.answer)
 
-    def _write(self, x: Demonstration) -> str:
-        """A demonstration as far as its answer. Raises ValueError: its images cannot stand where they are."""
-        return self._turns.alone(x).before
+    def _alone(self, x: Demonstration) -> Written:
+        """As a demonstration. Raises ValueError: its images cannot stand where they are."""
+        return self._fit(self._turns.alone(x))
 
     def _images(
         self,
@@ -515,6 +527,16 @@ class PromptBuilder:
             end = _shared(ids, self._encoded(before + answer)["input_ids"])
         return begin, end, length
 
+    def _fused_span(self, x: Written) -> tuple[int, int, int]:
+        """As :meth:`_answer_span`; with "answer_end" the next token, too, or ValueError if there is none."""
+        begin, end, length = self._answer_span(x.before, x.answer, x.before + x.answer + x.after)
+        if self.positions == "answer_end" and begin < end:
+            if end == length:
+                after = f"expected one with a token of its own after the answer {x.answer!r:.80}"
+                raise ValueError(f"positions is 'answer_end' and template is {self.template!r}, {after}")
+            return begin, end + 1, length
+        return begin, end, length
+
     def _ended(self, x: Written) -> str:
         """The text and its end, unless the tokenizer has none or writes it by itself."""
         text, eos = x.before + x.answer + x.after, self._tokenizer.eos_token
@@ -541,11 +563,11 @@ class PromptBuilder:
 
 
 def builder_of(
-    processor: ProcessorMixin | PromptBuilder, *, answer_only: bool = False, dtype: torch.dtype | None = None
+    processor: ProcessorMixin | PromptBuilder, *, positions: str = "text", dtype: torch.dtype | None = None
 ) -> PromptBuilder:
     """A builder is copied; a processor gets one of its chat template, or of ``TEMPLATE`` where it has none.
 
-    Raises TypeError as :class:`PromptBuilder`.
+    Raises TypeError and ValueError as :class:`PromptBuilder`.
     """
     if isinstance(processor, PromptBuilder):
         builder = copy(processor)
@@ -553,7 +575,8 @@ def builder_of(
         tokenizer = getattr(processor, "tokenizer", None)
         chats = any(getattr(x, "chat_template", None) for x in (processor, tokenizer))
         builder = PromptBuilder(processor, "chat" if chats else TEMPLATE)
-    builder.answer_only, builder.dtype = answer_only, dtype
+    builder._point_out(positions)
+    builder.dtype = dtype
     return builder
 
 

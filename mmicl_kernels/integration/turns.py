@@ -16,6 +16,8 @@ from mmicl_kernels.integration.presets import Preset
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+EXAMPLE = Demonstration((b"",), "text", "answer")  # shows what a template writes around others
+
 
 class Written(NamedTuple):
     """The text of a prompt, which is ``before + answer + after``.
@@ -170,7 +172,7 @@ class ChatTurns:
 
     def check(self) -> None:
         """Raise ValueError: a turn with an image, a text and an answer cannot be written."""
-        self._written([Demonstration((b"",), "text", "answer")], True)
+        self._written([EXAMPLE], True)
 
     def description(self, template: str) -> str:
         """As :meth:`FormatTurns.description`."""

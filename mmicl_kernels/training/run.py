@@ -133,9 +133,9 @@ class Training:
             processor = PromptBuilder(processor, chosen.template)
         if chosen.shared_shots:
             new_cache(model)  # or the first batch would be refused
-        answer_only = isinstance(config, AIMConfig) and config.positions == "answer"
+        positions = config.positions if isinstance(config, AIMConfig) else "text"
         floating = model.dtype if model.dtype.is_floating_point else None
-        builder = builder_of(processor, answer_only=answer_only, dtype=floating)
+        builder = builder_of(processor, positions=positions, dtype=floating)
         builder.device = torch.device("cpu")  # a Trainer moves batches
         examples, digests = {}, {}
         for name, source in (("records", records), ("validation", validation)):

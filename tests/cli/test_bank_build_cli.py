@@ -43,8 +43,9 @@ def saved(tmp_path_factory):
     model = tiny_model("llava-llama")
     model.save_pretrained(folder / "model")
     tiny_processor("llava").save_pretrained(folder / "model")
-    configs = {"aim": mk.AIMConfig(), "answer": mk.AIMConfig(positions="answer"), "live": mk.LIVEConfig()}
-    for name, config in {**configs, "other": mk.AIMConfig()}.items():
+    configs = {"aim": mk.AIMConfig(), "live": mk.LIVEConfig(), "other": mk.AIMConfig()}
+    configs |= {name: mk.AIMConfig(positions=name) for name in ("answer", "answer_end")}
+    for name, config in configs.items():
         adapter = mk.create(model, config)
         if isinstance(config, mk.AIMConfig):  # each begins as the identity
             torch.nn.init.normal_(adapter.fuser.weight)
@@ -239,11 +240,25 @@ def test_a_model_of_16_bits(build, saved, tmp_path):
 def test_answers_alone(build, saved, tmp_path):
     assert build("--dtype", "float32", adapter="answer")[0] == 0
     bank = mk.DemonstrationBank(tmp_path / "bank")
-    for i, expected in enumerate(fused(saved, "answer", answer_only=True)):
+    for i, expected in enumerate(fused(saved, "answer", positions="answer")):
         torch.testing.assert_close(bank.tokens(i), expected)
     assert bank.lengths.tolist() == [1, 6, 1]  # " red", a token; " red", " ", "a", "n", "d", " blue"; " cat"
     code, out, errors = build(lines=[{**LINES[0], "answer": ""}], adapter="answer")
     assert (code, len(errors)) == (1, 1) and "answer is '', expected one with tokens" in errors[0]
+
+
+def test_answers_and_what_ends_them(build, saved, tmp_path):
+    options = {"template": "{image}{text} {answer}.\n", "positions": "answer_end"}
+    assert build("--dtype", "float32", "--template", options["template"], adapter="answer_end")[0] == 0
+    bank = mk.DemonstrationBank(tmp_path / "bank")
+    for i, expected in enumerate(fused(saved, "answer_end", **options)):
+        torch.testing.assert_close(bank.tokens(i), expected)
+    assert bank.lengths.tolist() == [2, 7, 2]  # and "."
+    assert bank.prompt.endswith("fused: answer_end")
+    code, out, errors = build(adapter="answer_end", folder="other")
+    assert (code, out, len(errors)) == (1, "", 1)
+    assert "template is '{image}{text} {answer}', expected one with a token of its own" in errors[0]
+    assert not (tmp_path / "other").exists()
 
 
 def test_template_dtype_and_images(build, saved, tmp_path):

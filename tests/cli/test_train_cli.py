@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from records_of_colours import write_records
+from records_of_colours import COLOURS, write_records
 from same_adapter import assert_same
 
 import mmicl_kernels as mk
@@ -118,6 +118,19 @@ def test_dry_run_of_aim(run):
     fused = re.search(r"\[\[(.*?)\]\]", demonstration, re.DOTALL)[1]
     assert "what?" in fused and "<image>" not in fused
     assert "red" in re.search(r"\[\[(.*?)\]\]", query, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("positions, end", [("answer", ""), ("answer_end", " ")])
+def test_dry_run_of_aim_on_answers(run, positions, end):
+    options = ["--method", "aim", "--shots", "2-2", "--dry-run", "--config", f"positions={positions}"]
+    code, out, errors = run(*options)
+    assert (code, errors) == (0, [])
+    demonstration = re.search(r"^demonstration:\n(.*?)\n\n", out, re.DOTALL | re.MULTILINE)[1]
+    fused = re.search(r"\[\[(.*?)\]\]", demonstration, re.DOTALL)[1]
+    assert fused in [f" {answer}{end}" for answer in COLOURS]  # the template ends turns with a space
+    code, out, errors = run(*options, "--template", "{image}{text} {answer}")
+    assert (code, len(errors)) == ((1, 1) if end else (0, 0))
+    assert not end or "positions is 'answer_end' and template is '{image}{text} {answer}'" in errors[0]
 
 
 @pytest.mark.parametrize(

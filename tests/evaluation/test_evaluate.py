@@ -239,6 +239,21 @@ def test_an_answer_ends_where_those_of_demonstrations_do(world, template, cut, m
     assert [set(row.texts) for row in made.rows] == [{"red"}] * 2
 
 
+@pytest.mark.parametrize("positions, ends", [("answer", 0), ("answer_end", 1)])
+def test_those_tokens_are_fused_that_the_adapter_means(positions, ends, world, tmp_path):
+    model, processor, queries, pool = world
+    builder = mk.PromptBuilder(processor, "{image}{text} {answer}.")
+    adapters = {"aim": adapter_of(model, mk.AIMConfig(positions=positions))}
+    options = {"shots": (2,), "demonstrations": pool, "out": tmp_path / "out", "progress": False}
+    mk.evaluate(model, builder, queries, adapters=adapters, **options)
+    bank = mk.DemonstrationBank(tmp_path / "out" / "banks" / "aim")
+    assert bank.prompt == f"{builder.description.removesuffix('text')}{positions}"
+    tokenizer = processor.tokenizer
+    answers = [f" {bank.text(i).answer}" for i in range(len(bank))]
+    lengths = [len(tokenizer(x, add_special_tokens=False)["input_ids"]) + ends for x in answers]
+    assert bank.lengths.tolist() == lengths
+
+
 def test_the_model_is_left_plain(world, monkeypatch):
     model, processor, queries, pool = world
     texts = mk.evaluate(model, processor, queries, progress=False)["zero-shot"].texts

@@ -80,14 +80,15 @@ def test_demonstrations_are_read_alone_and_by_the_plain_model():
             assert torch.equal(beside, expected)
 
 
-def test_answers_alone_must_be_pointed_out():
+@pytest.mark.parametrize("positions", ["answer", "answer_end"])
+def test_answers_must_be_pointed_out(positions):
     model = tiny_model("llava-llama")
-    inputs, adapter = demonstrations(model), random_aim(model, positions="answer")
+    inputs, adapter = demonstrations(model), random_aim(model, positions=positions)
     answers = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     answers[:, 6:8] = True
     with mk.attach(model, adapter) as handle:
         assert [len(x) for x in handle.aggregate(inputs, answers)] == [2, 2, 2]
-        with pytest.raises(ValueError, match="positions is None"):
+        with pytest.raises(ValueError, match=f"positions is None, .* fuses, '{positions}'"):
             handle.aggregate(inputs)
         for wrong in (answers[:, :-1], answers.int()):
             with pytest.raises(ValueError, match="positions is torch"):

@@ -144,8 +144,8 @@ def test_a_projection_that_changed_adds_nothing(tmp_path):
 def test_a_digest_knows_backbone_and_config_but_no_names():
     model, other = tiny_model("llava-llama"), tiny_model("llava-llama", seed=1)
     digests = {mk.create(x, mk.AIMConfig()).digest() for x in (model, other)}
-    digests.add(mk.create(model, mk.AIMConfig(positions="answer")).digest())
-    assert len(digests) == 3
+    digests |= {mk.create(model, mk.AIMConfig(positions=x)).digest() for x in ("answer", "answer_end")}
+    assert len(digests) == 4
     model.config.name_or_path = "somewhere/else"
     assert mk.create(model, mk.AIMConfig()).digest() in digests
 

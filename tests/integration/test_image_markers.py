@@ -83,7 +83,7 @@ def test_images_before_the_text(name):
 @pytest.mark.parametrize("name", INTERLEAVED)
 def test_images_where_the_text_has_them(name):
     red, lime, blue = EXPECTED[name]
-    builder = PromptBuilder(processor_of(name), answer_only=True)
+    builder = PromptBuilder(processor_of(name), positions="answer")
     given = [
         Demonstration((BLUE, RED), "a{image}b{image}", "red"),
         Demonstration((GREEN,), "c{image} d", "blue"),
@@ -144,13 +144,14 @@ def test_a_line_break_before_the_text_alone():
 def test_the_format_string_may_have_the_template_s_own_turn():
     template = "USER: {image}\n{text} ASSISTANT: {answer}"
     builder = PromptBuilder(processor_of("llava"), template)
-    alone = builder._write(Demonstration((RED,), "what?", ""))
+    alone = builder._alone(Demonstration((RED,), "what?", "")).before
     assert alone == "USER: <image>\nwhat? ASSISTANT: "  # one line break
     assert (
-        builder._write(Demonstration((RED, RED), "what?", "")) == "USER: <image>\n<image>\nwhat? ASSISTANT: "
+        builder._alone(Demonstration((RED, RED), "what?", "")).before
+        == "USER: <image>\n<image>\nwhat? ASSISTANT: "
     )
     qwen = PromptBuilder(processor_of("qwen2_vl"), "<|im_start|>user\n{image}{text}<|im_end|>\n{answer}")
-    assert qwen._write(Demonstration((RED,), "a", "")) == f"<|im_start|>user\n{VISION}a<|im_end|>\n"
+    assert qwen._alone(Demonstration((RED,), "a", "")).before == f"<|im_start|>user\n{VISION}a<|im_end|>\n"
 
 
 NUMBERED = "Picture {{ ns.n }}: " + VISION
@@ -275,7 +276,7 @@ def test_a_given_marker():
         assert all(torch.equal(*pair) for pair in pairs)
     assert builder.description == own.description
     numbered = PromptBuilder(processor_of("llava"), image_marker="({number}) <image>\n")
-    assert numbered._write(Demonstration((RED, RED), "a {image} b{image}", "")) == (
+    assert numbered._alone(Demonstration((RED, RED), "a {image} b{image}", "")).before == (
         "a (1) <image>\n b(2) <image>\n "
     )
 
@@ -297,7 +298,7 @@ def test_places_that_a_model_does_not_have():
     with pytest.raises(ValueError, match="template is '{text}{image}{answer}': the chat template"):
         PromptBuilder(processor_of("llava"), "{text}{image}{answer}")
     anywhere = PromptBuilder(processor_of("llava"), "{text}{image}{answer}", image_marker="<image>")
-    assert anywhere._write(Demonstration((RED,), "a", "")) == "a<image>"
+    assert anywhere._alone(Demonstration((RED,), "a", "")).before == "a<image>"
     with pytest.raises(ValueError, match="template is .*: this model has images before all text"):
         PromptBuilder(processor_of("paligemma", chat=False), "a {image}{text}{answer}")
     with pytest.raises(ValueError, match="this model has images before all text"):
@@ -326,7 +327,7 @@ def test_as_many_places_as_images(text, images):
     builder = PromptBuilder(processor_of("qwen2_vl"))
     with pytest.raises(ValueError, match=f"text .* has {{image}} {text.count('{')} times, expected never or"):
         builder.demonstrations([Demonstration((RED,) * images, text, "a")])
-    written = builder._write(Demonstration((RED,) * images, text.replace("{image}", "{{image}}"), "a"))
+    written = builder._alone(Demonstration((RED,) * images, text.replace("{image}", "{{image}}"), "a")).before
     assert written == VISION * images + text + " "
 
 
@@ -386,7 +387,7 @@ def test_answers_beside_tokens_that_take_white_space(strips, scheme, slow, monke
             assert "".join(answer[:-1]).replace("▁", " ").strip() == x.answer.strip()
         prompts = rows(builder, builder.prompt(given))
         assert [a + b for a, b in zip(prompts, answers, strict=True)] == rows(builder, inputs)
-        fused = PromptBuilder(processor, template, answer_only=True)
+        fused = PromptBuilder(processor, template, positions="answer")
         found = chosen(fused, *fused.demonstrations(given))
         assert ["".join(x).replace("▁", " ").strip() for x in found] == [x.answer.strip() for x in given]
 
@@ -446,7 +447,7 @@ def test_unknown_characters_are_text():
     builder = PromptBuilder(processor_of("llava", chat=False), "{image}{text} {answer}")
     inputs, fused = builder.demonstrations([Demonstration((RED,), "éa", "é")])
     assert chosen(builder, inputs, fused) == [["<unk>", "a", "▁", "<unk>"]]
-    answers = PromptBuilder(builder.processor, answer_only=True)
+    answers = PromptBuilder(builder.processor, positions="answer")
     assert chosen(answers, *answers.demonstrations([Demonstration((RED,), "a", "é")])) == [["<unk>"]]
 
 

@@ -1,6 +1,8 @@
 """Prompts of demonstrations: which tokens they have, where their answers are, which image is whose."""
 
 import io
+import re
+from itertools import product
 
 import pytest
 import torch
@@ -91,18 +93,21 @@ def test_answers_tokens(name, slow, monkeypatch):
     processor = processor_of(name)
     if slow:
         monkeypatch.setattr(type(processor.tokenizer), "is_fast", property(lambda self: False))
-    for after in ("", ".\n", " red"):
-        builder = PromptBuilder(processor, "{text}: {image} {answer}" + after, answer_only=True)
+    for after, end in (("", None), (".\n", "."), (" red", "▁red")):
+        builder = PromptBuilder(processor, "{text}: {image} {answer}" + after, positions="answer")
         inputs, positions = builder.demonstrations(DEMONSTRATIONS)
         assert positions.dtype == torch.bool
         found = chosen(builder, inputs, positions)
         assert found[:2] == [["▁red"], ["▁do", "g", "▁", "o", "r", "▁cat"]]
         assert found[2] in (["a", "▁", "▁", "z"], ["▁", "a", "▁", "▁", "z"])
+        if end is not None:
+            ended = builder_of(builder, positions="answer_end")
+            assert chosen(ended, *ended.demonstrations(DEMONSTRATIONS)) == [[*x, end] for x in found]
 
 
 def test_a_token_that_the_answer_shares_is_the_answers():
     processor = tiny_processor("llava", words=("▁red", "bed", "d."))
-    builder = PromptBuilder(processor, "{image}{text}{answer}.", answer_only=True)
+    builder = PromptBuilder(processor, "{image}{text}{answer}.", positions="answer")
     given = [
         Demonstration((RED,), "a b", "ed"),
         Demonstration((RED,), "a", "red"),
@@ -110,6 +115,24 @@ def test_a_token_that_the_answer_shares_is_the_answers():
     ]
     found = chosen(builder, *builder.demonstrations(given))
     assert found == [["bed"], ["r", "e", "d."], ["2", "d."]]
+    ended = PromptBuilder(processor, "{image}{text}{answer}.\n", positions="answer_end")
+    found = chosen(ended, *ended.demonstrations(given))
+    assert found == [["bed", "."], ["r", "e", "d.", "\n"], ["2", "d.", "\n"]]
+
+
+def test_an_answer_that_no_token_follows():
+    """Known when the template is given, unless it depends on the answer."""
+    processor = tiny_processor("llava", words=("d.",))
+    message = f"positions is 'answer_end' and template is {TEMPLATE!r}, expected one with a token of its own"
+    for make in (PromptBuilder, builder_of):
+        with pytest.raises(ValueError, match=f"{message} after the answer 'answer'"):
+            make(processor, positions="answer_end")
+    builder = PromptBuilder(processor, "{image}{text} {answer}.", positions="answer_end")
+    shared = Demonstration((RED,), "a", "2d")
+    for work in (builder.check, lambda x: builder.demonstrations([x])):
+        with pytest.raises(ValueError, match="a token of its own after the answer '2d'"):
+            work(shared)
+    builder_of(builder, positions="answer").check(shared)
 
 
 def test_an_answer_begins_with_a_token_of_its_own():
@@ -169,11 +192,13 @@ def test_the_end_of_a_text_is_written_once():
     processor = tiny_processor("llava")
     ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     processor.tokenizer.backend_tokenizer.post_processor = ends
-    builder = PromptBuilder(processor, answer_only=True)
+    builder = PromptBuilder(processor, positions="answer")
     inputs, labels = builder.queries(DEMONSTRATIONS)
     assert chosen(builder, inputs, labels != -100)[0] == ["▁red", "</s>"]
     assert (inputs["input_ids"] == 2).sum(1).tolist() == [1, 1, 1]
     assert chosen(builder, *builder.demonstrations(DEMONSTRATIONS))[0] == ["▁red"]
+    ended = builder_of(builder, positions="answer_end")
+    assert chosen(ended, *ended.demonstrations(DEMONSTRATIONS))[0] == ["▁red", "</s>"]
 
 
 def test_without_an_end_of_text():
@@ -228,8 +253,12 @@ def test_errors():
     with pytest.raises(ValueError, match="answer is ' ', expected one with tokens"):
         builder.queries(empty)
     with pytest.raises(ValueError, match="answer is ' '"):
-        PromptBuilder(processor, answer_only=True).demonstrations(empty)
+        PromptBuilder(processor, positions="answer").demonstrations(empty)
     assert rows(builder, builder.prompt(empty)) == [["<s>", *["<image>"] * 4, "a"]]
+    for make, wrong in product((PromptBuilder, builder_of), ("answers", True, None)):
+        expected = re.escape("expected one of ('text', 'answer', 'answer_end')")
+        with pytest.raises(ValueError, match=f"positions is {wrong!r}, {expected}"):
+            make(processor, positions=wrong)
 
 
 def test_a_processor_that_rewrites_the_answer_is_noticed():
@@ -256,12 +285,12 @@ def test_decoded_images_stand_upright():
             decode_image(broken, "x")
 
 
-@pytest.mark.parametrize("positions", ["text", "answer"])
+@pytest.mark.parametrize("positions", ["text", "answer", "answer_end"])
 def test_into_a_bank_and_out_again(positions, tmp_path):
     """What a handle fuses are the projected states of the tokens the builder means."""
     model = tiny_model("llava-llama")
     adapter = mk.create(model, mk.AIMConfig(positions=positions))
-    builder = PromptBuilder(tiny_processor("llava"), answer_only=positions == "answer")
+    builder = PromptBuilder(tiny_processor("llava"), "{image}{text} {answer}.", positions=positions)
     bank = mk.DemonstrationBank.create(tmp_path, adapter, torch.float32)
     with mk.attach(model, adapter, bank=bank) as handle:
         ids = handle.add_demonstrations(DEMONSTRATIONS, builder.demonstrations, batch_size=2, progress=False)
@@ -279,7 +308,7 @@ def test_into_a_bank_and_out_again(positions, tmp_path):
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
     first = int((inputs["input_ids"][0] == IMAGE_ID).nonzero()[-1]) + 1
-    states = states[-1:] if positions == "answer" else states[first:]
+    states = {"text": states[first:], "answer": states[-2:-1], "answer_end": states[-2:]}[positions]
     expected = torch.nn.functional.linear(states, adapter.fuser.weight, adapter.fuser.bias)
     torch.testing.assert_close(bank.tokens(0), expected)
 
@@ -290,10 +319,17 @@ def test_builder_of():
     assert builder_of(chatting).settings == {"template": "chat", "instruction": None, "image_marker": None}
     assert builder_of(silent).template == TEMPLATE
     builder = PromptBuilder(silent, "{image}{text}: {answer}", instruction="Short.")
-    made = builder_of(builder, answer_only=True, dtype=torch.bfloat16)
-    assert (made.settings, made.answer_only, made.dtype) == (builder.settings, True, torch.bfloat16)
-    assert (builder.answer_only, builder.dtype) == (False, None)
+    made = builder_of(builder, positions="answer", dtype=torch.bfloat16)
+    assert (made.settings, made.positions, made.dtype) == (builder.settings, "answer", torch.bfloat16)
+    assert (builder.positions, builder.dtype) == ("text", None)
     again = PromptBuilder(silent, **builder.settings)
     assert again.description == builder.description and again.settings == builder.settings
     with pytest.raises(TypeError, match="processor is a str, expected one with an image_token"):
         builder_of("llava")
+
+
+@pytest.mark.parametrize("positions", ["text", "answer", "answer_end"])
+def test_description(positions):
+    """Stored banks have it, so it may not change."""
+    builder = PromptBuilder(tiny_processor("llava"), "{image}{text} {answer}.", positions=positions)
+    assert builder.description == f"LlavaProcessor, '{{image}}{{text}} {{answer}}.', fused: {positions}"

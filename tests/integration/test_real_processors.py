@@ -7,6 +7,7 @@ from example_processors import processor_of
 from transformers import AutoTokenizer
 
 from mmicl_kernels.integration import PromptBuilder, load_model, load_processor
+from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.real_processors import (
     QWEN_ADDED,
@@ -114,6 +115,9 @@ def test_chat_templates(name):
     assert made.texts == (f"{asked}{space}two squares{end}",)
     answer = made.inputs["input_ids"][0][made.labels[0] != -100]
     assert processor.tokenizer.decode(answer) == f"{space}two squares{end}"
+    for positions, after in (("answer", ""), ("answer_end", end)):
+        inputs, fused = builder_of(builder, positions=positions).demonstrations(DEMONSTRATIONS[1:2])
+        assert processor.tokenizer.decode(inputs["input_ids"][fused]) == f"{space}two squares{after}"
 
 
 @pytest.mark.parametrize("name", ["smolvlm", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])

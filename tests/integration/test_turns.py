@@ -442,9 +442,11 @@ def test_a_chat_for_a_bank():
     assert "You are a helpful" in builder.description and VISION * 2 in builder.description
     other, _ = chat_builder("qwen", instruction="be brief")
     assert other.description != builder.description
-    answers = PromptBuilder(builder.processor, "chat", answer_only=True)
-    inputs, fused = answers.demonstrations(SHOTS[:1])
-    assert tokens(builder, inputs["input_ids"][0], fused[0]) == [*"red"]
+    answers = PromptBuilder(builder.processor, "chat", positions="answer")
+    ended = PromptBuilder(builder.processor, "chat", positions="answer_end")
+    for pointing, expected in ((answers, [*"red"]), (ended, [*"red", "<|im_end|>"])):
+        inputs, fused = pointing.demonstrations(SHOTS[:1])
+        assert tokens(builder, inputs["input_ids"][0], fused[0]) == expected
     assert torch.equal(answers.queries(SHOTS)[1], builder.answered(SHOTS).labels)
 
 

@@ -13,7 +13,7 @@ def processor():
 
 @pytest.fixture(scope="session")
 def prompts(processor):
-    return tasks.TaskPrompts(processor)
+    return tasks.task_prompts(processor)
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,23 @@
 """The real model: what tiny random ones cannot show."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import mmicl_kernels as mk
-from benchmarks.experiments.smolvl import export, language, tasks, vision
+from benchmarks.experiments.smolvl import adapters, export, language, speed, tasks, vision
 from benchmarks.experiments.smolvl.model import IMAGE_TOKENS
 from benchmarks.experiments.smolvl.pictures import all_pictures
 from mmicl_kernels.cli import main
 from mmicl_kernels.data import as_records
 from mmicl_kernels.evaluation.generation import Generation
+from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.testing.gguf import read_tensors
 from mmicl_kernels.testing.real_processors import package_file
@@ -140,13 +143,27 @@ def test_decoding_with_a_cache_is_one_forward_pass(config, model, prompts):
     assert not torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_answers_and_the_breaks_after_them_are_fused(task, prompts):
+    """The break is one token, whose state has read the whole answer."""
+    shown = demonstrations(task, 12)
+    (inputs, answers), (_, fused) = (
+        builder_of(prompts, positions=x).demonstrations(shown) for x in ("answer", "answer_end")
+    )
+    assert torch.equal(fused, answers | answers.roll(1, 1))
+    for x, ids, own in zip(shown, inputs["input_ids"], fused, strict=True):
+        *answer, after = prompts.processor.tokenizer.convert_ids_to_tokens(ids[own])
+        assert prompts.processor.tokenizer.convert_tokens_to_string(answer) == f" {x.answer}"
+        assert prompts.processor.tokenizer.convert_tokens_to_string([after]) == "\n\n"
+
+
 def test_fused_tokens_stand_where_demonstrations_stood(model, prompts):
-    answer_only = tasks.TaskPrompts(prompts.processor, answer_only=True)
+    builder = builder_of(prompts, positions="answer_end")
     shown, (query,) = demonstrations("kind", 2), demonstrations("kind", 1, "validation")
-    with mk.attach(model, mk.create(model, mk.AIMConfig(positions="answer"))) as handle, torch.no_grad():
-        tokens = handle.aggregate(*answer_only.demonstrations(shown))
-        assert [x.shape[1] for x in tokens] == [576, 576]
-        batch = answer_only.prompt([query])
+    with mk.attach(model, mk.create(model, mk.AIMConfig(positions="answer_end"))) as handle, torch.no_grad():
+        tokens = handle.aggregate(*builder.demonstrations(shown))
+        assert [x.shape for x in tokens] == [(speed.TOKENS_FUSED, 576)] * 2
+        batch = builder.prompt([query])
         offsets = torch.tensor([0, *map(len, tokens)]).cumsum(0)
         spliced = handle.splice(batch, [[0, 1]], tokens=FusedTokens(torch.cat(tokens), offsets, None))
         logits = model(**spliced).logits[0, -1]
@@ -178,6 +195,31 @@ def test_a_compiled_model_says_the_same(model, prompts):
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+class Logits(nn.Module):
+    """What is exported; ``adapter`` is among its parameters, for ``strict``."""
+
+    def __init__(self, model, adapter):
+        super().__init__()
+        self.model, self.adapter = model, adapter
+
+    def forward(self, **inputs):
+        return self.model(**inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "MimIC"])
+def test_an_exported_program_says_the_same(adapted, strict, model, prompts):
+    """To the bit: it has the operations of the eager model, tower and projector included."""
+    adapter = drawn(model, mk.MimICConfig()) if adapted else None
+    inputs, module = prompts.prompt(demonstrations("kind", 2)), Logits(model, adapter)
+    with torch.no_grad():
+        with mk.attach(model, adapter) if adapted else nullcontext():
+            expected = module(**inputs)
+            program = torch.export.export(module, (), dict(inputs), strict=strict)
+        assert torch.equal(module(**inputs), expected) == (not adapted)
+        assert torch.equal(program.module()(**inputs), expected)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smolvl")
@@ -188,7 +230,7 @@ def exported(tmp_path_factory):
 
 def test_the_folder_is_the_model(exported, model, prompts):
     loaded, processor = mk.load_model(exported / "model"), mk.load_processor(exported / "model")
-    inputs = tasks.TaskPrompts(processor).prompt(demonstrations("kind", 2))
+    inputs = tasks.task_prompts(processor).prompt(demonstrations("kind", 2))
     for name, x in prompts.prompt(demonstrations("kind", 2)).items():
         assert torch.equal(inputs[name], x), name
     with torch.no_grad():
@@ -219,6 +261,21 @@ def test_the_commands_know_its_classes(exported, tmp_path, capsys):
     assert main([*evaluation, *drawn_from]) == 0
     shown = capsys.readouterr().out
     assert all(row in shown for row in ("zero-shot", "1-shot", "mimic"))
+
+
+def test_the_command_makes_the_bank_of_the_shipped_adapter(exported, model, prompts, tmp_path):
+    data, count = exported / "kind" / "train.jsonl", 5
+    few = data.with_name("few.jsonl")
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:count]))
+    folder, bank = adapters.SHIPPED / "AIM", tmp_path / "bank"
+    known = ["--import", "benchmarks.experiments.smolvl.vision", "--model", str(exported / "model")]
+    given = ["--adapter", str(folder), "--template", tasks.TEMPLATE, "--data", str(few), "--dtype", "float32"]
+    assert main(["bank", "build", str(bank), *known, *given]) == 0
+    made, aim, shown = mk.DemonstrationBank(bank), mk.load(folder, model), demonstrations("kind", count)
+    expected, _ = speed.bank_of(model, prompts, aim, shown, tmp_path / "own")
+    for i in range(count):
+        assert made.text(i) == expected.text(i)
+        torch.testing.assert_close(made.tokens(i), expected.tokens(i))
 
 
 def test_demonstrations_teach_it(model, prompts):

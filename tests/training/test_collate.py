@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 import mmicl_kernels as mk
 from mmicl_kernels.data import as_records
 from mmicl_kernels.integration import PromptBuilder
+from mmicl_kernels.integration.prompts import builder_of
 from mmicl_kernels.library import Demonstration
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
@@ -307,6 +308,18 @@ def test_aggregation(builder):
     assert sorted(lengths) == [1, 2, 3, 4] and min(lengths.values()) > 10
     with pytest.raises(ValueError, match="demonstrations is empty"):
         AggregationCollator(builder, POOL, 0)(POOL[:2])
+
+
+@pytest.mark.parametrize(
+    "positions, after", [("text", ["red", "\n"]), ("answer", ["red"]), ("answer_end", ["red", "\n"])]
+)
+def test_aggregation_points_out_what_the_builder_says(builder, positions, after):
+    builder = builder_of(builder, positions=positions)
+    batch = AggregationCollator(builder)([(POOL[4], (POOL[0], POOL[3]))])
+    ids, fused = batch.demonstrations["input_ids"][0], batch.positions[0]
+    own = builder.processor.tokenizer.convert_ids_to_tokens(ids[fused])
+    assert own[-len(after) :] == [x.replace("red", "▁red") for x in after]
+    assert (len(own) > len(after)) == (positions == "text")
 
 
 def test_errors(builder):

@@ -263,7 +263,7 @@ def test_the_next_pair_is_the_query(write):
 
 
 def test_number_of_demonstrations_is_random(write):
-    builder = PromptBuilder(tiny_processor("llava"), answer_only=True)
+    builder = PromptBuilder(tiny_processor("llava"), positions="answer")
 
     def counts(seed):
         documents = Documents(*lengths_file(write, 6), endless=True)

@@ -32,7 +32,7 @@ from mmicl_kernels.methods import AIMAdapter
 RESULTS = Path(__file__).with_name("aim.json")
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 8, 16)
 MEMORY_SHOTS = (0, 1, 2, 4, 8, 16, 32, 64)
-FUSER = mk.AIMConfig(positions="answer")
+FUSER = mk.AIMConfig(positions="answer_end")
 BANKED = 256  # demonstrations
 
 

@@ -48,7 +48,7 @@ def digits_processor(vocabulary: Sequence[str] = data.VOCABULARY) -> LlavaProces
 
 
 class DigitsPrompts(mk.PromptBuilder):
-    """The prompts of a vocabulary; AIM may fuse the end of a demonstration, too, or that alone.
+    """The prompts of a vocabulary; AIM fuses the answer and the end of a demonstration, or the end alone.
 
     Args:
         fused: which positions of a demonstration become tokens: "label", its answer and its end, or "end";
@@ -56,13 +56,13 @@ class DigitsPrompts(mk.PromptBuilder):
     """
 
     def __init__(self, vocabulary: Sequence[str] = data.VOCABULARY, fused: str | None = None) -> None:
-        super().__init__(digits_processor(vocabulary), TEMPLATE, answer_only=fused is not None)
+        positions = "text" if fused is None else "answer_end"
+        super().__init__(digits_processor(vocabulary), TEMPLATE, positions=positions)
         self.fused = fused
 
     def demonstrations(self, demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
-        inputs, answers = super().demonstrations(demonstrations)
-        ends = inputs["input_ids"] == data.END_ID
-        return inputs, ends if self.fused == "end" else ends | answers
+        inputs, fused = super().demonstrations(demonstrations)
+        return inputs, fused & (inputs["input_ids"] == data.END_ID) if self.fused == "end" else fused
 
     def queries(self, demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         """AIM's projection learns the answers alone, not the ends that follow them."""

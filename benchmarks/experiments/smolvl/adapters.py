@@ -49,7 +49,7 @@ SETTINGS: Mapping[str, Setting] = {
     "LIVE": Setting(mk.LIVEConfig(), replace(RECIPE, learning_rate=2e-2)),
     "M2IV": Setting(mk.M2IVConfig(synergy_weight=0)),
     "AIM": Setting(
-        mk.AIMConfig(positions="answer"),
+        mk.AIMConfig(positions="answer_end"),
         replace(RECIPE, shots=(1, 4), shared_shots=False, learning_rate=2e-2),
     ),
 }

@@ -61,7 +61,7 @@ def run_demo(*, task: str, seed: int, out: Path, quick: bool) -> None:
     ``quick`` asks few queries, and has no LoRA; of "kind" it has the adapters that are shipped, of another
     task some that were hardly trained.
     """
-    model, prompts = load_model(), tasks.TaskPrompts(load_processor())
+    model, prompts = load_model(), tasks.task_prompts(load_processor())
     queries, shots = tasks.records(task, "test")[:QUERIES], SHOTS
     if quick:
         queries, shots = queries[:QUICK_QUERIES], QUICK_SHOTS

@@ -28,7 +28,7 @@ GENERATION = Generation(max_new_tokens=6)
 
 def measure(split: str, limit: int, names: list[str], folder: Path | None) -> dict:
     """By task: of each number of shots accuracy with its interval, and the paired difference to zero-shot."""
-    model, prompts = load_model(), tasks.TaskPrompts(load_processor())
+    model, prompts = load_model(), tasks.task_prompts(load_processor())
     found = {}
     for task in names:
         evaluation = mk.evaluate(

@@ -25,6 +25,7 @@ import mmicl_kernels as mk
 from benchmarks.run import device_folder
 from benchmarks.timing import machine, peak_allocated_bytes
 from mmicl_kernels.data import as_records
+from mmicl_kernels.evaluation.asking import fusing_builder
 from mmicl_kernels.methods import AIMAdapter
 
 from . import tasks
@@ -32,7 +33,7 @@ from .model import load_model, load_processor
 
 SHOTS = (0, 4, 8, 16)
 ROUNDS, FURTHER_TOKENS = 7, 8
-TOKENS_FUSED = 2  # of a demonstration, see ``TaskPrompts``
+TOKENS_FUSED = 2  # of a demonstration of "kind": an answer of one token, and the break after it
 CONFIGS = {"MimIC": mk.MimICConfig(), "LIVE": mk.LIVEConfig(), "M2IV": mk.M2IVConfig()}
 
 
@@ -80,19 +81,19 @@ def bank_of(
 ) -> tuple[mk.DemonstrationBank, list[int]]:
     """With ``shown``, and their ids."""
     bank = mk.DemonstrationBank.create(folder, adapter, dtype=torch.float32)
-    collate = tasks.TaskPrompts(prompts.processor, answer_only=True).demonstrations
+    collate = fusing_builder(prompts, adapter).demonstrations
     with mk.attach(model, adapter, bank=bank) as handle:
         return bank, handle.add_demonstrations(shown, collate, batch_size=len(shown), progress=False)
 
 
 def measure(rounds: int) -> list[dict]:
     """A row for each way and number of shots; AIM's prompt has the shots as fused tokens."""
-    model, prompts = load_model(), tasks.TaskPrompts(load_processor())
+    model, prompts = load_model(), tasks.task_prompts(load_processor())
     query, *shown = (x.demonstration() for x in as_records(tasks.records("kind", "train"))[: max(SHOTS) + 1])
     adapters = {name: _drawn(mk.create(model, config)) for name, config in CONFIGS.items()}
     rows = []
     with TemporaryDirectory() as folder:
-        fuser = mk.create(model, mk.AIMConfig(positions="answer"))
+        fuser = mk.create(model, mk.AIMConfig(positions="answer_end"))
         bank, ids = bank_of(model, prompts, fuser, shown, Path(folder) / "bank")
         for shots in SHOTS:
             inputs, alone = prompts.prompt([query], [shown[:shots]]), prompts.prompt([query])

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.real_processors import package_file
@@ -40,22 +38,9 @@ SEED = 0
 Row = dict[str, Any]
 
 
-class TaskPrompts(mk.PromptBuilder):
-    """How all tasks are written: ``<image>What color is the triangle?\\nAnswer: teal\\n\\n``.
-
-    AIM fuses an answer and the line break after it, whose state has read it.
-    """
-
-    def __init__(self, processor: Any, *, answer_only: bool = False) -> None:
-        super().__init__(processor, TEMPLATE, instruction=BEGIN, answer_only=answer_only)
-
-    @property
-    def description(self) -> str:
-        return f"{super().description} and the break after it" if self.answer_only else super().description
-
-    def demonstrations(self, demonstrations: Sequence[mk.Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
-        inputs, fused = super().demonstrations(demonstrations)
-        return inputs, fused | fused.roll(1, 1) if self.answer_only else fused
+def task_prompts(processor: Any) -> mk.PromptBuilder:
+    """How all tasks are written: ``<image>What color is the triangle?\\nAnswer: teal\\n\\n``."""
+    return mk.PromptBuilder(processor, TEMPLATE, instruction=BEGIN)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-POSITIONS = ("text", "answer")
+POSITIONS = ("text", "answer", "answer_end")
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,8 @@ class AIMConfig:
 
     Attributes:
         positions: whose hidden states are fused. "text": every text token after the demonstration's last
-            image; "answer": of those its answer alone, the AAAI abstract's "textual labels".
+            image; "answer": of those its answer alone, the AAAI abstract's "textual labels"; "answer_end":
+            the answer and the token after it, in a chat the end of the turn, whose state has read all of it.
         layer_norm: whether a LayerNorm follows the projection.
     """
 
@@ -19,7 +20,12 @@ class AIMConfig:
     layer_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions is {self.positions!r}, expected one of {POSITIONS}")
+        check_positions(self.positions)
         if not isinstance(self.layer_norm, bool):
             raise TypeError(f"layer_norm is {self.layer_norm!r}, expected a bool")
+
+
+def check_positions(positions: object) -> None:
+    """Raise ValueError unless it is one of ``POSITIONS``."""
+    if positions not in POSITIONS:
+        raise ValueError(f"positions is {positions!r}, expected one of {POSITIONS}")
