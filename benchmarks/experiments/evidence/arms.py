@@ -64,7 +64,7 @@ ARMS: Mapping[str, Arm] = {
     OFFICIAL: Arm(mk.MimICConfig(alignment="mean_square")),
     "LIVE": Arm(mk.LIVEConfig(), rate=2e-2),
     "M2IV": Arm(mk.M2IVConfig()),
-    "AIM": Arm(mk.AIMConfig(positions="answer"), rate=2e-2),
+    "AIM": Arm(mk.AIMConfig(positions="answer_end"), rate=2e-2),
     **{f"MimIC, {form}": Arm(mk.MimICConfig(), form=form) for form in FORMS},
     SMALL: Arm(mk.MimICConfig(alignment="mean_square", align_weight=0.02)),
     "MimIC, residual stream": Arm(mk.MimICConfig(align="layer")),

@@ -21,7 +21,7 @@ def world(head: bool = True) -> tuple[nn.Module, mk.PromptBuilder]:
     """The model, which looks at each picture once, and how its prompts are written, with their first token or
     without."""
     processor = load_processor()
-    return _model(), tasks.TaskPrompts(processor) if head else mk.PromptBuilder(processor, tasks.TEMPLATE)
+    return _model(), tasks.task_prompts(processor) if head else mk.PromptBuilder(processor, tasks.TEMPLATE)
 
 
 @cache
