@@ -1,7 +1,7 @@
 """Which part of a loss decides: the norm of each part's gradient, and who has the largest share of a part.
 
-A loss whose scale is the model's may be that of one layer or token alone: attention sinks have activations
-that are orders of magnitude larger than others'.
+A loss whose scale is the model's, as a plain mean of squares has it, may be that of one layer or token alone:
+attention sinks have activations that are orders of magnitude larger than others'.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,14 +32,14 @@ def gradient_norms(terms: Mapping[str, Tensor], parameters: Iterable[nn.Paramete
 
 @torch.no_grad()
 def alignment_shares(
-    states: Sequence[Tensor], targets: Sequence[Tensor], query: Tensor, layers: Sequence[int]
+    states: Sequence[Tensor], targets: Sequence[Tensor], query: Tensor, layers: Sequence[int], form: str
 ) -> dict[str, Tensor]:
-    """Shares of the largest layer, token and channel in the sum of all squared differences.
+    """Shares of the largest layer, token and channel in the sum that the alignment of ``form`` is.
 
-    That sum is the alignment but for a constant factor. A layer's share is the sum over all else, and so are
-    those of a channel and of a token, which is the k-th of every query: sinks are at the same place in each.
-    ``states`` and ``targets`` are ``[N, C]`` at the tokens of ``query``, bool ``[B, T]``, of each of
-    ``layers``, which are gone through one after another: nothing is stacked.
+    A layer's share is the sum over all else, and so are those of a channel and of a token, which is the k-th
+    of every query: sinks are at the same place in each. ``states`` ``[B, T, C]``, and ``targets`` ``[N, C]``
+    at the tokens of ``query``, bool ``[B, T]``, are of each of ``layers``, which are gone through one after
+    another: nothing is stacked.
 
     Returns:
         ``"align/layer"``, its index, and ``"align/layer_share"``; so for "token", from 0, and "channel".
@@ -47,7 +47,11 @@ def alignment_shares(
     device = states[0].device
     of_layers, of_tokens, of_channels = [], 0, 0
     for x, y in zip(states, targets, strict=True):
-        squares = (wide(x) - wide(y)).square_()
+        x, y = wide(x[query.to(x.device)]), wide(y)
+        squares = (x - y).square_()
+        if form == "relative":
+            both = x.square().sum(1) + y.square().sum(1)
+            squares /= both.clamp_min(torch.finfo(both.dtype).tiny)[:, None]
         of_layers.append(squares.sum().to(device))
         of_tokens = of_tokens + squares.sum(1).to(device)
         of_channels = of_channels + squares.sum(0).to(device)

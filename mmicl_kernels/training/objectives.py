@@ -12,6 +12,7 @@ from mmicl_kernels.integration import Handle
 from mmicl_kernels.integration.aggregation import evaluating
 from mmicl_kernels.integration.recomputation import repeats_reentrant
 from mmicl_kernels.methods import Adapter, MimICAdapter
+from mmicl_kernels.ops import alignment_loss
 from mmicl_kernels.training.answers import answer_logits, answer_loss, wide
 from mmicl_kernels.training.batch import Batch
 from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
@@ -107,12 +108,13 @@ class MimICObjective(Objective):
         refuse_checkpointing(self.handle.model, self.config, "align", "layer")
         refuse_recorded_checkpoints(self.handle.model, self.handle.anchors[0].layer)
         targets = self._teach(batch)
-        with record_outputs(list(self._sites.values()), batch.student_query) as states:
+        query, form = batch.student_query, self.config.alignment
+        with record_outputs(list(self._sites.values()), query, whole=True) as states:
             ce = answer_loss(self.handle.model, batch.student, batch.labels)
-        align = alignment(states, targets, self.config.alignment).to(ce.device)
+        align = alignment_loss(states, targets, query, form=form, impl=self.handle.impl).to(ce.device)
         return self._losses(
             {"align": (self.config.align_weight, align), "ce": (self.config.ce_weight, ce)},
-            lambda: alignment_shares(states, targets, batch.student_query, list(self._sites)),
+            lambda: alignment_shares(states, targets, query, list(self._sites), form),
         )
 
     @torch.no_grad()
@@ -161,19 +163,6 @@ def refuse_recorded_checkpoints(model: nn.Module, layer: nn.Module) -> None:
 def _is_checkpointing(model: nn.Module) -> bool:
     # The model's own property has another name in each version of transformers.
     return model.training and any(getattr(x, "gradient_checkpointing", False) for x in model.modules())
-
-
-def alignment(states: list[Tensor], targets: list[Tensor], form: str) -> Tensor:
-    losses = []
-    for x, y in zip(states, targets, strict=True):
-        x, y = wide(x), wide(y)
-        d = (x - y).square().sum(-1)
-        if form == "relative":
-            losses.append((d / (x.square().sum(-1) + y.square().sum(-1))).mean())
-        else:
-            losses.append(d.sum() / x.numel())
-    device = losses[0].device
-    return sum(loss.to(device) for loss in losses) / len(losses)
 
 
 def trainable(adapter: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def record_outputs(modules: Sequence[nn.Module], tokens: Tensor) -> Iterator[list[Tensor]]:
+def record_outputs(
+    modules: Sequence[nn.Module], tokens: Tensor, *, whole: bool = False
+) -> Iterator[list[Tensor]]:
     """Fill the yielded list with each module's output ``[N, C]`` at ``tokens``, bool ``[B, T]``.
 
-    The list is in the order of the calls. Only the chosen rows are kept, and hooks are removed at the
-    end, also after an error.
+    The list is in the order of the calls. Only the chosen rows are kept, or with ``whole`` the outputs
+    themselves, ``[B, T, C]``; hooks are removed at the end, also after an error.
 
     Raises:
         RuntimeError: not every module was called once with its hook, as after some were compiled.
@@ -23,7 +25,7 @@ def record_outputs(modules: Sequence[nn.Module], tokens: Tensor) -> Iterator[lis
         states = output[0] if isinstance(output, tuple) else output
         # Mixtures of experts, and OPT, return all tokens in one row.
         states = states.view(*tokens.shape, -1) if states.dim() == 2 else states
-        recorded.append(states[tuple(x.to(states.device) for x in places)])
+        recorded.append(states if whole else states[tuple(x.to(states.device) for x in places)])
 
     handles = [module.register_forward_hook(hook) for module in modules]
     try:

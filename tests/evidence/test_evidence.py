@@ -1,0 +1,126 @@
+"""The experiments on the real model: that they compare what they say they compare."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import mmicl_kernels as mk
+from benchmarks.experiments.evidence import arms, experiments, forms, report, runs, world
+from benchmarks.experiments.smolvl import tasks
+from mmicl_kernels.evaluation.intervals import paired_bootstrap
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_labelled_items_are_balanced_and_nested(task):
+    rows = tasks.records(task, "train")
+    drawn = world.labelled(task, 16, 3)
+    assert drawn == world.labelled(task, None, 3)[:16] and drawn != world.labelled(task, 16, 4)
+    assert sorted(x["id"] for x in world.labelled(task, None, 3)) == sorted(x["id"] for x in rows)
+    counts = Counter(x["answer"] for x in drawn)
+    if task != "shapes":  # a colour is rarer there than a shape
+        assert max(counts.values()) - min(counts.values()) <= 1 or max(counts.values()) == 1
+
+
+def test_a_tower_remembers_what_it_was_shown():
+    calls = []
+
+    class Tower(torch.nn.Module):
+        config, dtype = None, torch.float32
+
+        def forward(self, pixel_values):
+            calls.append(len(pixel_values))
+            return type("Output", (), {"last_hidden_state": pixel_values.flatten(1)[:, None] * 2})
+
+    tower = world.Remembering(Tower())
+    x = torch.arange(24.0).view(4, 3, 1, 2)
+    for shown in ([0, 1], [1, 2, 0], [2], [3, 3]):
+        torch.testing.assert_close(tower(x[shown]).last_hidden_state, 2 * x[shown].flatten(1)[:, None])
+    assert calls == [2, 1, 2]
+
+
+def test_shuffled_answers_are_the_same_ones_elsewhere():
+    rows = [{"id": str(i), "answer": str(i % 4)} for i in range(16)]
+    dealt = arms.shuffled(rows, 0)
+    assert Counter(x["answer"] for x in dealt) == Counter(x["answer"] for x in rows)
+    assert [x["id"] for x in dealt] == [x["id"] for x in rows] and dealt != rows
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_runs_are_listed_once_and_name_what_there_is(name):
+    listed = experiments.EXPERIMENTS[name]()
+    assert len(set(listed)) == len(listed) > 0
+    for run in listed:
+        assert run.task in tasks.TASKS and run.arm in {*arms.ARMS, runs.ICL, runs.LORA}
+        assert (run.labeller is None) == (run.unlabelled == 0)
+        assert (run.split == "validation") == (run.seed == experiments.OTHER_SEED)
+
+
+def test_what_was_run_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    run = runs.Run("kind", "MimIC", 16, 0)
+    assert runs.read("default") == {}
+    runs.keep("default", run, {"right": "01", "accuracy": 0.5})
+    runs.keep("default", runs.Run("kind", "MimIC", 16, 1), {"right": "11", "accuracy": 1.0})
+    found = runs.read("default")
+    assert found[run]["accuracy"] == 0.5 and len(found) == 2
+    assert {seed: x.tolist() for seed, x in report.right(found, task="kind").items()} == {0: [0, 1], 1: [1, 1]}
+    assert report.right(found, task="past") == {}
+
+
+def test_a_difference_is_that_of_the_same_questions():
+    generator = np.random.default_rng(0)
+    a, b = (generator.integers(0, 2, 200) for _ in range(2))
+    shown = report.minus({0: a, 1: b}, {0: b})  # of the seeds that both have
+    expected = paired_bootstrap(a, b)
+    value, low, high = (float(x) for x in shown.replace("(", "").replace(")", "").replace("to ", "").split())
+    assert value == round(100 * expected.value)
+    assert abs(low - 100 * expected.low) < 1.5 and abs(high - 100 * expected.high) < 1.5
+    assert report.minus({0: a}, {0: a}) == "+0 (+0 to +0)" and report.minus({0: a}, {1: a}) == ""
+
+
+def test_seeds_that_differ_widen_an_interval():
+    zeros = {seed: np.zeros(50, int) for seed in range(4)}
+    apart = {seed: np.full(50, seed % 2) for seed in range(4)}  # every question says the same: 0 or 1 by seed
+    assert report.minus(apart, zeros) == "+50 (+0 to +100)"
+
+
+def test_other_forms_are_0_where_the_states_agree():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, 200, generator=generator, dtype=torch.float64) for _ in range(2))
+    scaled = 1000 * y
+    for name, form in forms.FORMS.items():
+        assert abs(form(x, x)) < 1e-12 < form(x, y), name
+        assert torch.allclose(form(1000 * x, scaled), form(x, y)), name  # none has a scale
+
+
+def test_results_are_of_runs_that_are_listed():
+    """What is committed is what the command would run."""
+    for name, list_runs in experiments.EXPERIMENTS.items():
+        found, listed = runs.read(name), set(list_runs())
+        assert found.keys() <= listed, sorted(map(str, found.keys() - listed))[:3]
+        for run, row in found.items():
+            asked = tasks.records(run.task, run.split)[: runs.QUERIES]
+            right = [x["answer"] == text for x, text in zip(asked, row["texts"], strict=True)]
+            assert row["right"] == "".join(str(int(x)) for x in right) and row["accuracy"] == np.mean(right), run
+
+
+def test_tables_are_those_of_the_committed_results():
+    page = report.PAGE.read_text()
+    assert all(table in page for table in report.tables().values())
+
+
+@pytest.mark.slow
+def test_an_arm_learns_and_leaves_the_model_alone():
+    model, prompts = world.world()
+    rows = world.labelled("feeling", 8, 0)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    arm = arms.Arm(mk.MimICConfig(), frozen=("weight",))
+    adapter = arms.learn(arm, model, prompts, rows, rows, 2, 0)
+    again = arms.learn(arm, model, prompts, rows, rows, 2, 0)
+    for (name, x), y in zip(adapter.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(x, y) and (name.endswith("weight") == (x.count_nonzero() == 0)), name
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
