@@ -51,7 +51,8 @@ def _alignment_squares_bwd_fake(dd, p, states, targets, order, starts, impl):
 
 class _AlignmentSquaresFunction(torch.autograd.Function):
     @staticmethod
-    def forward(states, targets, index, order, starts, impl):
+    def forward(*inputs):  # without names, which torch would bind anew at every call
+        states, targets, index, *_, impl = inputs
         return torch.ops.mmicl.alignment_squares_fwd(states, targets, index, impl)
 
     @staticmethod
