@@ -499,10 +499,10 @@ def test_splice_schemas(ops):
 
 
 def make_alignment(dtype, target_dtype, C, N=40):
-    """``(dd, p), states, targets, index, order, starts``: rows that are none, and ones used often."""
+    """``(dd, p), states, targets, index, order, starts``: indices before and past all rows, and some rows twice."""
     states = torch.randn(3, 23, C, dtype=torch.float64).to(dtype)[:, 2:22]
     targets = torch.randn(N, C + 1, dtype=torch.float64).to(target_dtype)[:, 1:]
-    index = torch.arange(N) ** 2 % 53 - 1
+    index = torch.arange(N) ** 2 % 67 - 1
     dd = torch.randn(N, dtype=torch.promote_types(dtype, torch.float32))
     dd[::5] = 0
     return (dd, dd.roll(1)), states, targets, index, *uses_of(index, 60)

@@ -131,6 +131,24 @@ def test_the_reference_agrees_with_independent_code(case):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_layers_of_several_dtypes(impl):
+    """The result has the widest; each gradient is its layer's own."""
+    states, targets = make_inputs(2, columns=(40, 40, 40))
+    states = [
+        x.to(dtype) for x, dtype in zip(states, (torch.float16, torch.float64, torch.float32), strict=True)
+    ]
+    rows = torch.tensor([3, 8])
+    fn = functools.partial(loss_of, targets, rows, "token", impl=impl)
+    (loss,), grads = gradients(fn, states, (torch.tensor(1.0, dtype=torch.float64),))
+    assert loss.dtype == torch.float64
+    alone = [loss_of([y], rows, "token", x, impl=impl) for x, y in zip(states, targets, strict=True)]
+    torch.testing.assert_close(loss, sum(x.double() for x in alone) / 3)
+    for i, x in enumerate(states):
+        one = functools.partial(loss_of, targets[i : i + 1], rows, "token", impl=impl)
+        (expected,) = gradients(one, (x,), (torch.tensor(1 / 3, dtype=alone[i].dtype),))[1]
+        torch.testing.assert_close(grads[i], expected)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_squares(dtype, impl, device):
     """Of every layer and row, for who wants shares of them; the gradient goes through d."""
@@ -157,6 +175,8 @@ def test_squares(dtype, impl, device):
         assert_within_budget(str(i), actual, lows[i], sum(exact, ())[i])
     assert d.dtype == p.dtype == torch.float32 and d.shape == p.shape == (2, len(index))
     assert not d[:, index < 0].any() and not p[:, index < 0].any()
+    d, p = fn(*(x.requires_grad_() for x in states), impl=impl)
+    assert d.requires_grad and not p.requires_grad
 
 
 def test_the_formula_in_numbers(impl):

@@ -47,7 +47,7 @@ def alignment_loss(
         impl: "reference", "composed" (C++ on CPU if it was built, Triton on CUDA), "triton" or "auto".
 
     Returns:
-        ``[]`` in fp32, or fp64 of fp64 states, on the device of the first layer. NaN and infinities of
+        ``[]`` in fp32, or fp64 where states are, on the device of the first layer. NaN and infinities of
         chosen rows are in it, others' are not.
 
     Raises:
