@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks import projection_peers, residual_peers, shapes, splice_peers
+from benchmarks import alignment_peers, projection_peers, residual_peers, shapes, splice_peers
 from benchmarks.attention_peers import (
     BACKENDS,
     WITH_LSE,
@@ -386,22 +386,22 @@ RESIDUAL_SHIFT = (
     ),
 )
 
-# ---- prefix_splice: copies alone; row_projection: a gather and a product ----
+# ---- prefix_splice: copies alone; row_projection: a gather and a product; alignment_loss: sums of rows ----
 
 
 def _lineup(module: ModuleType, cases: tuple[Case, ...], impls: tuple[str, ...]) -> Lineup:
-    """The module's floors and peers, all of them stock, and our implementations."""
+    """The module's floors and peers, all of them stock unless it says which, and our implementations."""
     return Lineup(
         cases=cases,
         providers={**module.FLOORS, **module.PEERS, **{impl: module.ours(impl) for impl in impls}},
         floors=tuple(module.FLOORS),
         others=tuple(module.PEERS),
-        stock=tuple(module.PEERS),
+        stock=getattr(module, "STOCK", tuple(module.PEERS)),
         ours=impls,
     )
 
 
-PREFIX_SPLICE, ROW_PROJECTION = (
+PREFIX_SPLICE, ROW_PROJECTION, ALIGNMENT_LOSS = (
     OpSpec(
         name=name,
         tests=(f"tests/ops/test_{name}.py",),
@@ -415,10 +415,21 @@ PREFIX_SPLICE, ROW_PROJECTION = (
         },
         share=0.04,
     )
-    for name, module in (("prefix_splice", splice_peers), ("row_projection", projection_peers))
+    for name, module in (
+        ("prefix_splice", splice_peers),
+        ("row_projection", projection_peers),
+        ("alignment_loss", alignment_peers),
+    )
 )
 
 OPS = {
     spec.name: spec
-    for spec in (SHIFTED_ATTENTION, ATTENTION_SHIFT, *RESIDUAL_SHIFT, PREFIX_SPLICE, ROW_PROJECTION)
+    for spec in (
+        SHIFTED_ATTENTION,
+        ATTENTION_SHIFT,
+        *RESIDUAL_SHIFT,
+        PREFIX_SPLICE,
+        ROW_PROJECTION,
+        ALIGNMENT_LOSS,
+    )
 }

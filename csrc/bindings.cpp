@@ -36,10 +36,6 @@ void check_ids(const std::optional<Tensor>& ids, int64_t B, int64_t A) {
 
 // ---- tensors to params ----
 
-ScalarType acc_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 ConstRows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 MutableRows writable_rows(const Tensor& x) {
   return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};

@@ -1,12 +1,15 @@
-// What the files that know torch (bindings*.cpp) share: checks of tensors, and their dtypes.
+// What the files that know torch (bindings*.cpp) share: checks of tensors, their dtypes, rows of new ones.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "cpu/attention_shift.h"
+#include "cpu/pages.h"
 
 namespace mmicl {
 
@@ -65,6 +68,32 @@ inline ElementType element_type(const Tensor& x, const char* name) {
       STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(x.scalar_type()),
                       ", expected float32, float64, bfloat16 or float16");
   }
+}
+
+inline void check_floating_rows(const Tensor& x, const char* name, int64_t dims) {
+  STD_TORCH_CHECK(x.dim() == dims, name, " has ", x.dim(), " dims, expected ", dims);
+  element_type(x, name);
+  check_rows(x, name, shape_of(x), x.scalar_type());
+}
+
+// ---- dtypes and new tensors ----
+
+inline ScalarType acc_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline int64_t itemsize(const Tensor& x) { return static_cast<int64_t>(x.element_size()); }
+
+inline Tensor new_rows(const Tensor& like, const Shape& shape, ScalarType type) {
+  const Tensor rows = torch::stable::new_empty(like, shape, type);
+  advise_large_pages(rows.mutable_data_ptr(), rows.numel() * itemsize(rows));
+  return rows;
+}
+
+// Threads get about 32k elements each or stay out of it, as in ATen.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t C, Body body) {
+  torch::stable::parallel_for(0, rows, 1 + 32768 / std::max<int64_t>(1, C), body);
 }
 
 }  // namespace mmicl

@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/pages.h"
 #include "cpu/prefix_splice.h"
 
 namespace {
@@ -52,14 +51,6 @@ Prompts prompts(int64_t R, int64_t batch_rows, int64_t T, const std::optional<Te
           integers(cu_prompt, "cu_prompt", R + 1), T};
 }
 
-int64_t itemsize(const Tensor& x) { return static_cast<int64_t>(x.element_size()); }
-
-void check_floating_rows(const Tensor& x, const char* name, int64_t dims) {
-  STD_TORCH_CHECK(x.dim() == dims, name, " has ", x.dim(), " dims, expected ", dims);
-  element_type(x, name);
-  check_rows(x, name, shape_of(x), x.scalar_type());
-}
-
 ConstByteRows byte_rows(const Tensor& x) {
   return {static_cast<const char*>(x.const_data_ptr()), x.size(1), x.stride(0) * itemsize(x),
           x.stride(1) * itemsize(x)};
@@ -88,21 +79,9 @@ RowSource bank_source(const Tensor& bank, const std::optional<Tensor>& scale, co
   return source;
 }
 
-Tensor new_rows(const Tensor& like, const Shape& shape, ScalarType type) {
-  const Tensor rows = new_empty(like, shape, type);
-  advise_large_pages(rows.mutable_data_ptr(), rows.numel() * itemsize(rows));
-  return rows;
-}
-
 template <class Number>
 Number* numbers(const Tensor& x) {
   return static_cast<Number*>(x.mutable_data_ptr());
-}
-
-// Threads get about 32k elements each or stay out of it, as in ATen.
-template <class Body>
-void parallel_rows(int64_t rows, int64_t C, Body body) {
-  torch::stable::parallel_for(0, rows, 1 + 32768 / std::max<int64_t>(1, C), body);
 }
 
 // ---- ops ----

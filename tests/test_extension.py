@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from mmicl_kernels import _extension
+from mmicl_kernels.ops._rows import uses_of
+from mmicl_kernels.ops.alignment_loss import _composed as alignment_loss_composed
 from mmicl_kernels.ops.prefix_splice import _composed as prefix_splice_composed
 from mmicl_kernels.testing.budgets import assert_base
 
@@ -491,6 +493,95 @@ def test_splice_schemas(ops):
     outputs = ops.prefix_splice_fwd(*arguments)
     saved = (outputs[0], *arguments[2:4], *outputs[5:], [3, 4, 8], None, None, None, 30, torch.float16)
     check(ops.prefix_splice_bwd.default, (*saved, True, True), test_utils="test_schema")
+
+
+# ---- alignment_loss; its own tests run with these operators and without ----
+
+
+def make_alignment(dtype, target_dtype, C, N=40):
+    """``(dd, p), states, targets, index, order, starts``: indices before and past all rows, and some rows twice."""
+    states = torch.randn(3, 23, C, dtype=torch.float64).to(dtype)[:, 2:22]
+    targets = torch.randn(N, C + 1, dtype=torch.float64).to(target_dtype)[:, 1:]
+    index = torch.arange(N) ** 2 % 67 - 1
+    dd = torch.randn(N, dtype=torch.promote_types(dtype, torch.float32))
+    dd[::5] = 0
+    return (dd, dd.roll(1)), states, targets, index, *uses_of(index, 60)
+
+
+@pytest.mark.parametrize("C", [1, 13, 64])
+@pytest.mark.parametrize("target_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formula_alignment(ops, dtype, target_dtype, C):
+    """Against plain PyTorch in float64: one rounding of the result and eight of the sums."""
+    squares, states, targets, index, order, starts = make_alignment(dtype, target_dtype, C)
+    acc = squares[0].dtype
+    rows, wide = (states, targets), (states.double(), targets.to(acc).double())
+    results = [*ops.alignment_squares_fwd(*rows, index)]
+    results.append(ops.alignment_squares_bwd(*squares, *rows, order, starts))
+    exact = [*alignment_loss_composed.alignment_squares_fwd(*wide, index)]
+    squares = [x.double() for x in squares]
+    exact.append(alignment_loss_composed.alignment_squares_bwd(*squares, *wide, order, starts))
+    for actual, expected in zip(results, exact, strict=True):
+        bound = torch.finfo(actual.dtype).eps / 2 + 8 * torch.finfo(acc).eps / 2
+        assert relative_error(actual, expected) <= bound
+        assert torch.equal(actual == 0, expected == 0)
+    assert [x.dtype for x in results] == [acc, acc, dtype]
+
+
+def test_alignment_does_not_depend_on_the_number_of_threads(ops):
+    squares, *rows, index, order, starts = make_alignment(torch.bfloat16, torch.float32, 9000)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            outputs = ops.alignment_squares_fwd(*rows, index)
+            results.append([*outputs, ops.alignment_squares_bwd(*squares, *rows, order, starts)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+ALIGNMENT = ("dd", "p", "states", "targets", "order", "starts")
+BAD_ALIGNMENTS = {
+    "dd dtype": ({"dd": torch.zeros(40).double()}, "dd has dtype Double, expected Float"),
+    "dd shape": ({"dd": torch.zeros(39)}, r"dd has shape \[39\], expected \[40\]"),
+    "p dtype": ({"p": torch.zeros(40).half()}, "p has dtype Half, expected Float"),
+    "states dims": ({"states": torch.zeros(20, 8)}, "states has 2 dims, expected 3"),
+    "states dtype": ({"states": torch.zeros(3, 20, 8).int()}, "states has dtype Int"),
+    "states stride": ({"states": torch.zeros(3, 8, 20).mT}, "states has last stride 20"),
+    "targets dims": ({"targets": torch.zeros(1, 40, 8)}, "targets has 3 dims, expected 2"),
+    "targets rows": ({"targets": torch.zeros(39, 8)}, r"targets has shape \[39, 8\], expected \[40, 8\]"),
+    "targets columns": ({"targets": torch.zeros(40, 9)}, r"expected \[40, 8\]"),
+    "targets dtype": ({"targets": torch.zeros(40, 8).char()}, "targets has dtype Char"),
+    "order dtype": ({"order": torch.arange(40).int()}, "order has dtype Int, expected Long"),
+    "order low": ({"order": torch.arange(40) - 1}, r"order\[0\] is -1, expected 0 to 39"),
+    "order high": ({"order": torch.arange(40) + 1}, r"order\[39\] is 40, expected 0 to 39"),
+    "starts shape": ({"starts": torch.zeros(60).long()}, r"starts has shape \[60\], expected \[61\]"),
+    "starts low": ({"starts": torch.arange(61).clamp(max=9) - 1}, "starts goes from -1 to 8"),
+    "starts high": ({"starts": torch.arange(61)}, "starts goes from 0 to 60, expected 0 to 40"),
+    "starts order": ({"starts": (torch.arange(61) == 7).long()}, r"starts\[8\] is 0, expected at least 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ALIGNMENTS)
+def test_bad_alignment(ops, case):
+    squares, states, targets, index, order, starts = make_alignment(torch.float32, torch.float32, 8)
+    arguments = dict(zip(ALIGNMENT, (*squares, states, targets, order, starts), strict=True))
+    changes, message = BAD_ALIGNMENTS[case]
+    with pytest.raises(RuntimeError, match=message):
+        ops.alignment_squares_bwd(*(arguments | changes).values())
+    if case.startswith(("states", "targets")):
+        arguments = {"states": states, "targets": targets, "index": index}
+        with pytest.raises(RuntimeError, match=message):
+            ops.alignment_squares_fwd(*(arguments | changes).values())
+
+
+def test_alignment_schemas(ops):
+    squares, *rows, index, order, starts = make_alignment(torch.float32, torch.float16, 8)
+    check = torch.library.opcheck
+    check(ops.alignment_squares_fwd.default, (*rows, index), test_utils="test_schema")
+    check(ops.alignment_squares_bwd.default, (*squares, *rows, order, starts), test_utils="test_schema")
 
 
 # ---- loading ----

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "alignment_loss.h"
 #include "attention_shift.h"
 #include "prefix_splice.h"
 #include "residual_shift.h"
@@ -44,6 +45,15 @@ Isa chosen() {
 }  // namespace
 
 const char* isa() { return kNames[chosen()]; }
+
+const AlignmentLossKernels& alignment_loss_kernels(ElementType states) {
+  const int i = static_cast<int>(states);
+#if defined(__x86_64__)
+  if (chosen() == kAvx512) return kAlignmentLossAvx512[i];
+  if (chosen() == kAvx2) return kAlignmentLossAvx2[i];
+#endif
+  return kAlignmentLossBaseline[i];
+}
 
 const AttentionShiftKernels& attention_shift_kernels(ElementType type) {
   const int i = static_cast<int>(type);

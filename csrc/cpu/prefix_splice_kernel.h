@@ -12,12 +12,6 @@ namespace MMICL_ISA {
 
 typedef int8_t i8x8 __attribute__((vector_size(8)));
 
-// Lanes of another width. From double to a 16-bit type it rounds twice, by way of float, as PyTorch does.
-template <class To, class Vec>
-MMICL_INLINE vec_t<To> lanes_of(Vec v) {
-  return __builtin_convertvector(v, vec_t<To>);
-}
-
 template <class To, class From>
 void convert(void* out, const void* in, const void*, int64_t C) {
   To* y = static_cast<To*>(out);

@@ -10,17 +10,9 @@
 #include <cstdint>
 
 #include "attention_shift.h"
+#include "token_rows.h"
 
 namespace mmicl {
-
-// The rows of a [B, T, C] tensor, or its row scalars [B, T]. Strides in elements.
-template <class Void>
-struct TokenRows {
-  Void* data = nullptr;
-  int64_t stride_b = 0, stride_t = 0;
-};
-using ConstTokens = TokenRows<const void>;
-using MutableTokens = TokenRows<void>;
 
 struct EntryParams {
   int64_t B = 0, T = 0, C = 0, A = 0, K = 1;

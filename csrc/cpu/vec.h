@@ -114,6 +114,12 @@ MMICL_INLINE void store(double* p, f64x8 v) { write(p, v); }
 MMICL_INLINE void store(bf16* p, f32x8 v) { write(p, to_bf16(v)); }
 MMICL_INLINE void store(f16* p, f32x8 v) { write(p, to_f16(v)); }
 
+// Lanes of another width. From double to a 16-bit type it rounds twice, by way of float, as PyTorch does.
+template <class To, class Vec>
+MMICL_INLINE vec_t<To> lanes_of(Vec v) {
+  return __builtin_convertvector(v, vec_t<To>);
+}
+
 // The last n < kLanes elements of a row; the missing lanes are zero.
 template <class T>
 MMICL_INLINE vec_t<T> load_tail(const T* p, int64_t n) {

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from benchmarks import (
+    alignment_peers,
     attention_peers,
     measure,
     registry,
@@ -71,6 +72,12 @@ def test_lineups_name_providers_that_exist(name):
         assert set(lineup.stock) <= set(lineup.peers)
 
 
+BY_A_MASK = {
+    "row_projection": ("indexed", "compiled"),
+    "alignment_loss": ("mse", "formula", "compiled"),
+}
+
+
 @pytest.mark.parametrize("name", registry.OPS)
 def test_every_provider_of_every_cuda_case_runs_on_meta_tensors(name, monkeypatch):
     monkeypatch.setattr(attention_peers, "_compiled_formula", attention_peers.shift_formula)
@@ -80,7 +87,7 @@ def test_every_provider_of_every_cuda_case_runs_on_meta_tensors(name, monkeypatc
         for provider, bind in spec.lineups["cuda"].providers.items():
             if provider in ("flex + epilogue", "liger"):
                 continue  # not on meta, not installed
-            if name == "row_projection" and provider in ("indexed", "compiled"):
+            if provider in BY_A_MASK.get(name, ()):
                 continue  # a mask on meta has no number of rows
             fn = bind(case, inputs)
             if provider == "compiled" and name.startswith("residual"):
@@ -89,7 +96,12 @@ def test_every_provider_of_every_cuda_case_runs_on_meta_tensors(name, monkeypatc
                 assert fn is None
                 continue
             result = fn()
-            if name == "row_projection":
+            if name == "alignment_loss" and provider != "memcpy":
+                expected = (
+                    [x.shape for x in inputs[1 : 1 + alignment_peers.LAYERS]] if case.backward else [()]
+                )
+                assert [x.shape for x in (result if case.backward else [result])] == expected, provider
+            elif name == "row_projection":
                 expected = inputs[2:4] if case.backward else inputs[4:]
                 result = result if case.backward else (result,)
                 assert [x.shape for x in result] == [x.shape for x in expected], provider

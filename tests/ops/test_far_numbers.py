@@ -8,6 +8,7 @@ import torch
 from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import (
+    alignment_loss,
     attention_shift,
     prefix_splice,
     prefix_splice_,
@@ -158,8 +159,11 @@ def test_adapter_ids_out_of_range(bad, inputs, impl):
     for call in calls:
         with pytest.raises(ValueError, match=f"adapter_ids has values .*{bad}"):
             call()
+    rows = torch.tensor([0, bad if bad != 2 else 6])
     with pytest.raises(ValueError, match="rows has values"):
-        row_projection(x, torch.tensor([0, bad if bad != 2 else 6]), vector, impl=impl)
+        row_projection(x, rows, vector, impl=impl)
+    with pytest.raises(ValueError, match="rows has values"):
+        alignment_loss([x], [vector], rows, impl=impl)
 
 
 BANK = normal(5, 8, dtype=FP32, seed=1)

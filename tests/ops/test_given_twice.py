@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmicl_kernels.ops import (
+    alignment_loss,
     attention_shift,
     prefix_splice,
     prefix_splice_,
@@ -13,6 +14,7 @@ from mmicl_kernels.ops import (
     row_projection,
     shifted_attention,
 )
+from mmicl_kernels.ops.alignment_loss import alignment_squares
 from mmicl_kernels.testing.inputs import normal
 
 FP32 = torch.float32
@@ -44,6 +46,12 @@ def place(x, bank, impl):
 
 def rows(x, w, impl, **options):
     return row_projection(x, ints(1, 2, -1), w, w[0], norm_weight=w[1], norm_bias=w[1], impl=impl, **options)
+
+
+def aligned(x, w, impl):
+    """A layer twice, its targets too, and rows."""
+    y = w.detach()[:4]
+    return alignment_loss((x, x, x * 2), (y, y, y * 3), ints(1, 2, -1, 1), relative_to="token", impl=impl)
 
 
 # Sizes of fresh leaves, and a call in which some are given twice, integers too.
@@ -78,6 +86,7 @@ CALLS = {
         (X, (2, 8), (2,)), lambda x, v, s, impl: residual_shift(
             x, v, s, adapter_ids=IDS, strengths=s, impl=impl)),
     "norm's weight and bias": ((X, (8, 8)), rows),
+    "layers": ((X, (8, 8)), aligned),
     "weight thrice": (
         (X, (8, 8), V), lambda x, w, b, impl: row_projection(
             x, ints(1, 2), w, b, norm_weight=b, norm_bias=b, impl=impl)),
@@ -152,6 +161,7 @@ def test_fake_integers(inside, impl):
         yield residual_shift(x, vector, **options)
         yield residual_shift_rms_norm(x, x, vector, 1.0, vector[0], eps=1e-5, **options)[0]
         yield row_projection(x, ids, vector, impl=impl)
+        yield alignment_squares((x, x), (vector[:2], vector[1:]), ids, impl=impl)[0]
         if impl != "reference":
             lengths = {**PACKED, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
             yield shifted_attention(q[:1], q[:1], q[:1], *parameters, **lengths, **options)
@@ -162,4 +172,4 @@ def test_fake_integers(inside, impl):
             outputs = list(run())
     else:
         outputs = list(run())
-    assert [y.shape[-1] for y in outputs] == ([8] * 4 + [3] + [8] * 2)[: len(outputs)]
+    assert [y.shape[-1] for y in outputs] == ([8] * 4 + [3, 2] + [8] * 2)[: len(outputs)]

@@ -8,6 +8,7 @@ import torch
 from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import (
+    alignment_loss,
     attention_shift,
     prefix_splice,
     prefix_splice_,
@@ -173,6 +174,7 @@ def test_hidden_states(view, impl):
         "rms": lambda x: residual_shift_rms_norm(x, other, vector, 0.5, skip, eps=1e-5, impl=impl),
         "skip": lambda x: residual_shift_rms_norm(other, x, vector, 0.5, skip, eps=1e-5, impl=impl),
         "rows": lambda x: row_projection(x, rows, weight, norm_weight=weight[:, 0], impl=impl),
+        "aligned": lambda x: alignment_loss((x, other), (weight[:4], weight[2:]), rows, impl=impl),
     }
     for call in calls.values():
         compare(call, [x])

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmicl_kernels.ops._rows import uses_of
 from mmicl_kernels.ops.residual_shift._triton import acc_type
 
 # Rows and bytes of a program's tile: four 16-byte loads for each thread of 4 warps, and some 500 programs
@@ -84,9 +85,7 @@ def scatter_rows(dx: Tensor, index: Tensor, B: int, T: int) -> Tensor:
     dhidden = dx.new_empty(B, T, C)
     if dhidden.numel() == 0:
         return dhidden
-    # Stable, so that the uses of a row are summed in their order.
-    ascending, order = torch.sort(index, stable=True)
-    starts = torch.searchsorted(ascending, torch.arange(R + 1, device=index.device))
+    order, starts = uses_of(index, R)
     BC = columns(dx)
     with torch.cuda.device_of(dx):
         scatter_rows_kernel[(triton.cdiv(R, ROWS), triton.cdiv(C, BC))](

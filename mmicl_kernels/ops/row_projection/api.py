@@ -9,13 +9,13 @@ from mmicl_kernels.ops._checks import (
     check_fits,
     check_float,
     check_last_stride,
-    check_range,
     check_same_device,
     is_number,
     is_readable,
     is_whole,
 )
 from mmicl_kernels.ops._impl import require_triton, resolve
+from mmicl_kernels.ops._rows import check_rows, index_of
 from mmicl_kernels.ops.row_projection._op import row_projection_op
 from mmicl_kernels.ops.row_projection.reference import row_projection_reference
 
@@ -65,12 +65,13 @@ def row_projection(
     check_last_stride("hidden", hidden)
     _check_parameters(sizes, weight, bias, norm_weight, norm_bias)
     _check_options(eps, dtype)
-    _check_rows(sizes, rows, num_rows)
+    check_rows(sizes, rows)
+    _check_num_rows(rows, num_rows)
     check_same_device(
         hidden=hidden, rows=rows, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias
     )
     impl = resolve(impl, ("reference", "composed", "triton"), "composed", "row_projection")
-    index = rows.long() if rows.dtype != torch.bool else _index_of(rows, num_rows)
+    index = index_of(rows, num_rows)
     inputs = (hidden, index, weight, bias, norm_weight, norm_bias, float(eps), dtype or hidden.dtype)
     if impl == "reference":
         return row_projection_reference(*inputs)
@@ -103,28 +104,14 @@ def _check_options(eps: float, dtype: torch.dtype | None) -> None:
         raise TypeError(f"dtype is {dtype}, expected None or {' or '.join(map(str, FLOAT_DTYPES))}")
 
 
-def _check_rows(sizes: Sizes, rows: Tensor, num_rows: int | None) -> None:
-    is_mask = isinstance(rows, Tensor) and rows.dtype == torch.bool
-    sizes.bind("rows", rows, "B T" if is_mask else "N")
-    if not is_mask:
-        if rows.dtype not in (torch.int32, torch.int64):
-            expected = "torch.bool, torch.int32 or torch.int64"
-            raise TypeError(f"rows has dtype {rows.dtype}, expected {expected}")
-        if num_rows is not None:
-            raise ValueError(f"num_rows is {num_rows} beside indices {list(rows.shape)}, expected None")
-        check_range("rows", rows, -1, sizes["B"] * sizes["T"] - 1)
-    elif num_rows is not None:
-        if not is_whole(num_rows):
-            raise TypeError(f"num_rows must be an int, got {type(num_rows).__name__}")
-        if num_rows < 0:
-            raise ValueError(f"num_rows is {num_rows}, expected 0 or more")
-        if is_readable(rows) and (count := int(rows.count_nonzero())) > num_rows:
-            raise ValueError(f"num_rows is {num_rows}, expected at least the {count} that rows has")
-
-
-def _index_of(mask: Tensor, num_rows: int | None) -> Tensor:
-    """``[N]`` int64: the rows of a mask ``[B, T]``, and ``B * T``, which is none, where it has fewer."""
+def _check_num_rows(rows: Tensor, num_rows: int | None) -> None:
     if num_rows is None:
-        return mask.flatten().nonzero()[:, 0]
-    # The k-th row is the first at which k have been counted.
-    return torch.searchsorted(mask.flatten().cumsum(0), torch.arange(1, num_rows + 1, device=mask.device))
+        return
+    if rows.dtype != torch.bool:
+        raise ValueError(f"num_rows is {num_rows} beside indices {list(rows.shape)}, expected None")
+    if not is_whole(num_rows):
+        raise TypeError(f"num_rows must be an int, got {type(num_rows).__name__}")
+    if num_rows < 0:
+        raise ValueError(f"num_rows is {num_rows}, expected 0 or more")
+    if is_readable(rows) and (count := int(rows.count_nonzero())) > num_rows:
+        raise ValueError(f"num_rows is {num_rows}, expected at least the {count} that rows has")

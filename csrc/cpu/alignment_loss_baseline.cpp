@@ -1,0 +1,3 @@
+#define MMICL_ISA baseline
+#define MMICL_TABLE kAlignmentLossBaseline
+#include "alignment_loss_kernel.h"

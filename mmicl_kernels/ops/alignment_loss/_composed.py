@@ -1,0 +1,62 @@
+"""The squares' kernels: which set of them runs, and the set in plain PyTorch.
+
+A set is any namespace with the two functions below: this module, ``torch.ops.mmicl_cpu`` (csrc/cpu) and
+``_triton``. An index outside of the ``B * T`` rows is none.
+"""
+
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels import _extension
+from mmicl_kernels.ops._impl import uses_triton
+from mmicl_kernels.ops._sums import sum_rows
+from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops.row_projection._composed import gather_rows
+
+BLOCK_ROWS = 64  # that are wide at a time
+
+
+def kernels(impl: str, device: torch.device) -> ModuleType:
+    """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
+    if uses_triton(impl, device):
+        from mmicl_kernels.ops.alignment_loss import _triton
+
+        return _triton
+    if device.type == "cpu" and _extension.load():
+        return torch.ops.mmicl_cpu
+    return sys.modules[__name__]
+
+
+def alignment_squares_fwd(states: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """``d [N]`` and ``p [N]`` in the accumulation dtype of ``states [B, T, C]``; 0 where there is no row."""
+    (B, T, _), N, acc = states.shape, index.shape[0], accumulation_dtype(states)
+    d, p = (states.new_empty(N, dtype=acc) for _ in range(2))
+    for begin in range(0, N, BLOCK_ROWS):
+        block = slice(begin, begin + BLOCK_ROWS)
+        none = (index[block] < 0) | (index[block] >= B * T)
+        x, y = gather_rows(states, index[block]).to(acc), targets[block].to(acc)
+        y = y.masked_fill(none[:, None], 0.0)
+        d[block], p[block] = (x - y).square().sum(-1), y.square().sum(-1)
+    return d, p
+
+
+def alignment_squares_bwd(
+    dd: Tensor, p: Tensor, states: Tensor, targets: Tensor, order: Tensor, starts: Tensor
+) -> Tensor:
+    """``dstates [B, T, C]``, contiguous: of row r the sum over its uses ``order[starts[r]:starts[r + 1]]``.
+
+    A use whose ``dd`` and ``p`` are 0 is left out, whatever its row holds: the loss is relative to ``p``.
+    """
+    (B, T, C), N, acc = states.shape, order.shape[0], accumulation_dtype(states)
+    rows = torch.searchsorted(starts, torch.arange(N, device=starts.device), right=True) - 1
+    grads = states.new_empty(N, C)
+    for begin in range(0, N, BLOCK_ROWS):
+        block = slice(begin, begin + BLOCK_ROWS)
+        uses = order[block]
+        x, y, factor = gather_rows(states, rows[block]).to(acc), targets[uses].to(acc), 2 * dd[uses, None]
+        off = (factor == 0) & (p[uses, None] == 0)
+        grads[block] = (factor * (x - y)).masked_fill(off, 0.0)
+    return sum_rows(grads, rows, B * T).view(B, T, C)

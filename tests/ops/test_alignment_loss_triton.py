@@ -1,0 +1,211 @@
+"""The squares' Triton kernels: values in the interpreter and on a GPU, machine code without one.
+
+``test_values_in_the_interpreter`` starts a process on the value tests and on those here.
+"""
+
+import functools
+import re
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_process import (  # noqa: E402
+    assert_all_pass,
+    assert_no_synchronisation,
+    assert_replays,
+    compiles,
+    interpreted,
+    launches,
+    on_device,
+)
+
+from mmicl_kernels.ops._rows import uses_of  # noqa: E402
+from mmicl_kernels.ops.alignment_loss import _composed, _triton, alignment_loss  # noqa: E402
+from mmicl_kernels.testing.budgets import gradients  # noqa: E402
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
+from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
+
+FORWARD, BACKWARD = KERNELS = (_triton.squares_fwd_kernel, _triton.squares_bwd_kernel)
+FOLDER = Path(__file__).parent
+COUNTS = {"alignment_loss": 100, "alignment_loss_triton": 20}
+OTHERS = "not bad_input and not independent_code"
+# Of test_alignment_loss.py: fp16, 4096 uses of a row, and what compares with differences.
+SLOW = "value_and_gradients and torch.float16] or duplicates_are_summed or gradcheck"
+
+
+@compiles
+@pytest.mark.parametrize("name", COUNTS)
+def test_values_in_the_interpreter(name):
+    """Runs the value tests of one file on the CPU, but for the slow ones."""
+    process = interpreted("-k", f"{OTHERS} and not ({SLOW})", FOLDER / f"test_{name}.py")
+    assert_all_pass(process, at_least=COUNTS[name])
+
+
+@compiles
+@pytest.mark.slow
+def test_slow_values_in_the_interpreter():
+    process = interpreted("-k", f"{OTHERS} and ({SLOW})", FOLDER / "test_alignment_loss.py")
+    assert_all_pass(process, at_least=40)
+
+
+# ---- values: the interpreter's, or a GPU's ----
+
+INDICES = {
+    "ascending": list(range(0, 90, 4)),
+    "descending": list(range(89, -1, -1)),
+    "duplicates": [7] * 9 + [88, 7, 0] * 5,
+    "outside": [3, -1, 90, 2**40, -(2**40), 89, 3],
+    "nothing": [-1] * 6,
+    "empty": [],
+}
+
+
+@on_device
+@pytest.mark.parametrize("layout", ("dense", "tokens_first", "sliced", "expanded"))
+@pytest.mark.parametrize("name", INDICES)
+def test_squares_are_the_stock_ones(name, layout, device):
+    """Several programs along rows, a ragged end of columns; indices that are no rows, as CUDA may have."""
+    B, T, C = 3, 30, 2500
+    states = hidden_states(B, T, C, dtype=torch.float32, device=device, layout=layout)
+    index = torch.tensor(INDICES[name], dtype=torch.long, device=device)
+    targets = normal(len(index), 2 * C, dtype=torch.float32, device=device)[:, :C]
+    results = (kernels.alignment_squares_fwd(states, targets, index) for kernels in (_triton, _composed))
+    for ours, stock in zip(*results, strict=True):
+        torch.testing.assert_close(ours, stock)
+    dd = normal(len(index), dtype=torch.float32, device=device, seed=1)
+    dd[::3] = 0
+    arguments = (dd, dd.roll(1), states, targets, *uses_of(index, B * T))
+    ours, stock = (kernels.alignment_squares_bwd(*arguments) for kernels in (_triton, _composed))
+    torch.testing.assert_close(ours, stock)
+    assert torch.equal(ours != 0, stock != 0)
+
+
+@on_device
+def test_offsets_past_two_to_the_31(device):
+    """Rows 2^29 elements apart: the product of row and stride passes int32, of each dimension."""
+    n, C, stride = 6, 16, 2**29
+    storage = torch.from_numpy(np.zeros((n - 1) * stride + C, np.float16)).to(device)
+    index = torch.tensor([5, 0, 4, 5], device=device)
+    near, dd = normal(4, C, dtype=torch.float16, device=device, seed=1), torch.ones(4, device=device)
+    for shape, strides in (((1, n, C), (0, stride, 1)), ((n, 1, C), (stride, 0, 1))):
+        far = storage.as_strided(shape, strides)
+        far.copy_(normal(*shape, dtype=torch.float16, device=device))
+        pairs = (_triton.alignment_squares_fwd(x, near, index) for x in (far, far.contiguous()))
+        assert all(map(torch.equal, *pairs))
+        uses = (near, *uses_of(index, n))
+        grads = (_triton.alignment_squares_bwd(dd, dd, x, *uses) for x in (far, far.contiguous()))
+        assert torch.equal(*grads)
+    states = normal(1, n, C, dtype=torch.float16, device=device)
+    targets = storage.as_strided((4, C), (stride, 1))
+    pairs = (_triton.alignment_squares_fwd(states, y, index) for y in (targets, targets.contiguous()))
+    assert all(map(torch.equal, *pairs))
+    grads = (
+        _triton.alignment_squares_bwd(dd, dd, states, y, *uses_of(index, n))
+        for y in (targets, targets.contiguous())
+    )
+    assert torch.equal(*grads)
+
+
+@on_device
+def test_launches(device):
+    """One a layer and pass, and one sort for all of them; without gradients no sort and no other launch."""
+    states = [normal(2, 13, 40, dtype=torch.float32, device=device) for _ in range(3)]
+    targets = [normal(26, 40, dtype=torch.float32, device=device, seed=1) for _ in range(3)]
+    mask = torch.ones(2, 13, dtype=torch.bool, device=device)
+    fn = functools.partial(alignment_loss, targets=targets, rows=mask, impl="triton")
+    sort = mock.patch.object(torch, "sort", wraps=torch.sort)
+    with launches(*KERNELS) as launched, sort as sorts:
+        fn(states)
+        assert launched == [FORWARD] * 3 and sorts.call_count == 0
+        launched.clear()
+        loss = fn([x.requires_grad_() for x in states])
+        torch.autograd.grad(loss, states)
+        assert launched == [FORWARD] * 3 + [BACKWARD] * 3 and sorts.call_count == 1
+
+
+# ---- machine code, without a GPU ----
+
+
+def compiled(capability, C, dtype, layout="dense", target_dtype=None):
+    """What the launchers would launch on a CUDA device, in their order."""
+    states = hidden_states(2, 64, C, dtype=dtype, layout=layout)
+    index, targets = torch.arange(40), normal(40, C, dtype=target_dtype or dtype)
+    uses = uses_of(index, 128)
+    with compiling_for(capability, KERNELS) as kernels:
+        d, p = _triton.alignment_squares_fwd(states, targets, index)
+        _triton.alignment_squares_bwd(d, p, states, targets, *uses)
+    return [machine_code(kernel) for kernel in kernels]
+
+
+@compiles
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+def test_registers_and_vector_accesses(dtype, capability):
+    """Registers leave room for 24 warps on an SM of 65536; rows are touched 16 bytes at a time."""
+    codes = compiled(capability, 4096, dtype)
+    assert [code.name for code in codes] == [kernel.__name__ for kernel in KERNELS]
+    for code in codes:
+        assert code.spilled_bytes == 0, code.name
+        assert code.registers <= 80, (code.name, code.registers)
+        assert "ld.global.v4.b32" in code.ptx, code.name
+        assert "st.global.v4.b32" in code.ptx or code.name == FORWARD.__name__, code.name
+        assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("C", "layout", "target_dtype"),
+    (
+        (1, "dense", None),
+        (40, "sliced", torch.float32),
+        (3584, "tokens_first", torch.float16),
+        (8192, "dense", torch.float64),
+    ),
+)
+def test_no_spills_at_other_sizes(C, layout, target_dtype):
+    for code in compiled(90, C, torch.bfloat16, layout, target_dtype):
+        assert code.spilled_bytes == 0, (code.name, code.registers)
+
+
+# ---- on a GPU alone ----
+
+
+def step_on_cuda():
+    """Forward and backward of every form, and the mask they read."""
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    states = [normal(4, 300, 1024, **options, seed=i) for i in range(3)]
+    targets = [normal(256, 1024, **options, seed=3 + i) for i in range(3)]
+    mask = normal(4, 300, dtype=torch.float32, device="cuda") > 1
+    index = torch.arange(256, device="cuda") % 100
+    dout = torch.ones((), device="cuda")
+
+    def step():
+        results = []
+        for relative_to in (None, "layer", "token"):
+            for rows in (mask, index):
+
+                def fn(*states, relative_to=relative_to, rows=rows):
+                    return alignment_loss(states, targets, rows, relative_to=relative_to)
+
+                results += gradients(fn, states, (dout,))
+        return sum(results, ())
+
+    return step, mask
+
+
+@pytest.mark.gpu
+@compiles
+def test_cuda_graph_replay():
+    assert_replays(*step_on_cuda())
+
+
+@pytest.mark.gpu
+@compiles
+def test_no_host_synchronisation():
+    step, _ = step_on_cuda()
+    assert_no_synchronisation(step)
