@@ -55,6 +55,7 @@ class Arm:
 
 CONTROL, PULL, SHUFFLED = "answers alone", "pull to zero-shot", "shuffled teacher"
 OFFICIAL, SMALL = "MimIC, mean square", "MimIC, mean square, weight 0.02"
+STATES = "MimIC, states alone"
 ANSWERS = mk.MimICConfig(align_weight=0, ce_weight=1)
 ARMS: Mapping[str, Arm] = {
     "MimIC": Arm(mk.MimICConfig()),
@@ -62,6 +63,7 @@ ARMS: Mapping[str, Arm] = {
     PULL: Arm(mk.MimICConfig(), teacher="nothing"),
     SHUFFLED: Arm(mk.MimICConfig(), teacher="shuffled"),
     OFFICIAL: Arm(mk.MimICConfig(alignment="mean_square")),
+    STATES: Arm(mk.MimICConfig(ce_weight=0)),
     "LIVE": Arm(mk.LIVEConfig(), rate=2e-2),
     "M2IV": Arm(mk.M2IVConfig()),
     "AIM": Arm(mk.AIMConfig(positions="answer_end"), rate=2e-2),

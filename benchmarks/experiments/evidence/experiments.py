@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.experiments.smolvl.tasks import IMAGE_TASKS, TASKS
 
-from .arms import ARMS, CONTROL, OFFICIAL, PULL, SHUFFLED, SMALL
+from .arms import ARMS, CONTROL, OFFICIAL, PULL, SHUFFLED, SMALL, STATES
 from .runs import ICL, LORA, Run
 
 SEEDS = range(3)
@@ -41,6 +41,7 @@ MANY: Mapping[str, dict[str, Any]] = {
     "the control's answers alone (self-training)": {"arm": CONTROL, "labeller": "control", **_MANY},
     "the control's answers, pulled to zero-shot": {"arm": PULL, "labeller": "control", **_MANY},
     "a shuffled teacher's answers and states, MimIC": {"arm": SHUFFLED, "labeller": "shuffled", **_MANY},
+    "the teacher's states alone": {"arm": STATES, "labeller": "teacher", **_MANY},
     "the true answers alone": {"arm": CONTROL, "labeller": "truth", **_MANY},
 }
 
