@@ -26,7 +26,8 @@ class LIVEObjective(Objective):
     """``T^2 KL(teacher || student)`` of the answer's tokens plus their cross-entropy.
 
     LIVE (arXiv 2406.13185). The teacher is the same frozen model with its adapters off, given the
-    demonstrations. Both losses are means over the answer's tokens, which must be among the query's.
+    demonstrations. Both losses are means over the answer's tokens, which must be among the query's. Without
+    ``kl_weight`` there is no teacher.
     """
 
     method = LIVEAdapter
@@ -38,21 +39,22 @@ class LIVEObjective(Objective):
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
         """Raises ValueError if no token is labelled, or one that is not the query's."""
-        T = self.config.temperature
-        targets = teach(self.handle, batch, T)
+        config, T, terms = self.config, self.config.temperature, {}
+        targets = teach(self.handle, batch, T) if config.kl_weight > 0 else None
         logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
-        kl = T**2 * divergence(logits, targets, T)
-        ce = answer_cross_entropy(logits, batch.labels)
-        return self._losses({"kl": (self.config.kl_weight, kl), "ce": (self.config.ce_weight, ce)})
+        if targets is not None:
+            terms["kl"] = (config.kl_weight, T**2 * divergence(logits, targets, T))
+        return self._losses(terms | {"ce": (config.ce_weight, answer_cross_entropy(logits, batch.labels))})
 
 
 class M2IVObjective(Objective):
     """Mimicry of the teacher's answer, synergy of the two branches, and the answer's cross-entropy.
 
     M2IV (arXiv 2504.04633). Mimicry is ``KL(teacher || student)`` at the temperature, without LIVE's
-    ``T^2``; it and the cross-entropy are means over the answer's tokens. Synergy is the sum over layers of
-    :func:`synergy` of the branches with their vectors, ``a_l + alpha v_a`` and ``m_l + alpha v_m``, where
-    every token of the query is one sample [ours]. With ``synergy_weight`` 0 it is not computed.
+    ``T^2``; it and the cross-entropy are means over the answer's tokens. Synergy is that of the branches with
+    their vectors, ``a_l + alpha v_a`` and ``m_l + alpha v_m``, where every token of the query is one sample
+    [ours]: :func:`synergy` of each layer, the mean over layers or, of tokens, the sum. What has no weight is
+    not computed: there is no teacher without ``mimicry_weight``.
     """
 
     method = M2IVAdapter
@@ -67,15 +69,16 @@ class M2IVObjective(Objective):
         """Raises ValueError as LIVE's, and under gradient checkpointing, which hides the branches."""
         refuse_checkpointing(self.handle.model, self.config, "synergy_weight", 0)
         config, query = self.config, batch.student_query
-        targets = teach(self.handle, batch, config.temperature)
+        targets = teach(self.handle, batch, config.temperature) if config.mimicry_weight > 0 else None
         with (
             record_outputs([anchor.after_attention for anchor in self._anchors], query) as attention,
             record_outputs([anchor.after_mlp for anchor in self._anchors], query) as mlp,
         ):
             logits = answer_logits(self.handle.model, batch.student, student_rows(batch))
-        mimicry = divergence(logits, targets, config.temperature)
-        ce = answer_cross_entropy(logits, batch.labels)
-        terms = {"mimicry": (config.mimicry_weight, mimicry), "ce": (config.ce_weight, ce)}
+        ce, terms = answer_cross_entropy(logits, batch.labels), {}
+        if targets is not None:
+            terms["mimicry"] = (config.mimicry_weight, divergence(logits, targets, config.temperature))
+        terms["ce"] = (config.ce_weight, ce)
         if not self._anchors:
             return self._losses(terms)
         layers = self._synergies(attention, mlp)

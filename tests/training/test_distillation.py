@@ -17,6 +17,7 @@ from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny
 from mmicl_kernels.training import (
     LIVEObjective,
     M2IVObjective,
+    TrainedModule,
     TrainingConfig,
     draw_demonstrations,
     joint_features,
@@ -35,6 +36,7 @@ CONFIGS = {
     "m2iv": mk.M2IVConfig(
         mimicry_weight=0.75, synergy_weight=0.125, ce_weight=0.25, temperature=2.0, gamma=0.5
     ),
+    "m2iv-token": mk.M2IVConfig(synergy_of="token", gamma=0.25),
 }
 
 
@@ -51,12 +53,12 @@ def objective(handle):
     return (LIVEObjective if handle.single.method == "live" else M2IVObjective)(handle)
 
 
-def naive_synergy(a, m, gamma):
+def naive_synergy(a, m, gamma, of):
     """Term by term, from the correlation matrix itself."""
-    a, m = (x / x.norm(dim=1, keepdim=True) for x in (a, m))
-    matrix = sum(torch.outer(x, y) for x, y in zip(a, m, strict=True)) / len(a)
+    a, m = (x / x.norm(dim=1 if of == "token" else 0, keepdim=True) for x in (a, m))
+    matrix = sum(torch.outer(x, y) for x, y in zip(a, m, strict=True)) / (len(a) if of == "token" else 1)
     identity = torch.eye(len(matrix), dtype=torch.bool)
-    weights = torch.where(identity, 1.0, gamma)
+    weights = torch.where(identity, 1.0, gamma).double() / (1 if of == "token" else len(matrix))
     return (weights * (matrix - identity.to(matrix)) ** 2).sum()
 
 
@@ -119,7 +121,8 @@ def written_out(model, adapter, batch):
         kl = config.temperature**2 * kl
         return config.kl_weight * kl + config.ce_weight * ce, {"kl": kl, "ce": ce}
     a, m = ([x[batch.student_query] for kind, x in branches if kind == name] for name in "am")
-    together = sum(naive_synergy(x, y, config.gamma) for x, y in zip(a, m, strict=True))
+    layers = [naive_synergy(x, y, config.gamma, config.synergy_of) for x, y in zip(a, m, strict=True)]
+    together = sum(layers) / (1 if config.synergy_of == "token" else len(layers))
     total = config.mimicry_weight * kl + config.synergy_weight * together + config.ce_weight * ce
     return total, {"mimicry": kl, "synergy": together, "ce": ce}
 
@@ -146,34 +149,65 @@ def test_loss_and_gradient(name, config, padding):
         assert (x - y).norm() <= TOLERANCE * norm
 
 
+@pytest.mark.parametrize("of", ["channel", "token"])
 @pytest.mark.parametrize("N, C", [(3, 17), (16, 17), (17, 17), (40, 17), (1, 5)])
-def test_synergy_in_both_forms(N, C):
+def test_synergy_by_either_matrix(N, C, of):
     """Samples' products where N < C, the correlation matrix elsewhere."""
     generator = torch.Generator().manual_seed(N)
     a, m = (torch.randn(N, C, generator=generator, dtype=torch.float64) for _ in range(2))
     a, m = a.requires_grad_(), (m + 0.5 * a).detach().requires_grad_()
-    actual, expected = synergy(a, m, 0.25), naive_synergy(a, m, 0.25)
+    actual, expected = synergy(a, m, 0.25, of), naive_synergy(a, m, 0.25, of)
     assert abs(actual - expected) <= TOLERANCE * expected
     for x, y in zip(*(torch.autograd.grad(x, [a, m]) for x in (actual, expected)), strict=True):
         assert (x - y).norm() <= TOLERANCE * y.norm()
-    assert torch.autograd.gradcheck(synergy, (a, m, 0.25))
+    assert torch.autograd.gradcheck(synergy, (a, m, 0.25, of))
 
 
 @pytest.mark.parametrize("N, C, largest", [(5, 64, 25), (64, 5, 25)])
 def test_synergy_makes_the_smaller_matrix(N, C, largest):
     a, m = (torch.randn(N, C, requires_grad=True) for _ in range(2))
     with Largest(lambda shape: len(shape) == 2 and shape[0] == shape[1]) as square:
-        synergy(a, m, 0.1).backward()
+        synergy(a, m, 0.1, "channel").backward()
     assert square.most == largest
 
 
 def test_synergy_wants_branches_that_agree():
     """Rows all along one axis each, the same in both branches: M is diagonal and the diagonal is known."""
     a = 3 * torch.eye(4)
-    assert synergy(a, 5 * a, 1.0) == pytest.approx(4 * (1 - 1 / 4) ** 2)
-    rolled = a.roll(1, 0)  # M holds 1/4 four times off the diagonal
-    assert synergy(a, rolled, 0.5) == pytest.approx(4 + 0.5 * 4 / 16)
-    assert synergy(a.bfloat16(), a.bfloat16(), 1.0).dtype == torch.float32
+    rolled = a.roll(1, 0)  # M has its four numbers off the diagonal: 1 of channels, 1/4 of tokens
+    assert synergy(a, 5 * a, 1.0, "token") == pytest.approx(4 * (1 - 1 / 4) ** 2)
+    assert synergy(a, rolled, 0.5, "token") == pytest.approx(4 + 0.5 * 4 / 16)
+    assert synergy(a, 5 * a, 1.0, "channel") == 0
+    assert synergy(a, rolled, 0.5, "channel") == pytest.approx(1 + 0.5)
+    assert synergy(a.bfloat16(), a.bfloat16(), 1.0, "channel").dtype == torch.float32
+
+
+def test_synergy_of_channels_has_no_scale():
+    generator = torch.Generator().manual_seed(0)
+    a, m = (torch.randn(9, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    scales = torch.logspace(-3, 3, 5, dtype=torch.float64)
+    assert synergy(a * scales, m * scales.flip(0), 0.25, "channel") == pytest.approx(
+        synergy(a, m, 0.25, "channel").item(), rel=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("method", ["mimic", "live", "m2iv"])
+def test_what_has_no_weight_is_not_computed(method):
+    """Answers alone: the teacher is not asked."""
+    config = {
+        "mimic": mk.MimICConfig(align_weight=0),
+        "live": mk.LIVEConfig(kl_weight=0),
+        "m2iv": mk.M2IVConfig(mimicry_weight=0, synergy_weight=0),
+    }[method]
+    model = tiny_model("llava-llama").requires_grad_(False)
+    batch, adapter = episode(model), mk.create(model, config)
+    calls = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *x: calls.append(1))
+    module = TrainedModule(model, adapter)
+    found = module(**batch.arguments())
+    hook.remove()
+    assert found.keys() == {"loss", "ce"} and len(calls) == 1
+    assert found["loss"].item() == pytest.approx(config.ce_weight * found["ce"].item())
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

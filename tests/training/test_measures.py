@@ -10,6 +10,7 @@ from residuals import random_shift
 from watching import Largest
 
 import mmicl_kernels as mk
+from mmicl_kernels.ops import alignment_loss
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import (
     AIMObjective,
@@ -23,7 +24,6 @@ from mmicl_kernels.training import (
 )
 from mmicl_kernels.training.distillation import synergy
 from mmicl_kernels.training.measures import alignment_shares, describe_large_shares, layer_shares
-from mmicl_kernels.training.objectives import alignment
 
 LAYERS, N, C = [0, 2, 5, 7], 10, 6
 ROUNDING = 1024 * torch.finfo(torch.float64).eps
@@ -36,17 +36,28 @@ def states(seed=0):
     return [torch.randn(N, C, generator=generator, dtype=torch.float64) for _ in LAYERS]
 
 
+def whole(chosen, query=QUERY):
+    """``[B, T, C]`` with other things than ``chosen`` where no query is."""
+    made = [torch.full((*query.shape, x.shape[1]), 1e6, dtype=x.dtype) for x in chosen]
+    for full, x in zip(made, chosen, strict=True):
+        full[query] = x
+    return made
+
+
 def shares_of(found):
     return {key: float(x) for key, x in found.items()}
 
 
-def test_shares_are_of_the_sum_that_is_minimised():
+@pytest.mark.parametrize("form", ["relative", "mean_square"])
+def test_shares_are_of_the_sum_that_is_minimised(form):
     x, y = states(0), states(1)
     squares = (torch.stack(x) - torch.stack(y)).square()
+    if form == "relative":
+        squares *= C / (torch.stack(x).square() + torch.stack(y).square()).sum(-1, keepdim=True)
     ranks = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
     of_tokens = torch.stack([squares[:, ranks == k].sum() for k in range(5)])
-    found = shares_of(alignment_shares(x, y, QUERY, LAYERS))
-    total = float(alignment(x, y)) * squares.numel()
+    found = shares_of(alignment_shares(whole(x), y, QUERY, LAYERS, form))
+    total = float(alignment_loss(whole(x), y, QUERY, form=form)) * squares.numel()
     for kind, sums in (
         ("layer", squares.sum((1, 2))),
         ("token", of_tokens),
@@ -69,7 +80,7 @@ def test_a_planted_one_is_named(kind, index):
             state[:, index] += 30.0
         if kind == "token":
             state[[0, 5, 9] if index == 0 else [8]] += 30.0
-    found = shares_of(alignment_shares(x, y, QUERY, LAYERS))
+    found = shares_of(alignment_shares(whole(x), y, QUERY, LAYERS, "mean_square"))
     name = LAYERS[index] if kind == "layer" else index
     assert found[f"align/{kind}"] == name and found[f"align/{kind}_share"] > 0.9
     assert all(found[f"align/{x}_share"] < 0.5 for x in ("layer", "token", "channel") if x != kind)
@@ -79,22 +90,32 @@ def test_a_planted_one_is_named(kind, index):
     )
 
 
+def test_no_token_or_layer_is_most_of_a_relative_one():
+    x, y = states(0), states(1)
+    x[1].mul_(1e3)
+    x[2][5, 3] += 1e4
+    found = shares_of(alignment_shares(whole(x), y, QUERY, LAYERS, "relative"))
+    assert found["align/layer_share"] < 0.4 and found["align/token_share"] < 0.4
+
+
 def test_several_are_named_together():
     x, y = states(0), states(1)
     x[1][5, 3] += 1e4  # the first token of the second row
-    text = describe_large_shares(shares_of(alignment_shares(x, y, QUERY, LAYERS)))
+    text = describe_large_shares(shares_of(alignment_shares(whole(x), y, QUERY, LAYERS, "mean_square")))
     assert "layer 2 has 100.0% of align, token 0 of the query has 100.0% of align, channel 3 has" in text
 
 
-def test_nothing_to_align_has_no_share():
+@pytest.mark.parametrize("form", ["relative", "mean_square"])
+def test_nothing_to_align_has_no_share(form):
     x = states()
-    found = shares_of(alignment_shares(x, x, QUERY, LAYERS))
+    x[1][3] = 0.0  # in neither
+    found = shares_of(alignment_shares(whole(x), x, QUERY, LAYERS, form))
     assert [value for key, value in found.items() if key.endswith("share")] == [0.0] * 3
 
 
 def test_of_one_alone_there_is_nothing_to_say():
     query = torch.eye(10, dtype=torch.bool)  # one token in each row
-    found = alignment_shares(states()[:1], states(1)[:1], query, [3])
+    found = alignment_shares(whole(states()[:1], query), states(1)[:1], query, [3], "relative")
     assert set(found) == {"align/channel", "align/channel_share"}
 
 
@@ -108,10 +129,10 @@ def test_layer_shares():
 
 
 def test_nothing_of_all_layers_is_made():
-    x, y = ([torch.randn(64, 32) for _ in range(8)] for _ in range(2))
+    x, y = [torch.randn(2, 32, 32) for _ in range(8)], [torch.randn(64, 32) for _ in range(8)]
     query = torch.ones(2, 32, dtype=torch.bool)
     with Largest(lambda shape: True) as largest:
-        alignment_shares(x, y, query, list(range(8)))
+        alignment_shares(x, y, query, list(range(8)), "relative")
     assert largest.most == 64 * 32
 
 
@@ -190,8 +211,8 @@ def test_m2ivs_layers():
     model = tiny_model("llava-llama").requires_grad_(False)
     adapter, seen = random_shift(model, mk.M2IVConfig()), []
 
-    def watch(a, m, gamma):
-        seen.append(synergy(a, m, gamma))
+    def watch(*inputs):
+        seen.append(synergy(*inputs))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -205,6 +205,9 @@ def test_record_outputs():
     assert states[0].requires_grad
     first(x)
     assert len(states) == 2, "still recording"
+    with record_outputs([first], tokens, whole=True) as states:
+        y = first(x.flatten(0, 1))  # as some MLPs return them
+    assert states[0].shape == (2, 3, 3) and states[0].data_ptr() == y.data_ptr()
 
 
 def test_objective_needs_a_single_adapter():
