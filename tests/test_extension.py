@@ -499,7 +499,7 @@ def test_splice_schemas(ops):
 
 
 def make_alignment(dtype, target_dtype, C, N=40):
-    """``(dd, p), states, targets, index, order, starts``: indices before and past all rows, and some rows twice."""
+    """``(dd, p), states, targets, index, order, starts``: indices before and past all rows, some twice."""
     states = torch.randn(3, 23, C, dtype=torch.float64).to(dtype)[:, 2:22]
     targets = torch.randn(N, C + 1, dtype=torch.float64).to(target_dtype)[:, 1:]
     index = torch.arange(N) ** 2 % 67 - 1

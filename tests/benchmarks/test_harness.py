@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 from benchmarks import attention_peers, registry, report, run, shapes, timing
 from benchmarks.peers import plain_attention, published, published_shifted_attention
 from benchmarks.values import find_fault
-from mmicl_kernels.ops import attention_shift, shifted_attention
+from mmicl_kernels.ops import alignment_loss, attention_shift, shifted_attention
 from mmicl_kernels.testing.budgets import assert_within_budget, eager_shifted_attention, gradients
 from mmicl_kernels.testing.inputs import (
     attention_shift_inputs,
@@ -174,6 +174,27 @@ def test_residual_providers_have_no_fault(name, backward):
         assert find_fault(parts, outputs) is None, provider
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         assert find_fault(parts, tuple(1.01 * x for x in outputs)) is not None
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_alignment_providers_have_no_fault(backward):
+    """Of peers and ours; what is read and written is counted."""
+    spec, lineup = registry.ALIGNMENT_LOSS, registry.ALIGNMENT_LOSS.lineups["cpu"]
+    case = shapes.Case(B=2, H=2, G=2, T=40, S=40, D=32, dtype="float32", backward=backward)
+    mask, *layers = inputs = spec.make_inputs(case, "cpu")
+    states, targets = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+    read = 2 * sum(y.nbytes for y in targets)
+    assert spec.bytes(case) == read + backward * (read + sum(x.nbytes for x in states))
+    assert all(len(y) == mask.sum() for y in targets)
+    parts = spec.parts(case, inputs)
+    for provider in ("formula", "composed"):
+        outputs = lineup.providers[provider](case, inputs)()
+        assert find_fault(parts, outputs) is None, provider
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        assert find_fault(parts, tuple(1.01 * x for x in outputs)) is not None
+    if not backward:
+        mean = lineup.providers["mse"](case, inputs)()
+        torch.testing.assert_close(mean, alignment_loss(states, targets, mask, relative_to=None))
 
 
 @pytest.mark.parametrize("name", ("shifted_attention", "attention_shift"))
