@@ -36,12 +36,12 @@ std::tuple<Tensor, Tensor> alignment_squares_fwd(const Tensor& states, const Ten
   fill_rows(p, states, targets, N);
   p.index = indices(index, "index", N);
   const ScalarType acc = acc_type(states.scalar_type());
-  const Tensor d = new_empty(states, {N}, acc), power = new_empty(states, {N}, acc);
-  p.d = d.mutable_data_ptr(), p.p = power.mutable_data_ptr();
+  const Tensor d = new_empty(states, {N}, acc), s = new_empty(states, {N}, acc);
+  p.d = d.mutable_data_ptr(), p.s = s.mutable_data_ptr();
   const auto forward = alignment_loss_kernels(element_type(states, "states"))
                            .forward[static_cast<int>(element_type(targets, "targets"))];
   parallel_rows(N, p.C, [&](int64_t begin, int64_t end) { forward(p, begin, end); });
-  return {d, power};
+  return {d, s};
 }
 
 // Every use is one of the N targets.
@@ -58,17 +58,17 @@ void check_uses(const SquaresGradParams& p, int64_t N) {
   }
 }
 
-Tensor alignment_squares_bwd(const Tensor& dd, const Tensor& power, const Tensor& states,
-                             const Tensor& targets, const Tensor& order, const Tensor& starts) {
+Tensor alignment_squares_bwd(const Tensor& dd, const Tensor& ds, const Tensor& states, const Tensor& targets,
+                             const Tensor& order, const Tensor& starts) {
   SquaresGradParams p;
   const int64_t N = order.numel();
   fill_rows(p, states, targets, N);
   check_contiguous(dd, "dd", {N}, acc_type(states.scalar_type()));
-  check_contiguous(power, "p", {N}, acc_type(states.scalar_type()));
+  check_contiguous(ds, "ds", {N}, acc_type(states.scalar_type()));
   p.order = indices(order, "order", N), p.starts = indices(starts, "starts", p.R + 1);
   check_uses(p, N);
   const Tensor dstates = new_rows(states, shape_of(states), states.scalar_type());
-  p.dd = dd.const_data_ptr(), p.p = power.const_data_ptr();
+  p.dd = dd.const_data_ptr(), p.ds = ds.const_data_ptr();
   p.dstates = dstates.mutable_data_ptr();
   const auto backward = alignment_loss_kernels(element_type(states, "states"))
                             .backward[static_cast<int>(element_type(targets, "targets"))];
@@ -79,10 +79,10 @@ Tensor alignment_squares_bwd(const Tensor& dd, const Tensor& power, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmicl_cpu, m) {
-  m.def("alignment_squares_fwd(Tensor states, Tensor targets, Tensor index) -> (Tensor d, Tensor p)");
+  m.def("alignment_squares_fwd(Tensor states, Tensor targets, Tensor index) -> (Tensor d, Tensor s)");
   m.def(
-      "alignment_squares_bwd(Tensor dd, Tensor p, Tensor states, Tensor targets, Tensor order, Tensor starts) "
-      "-> Tensor");
+      "alignment_squares_bwd(Tensor dd, Tensor ds, Tensor states, Tensor targets, Tensor order, "
+      "Tensor starts) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CPU, m) {

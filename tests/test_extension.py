@@ -499,13 +499,13 @@ def test_splice_schemas(ops):
 
 
 def make_alignment(dtype, target_dtype, C, N=40):
-    """``(dd, p), states, targets, index, order, starts``: indices before and past all rows, some twice."""
+    """``(dd, ds), states, targets, index, order, starts``: indices before and past all rows, some twice."""
     states = torch.randn(3, 23, C, dtype=torch.float64).to(dtype)[:, 2:22]
     targets = torch.randn(N, C + 1, dtype=torch.float64).to(target_dtype)[:, 1:]
     index = torch.arange(N) ** 2 % 67 - 1
-    dd = torch.randn(N, dtype=torch.promote_types(dtype, torch.float32))
-    dd[::5] = 0
-    return (dd, dd.roll(1)), states, targets, index, *uses_of(index, 60)
+    dd, ds = torch.randn(2, N, dtype=torch.promote_types(dtype, torch.float32))
+    dd[::5], ds[::10], ds[1::10] = 0, 0, 0  # one, the other, both
+    return (dd, ds), states, targets, index, *uses_of(index, 60)
 
 
 @pytest.mark.parametrize("C", [1, 13, 64])
@@ -542,11 +542,11 @@ def test_alignment_does_not_depend_on_the_number_of_threads(ops):
         assert all(map(torch.equal, results[0], other))
 
 
-ALIGNMENT = ("dd", "p", "states", "targets", "order", "starts")
+ALIGNMENT = ("dd", "ds", "states", "targets", "order", "starts")
 BAD_ALIGNMENTS = {
     "dd dtype": ({"dd": torch.zeros(40).double()}, "dd has dtype Double, expected Float"),
     "dd shape": ({"dd": torch.zeros(39)}, r"dd has shape \[39\], expected \[40\]"),
-    "p dtype": ({"p": torch.zeros(40).half()}, "p has dtype Half, expected Float"),
+    "ds dtype": ({"ds": torch.zeros(40).half()}, "ds has dtype Half, expected Float"),
     "states dims": ({"states": torch.zeros(20, 8)}, "states has 2 dims, expected 3"),
     "states dtype": ({"states": torch.zeros(3, 20, 8).int()}, "states has dtype Int"),
     "states stride": ({"states": torch.zeros(3, 8, 20).mT}, "states has last stride 20"),

@@ -28,7 +28,7 @@ SIGNATURES = {
     "impl='auto')",
     "ops.row_projection": "(hidden, rows, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-05, "
     "num_rows=None, dtype=None, impl='auto')",
-    "ops.alignment_loss": "(states, targets, rows, *, relative_to='layer', impl='auto')",
+    "ops.alignment_loss": "(states, targets, rows, *, form='relative', impl='auto')",
     "TokenFuser.forward": "(self, hidden, rows, *, num_rows=None, dtype=None, impl='auto')",
     "create": "(model, config)",
     "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0, bank=None, bank_bytes=1073741824, "

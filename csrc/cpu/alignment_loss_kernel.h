@@ -18,31 +18,30 @@ MMICL_INLINE const U* target(const AlignmentRows& p, int64_t n) {
 
 template <class T, class U>
 void forward(const SquaresParams& p, int64_t begin, int64_t end) {
-  acc_t<T>*d = static_cast<acc_t<T>*>(p.d), *power = static_cast<acc_t<T>*>(p.p);
+  acc_t<T>*d = static_cast<acc_t<T>*>(p.d), *s = static_cast<acc_t<T>*>(p.s);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t r = p.index[n];
     if (r < 0 || r >= p.R) {
-      d[n] = power[n] = 0;
+      d[n] = s[n] = 0;
       continue;
     }
     const T* x = row<T>(p.states, r / p.T, r % p.T);
     const U* y = target<U>(p, n);
-    Sum<vec_t<T>> differences, powers;
+    Sum<vec_t<T>> differences, both;
     for_columns(p.C, [&](auto block, int i) MMICL_LAMBDA {
-      const auto own = lanes_of<T>(block.load(y));
-      const auto difference = block.load(x) - own;
+      const auto own = block.load(x), target = lanes_of<T>(block.load(y)), difference = own - target;
       differences.parts[i] += difference * difference;
-      powers.parts[i] += own * own;
+      both.parts[i] += own * own + target * target;
     });
-    d[n] = differences.total(), power[n] = powers.total();
+    d[n] = differences.total(), s[n] = both.total();
   }
 }
 
-// A use whose dd and p are 0 is left out, whatever its row holds: the loss is relative to p.
+// A use whose dd and ds are 0 is left out, whatever its row holds: it has no part in the loss.
 template <class T, class U>
 void backward(const SquaresGradParams& p, int64_t begin, int64_t end) {
-  const acc_t<T>*dd = static_cast<const acc_t<T>*>(p.dd), *power = static_cast<const acc_t<T>*>(p.p);
-  const auto is_off = [&](int64_t n) MMICL_LAMBDA { return dd[n] == 0 && power[n] == 0; };
+  const acc_t<T>*dd = static_cast<const acc_t<T>*>(p.dd), *ds = static_cast<const acc_t<T>*>(p.ds);
+  const auto is_off = [&](int64_t n) MMICL_LAMBDA { return dd[n] == 0 && ds[n] == 0; };
   for (int64_t r = begin; r < end; ++r) {
     T* dx = static_cast<T*>(p.dstates) + r * p.C;
     const int64_t *use = p.order + p.starts[r], *last = p.order + p.starts[r + 1];
@@ -56,7 +55,9 @@ void backward(const SquaresGradParams& p, int64_t begin, int64_t end) {
       const auto own = block.load(x);
       vec_t<T> grad = {};
       for (const int64_t* n = use; n < last; ++n) {
-        if (!is_off(*n)) grad += 2 * dd[*n] * (own - lanes_of<T>(block.load(target<U>(p, *n))));
+        if (is_off(*n)) continue;
+        const auto difference = own - lanes_of<T>(block.load(target<U>(p, *n)));
+        grad += 2 * dd[*n] * difference + 2 * ds[*n] * own;
       }
       block.store(dx, grad);
     });

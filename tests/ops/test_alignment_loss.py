@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from triton_process import INTERPRETED
 
-from mmicl_kernels.ops.alignment_loss import alignment_loss, alignment_squares
+from mmicl_kernels.ops.alignment_loss import alignment_loss
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
-RELATIVE_TO = (None, "layer", "token")
+FORMS = ("relative", "mean_square")
 
 # Rows, by name: a mask, or indices of the B * T = 26 rows, whole.
 ROWS = {
@@ -38,11 +38,11 @@ SIZES = {
     "narrow_targets": {"target_dtype": torch.float16},
 }
 CASES = [
-    *((name, {}, relative_to) for name in ROWS for relative_to in RELATIVE_TO),
-    *(("duplicates", sizes, relative_to) for sizes in SIZES.values() for relative_to in ("layer", "token")),
-    ("duplicates", SIZES["layers_of_other_widths"], None),
+    *((name, {}, form) for name in ROWS for form in FORMS),
+    *(("duplicates", sizes, "relative") for sizes in SIZES.values()),
+    ("duplicates", SIZES["layers_of_other_widths"], "mean_square"),
 ]
-IDS = [f"{name}-{'-'.join(map(str, sizes.values()))}-{relative_to}" for name, sizes, relative_to in CASES]
+IDS = [f"{name}-{'-'.join(map(str, sizes.values()))}-{form}" for name, sizes, form in CASES]
 
 
 def make_rows(name, device="cpu", B=2, T=13):
@@ -67,11 +67,11 @@ def make_inputs(
     return states, targets
 
 
-def loss_of(targets, rows, relative_to, *states, impl):
-    return alignment_loss(states, targets, rows, relative_to=relative_to, impl=impl)
+def loss_of(targets, rows, form, *states, impl):
+    return alignment_loss(states, targets, rows, form=form, impl=impl)
 
 
-def eager(index, targets, relative_to, seed, *states):
+def eager(index, targets, form, seed, *states):
     """As one would write it, a wide copy of each layer's rows; rows and columns in some order."""
     generator, losses = torch.Generator().manual_seed(seed), []
     for x, y in zip(states, targets, strict=True):
@@ -82,31 +82,28 @@ def eager(index, targets, relative_to, seed, *states):
         x, y = (z[:, columns].to(acc) for z in (x.flatten(0, 1)[index[rows]], y[rows]))
         if len(rows) == 0:
             losses.append(x.sum())
-        elif relative_to is None:
+        elif form == "mean_square":
             losses.append(F.mse_loss(x, y))
-        elif relative_to == "layer":
-            losses.append(F.mse_loss(x, y, reduction="sum") / y.square().sum())
         else:
-            losses.append(((x - y).square().sum(1) / y.square().sum(1)).mean())
+            losses.append(((x - y).square().sum(1) / (x.square() + y.square()).sum(1)).mean())
     return sum(losses) / len(losses)
 
 
 @functools.cache
 def budget(case, dtype, device):
-    name, sizes, relative_to = CASES[case]
+    name, sizes, form = CASES[case]
     rows, index = make_rows(name, device)
     states, targets = make_inputs(len(index), dtype, device, **sizes)
     acc = torch.promote_types(dtype, torch.float32)
     dout = torch.tensor(0.7, dtype=acc, device=device)
     lows = [
-        gradients(functools.partial(eager, index, targets, relative_to, seed), states, (dout,))
-        for seed in range(3)
+        gradients(functools.partial(eager, index, targets, form, seed), states, (dout,)) for seed in range(3)
     ]
     # As the op has them: the wider dtype of targets is rounded to that of the sums.
     wide = [y.to(acc).double() for y in targets]
-    exact_fn = functools.partial(loss_of, wide, rows, relative_to, impl="reference")
+    exact_fn = functools.partial(loss_of, wide, rows, form, impl="reference")
     exact = gradients(exact_fn, [x.double() for x in states], (dout.double(),))
-    return states, functools.partial(loss_of, targets, rows, relative_to), dout, lows, exact
+    return states, functools.partial(loss_of, targets, rows, form), dout, lows, exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,55 +135,25 @@ def test_layers_of_several_dtypes(impl):
         x.to(dtype) for x, dtype in zip(states, (torch.float16, torch.float64, torch.float32), strict=True)
     ]
     rows = torch.tensor([3, 8])
-    fn = functools.partial(loss_of, targets, rows, "token", impl=impl)
+    fn = functools.partial(loss_of, targets, rows, "relative", impl=impl)
     (loss,), grads = gradients(fn, states, (torch.tensor(1.0, dtype=torch.float64),))
     assert loss.dtype == torch.float64
-    alone = [loss_of([y], rows, "token", x, impl=impl) for x, y in zip(states, targets, strict=True)]
+    alone = [loss_of([y], rows, "relative", x, impl=impl) for x, y in zip(states, targets, strict=True)]
     torch.testing.assert_close(loss, sum(x.double() for x in alone) / 3)
     for i, x in enumerate(states):
-        one = functools.partial(loss_of, targets[i : i + 1], rows, "token", impl=impl)
+        one = functools.partial(loss_of, targets[i : i + 1], rows, "relative", impl=impl)
         (expected,) = gradients(one, (x,), (torch.tensor(1 / 3, dtype=alone[i].dtype),))[1]
         torch.testing.assert_close(grads[i], expected)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_squares(dtype, impl, device):
-    """Of every layer and row, for who wants shares of them; the gradient goes through d."""
-    rows, index = make_rows("none", device)
-    states, targets = make_inputs(len(index), dtype, device, columns=(1000, 40))
-    weights = normal(2, len(index), dtype=torch.float32, device=device)
-
-    def fn(*states, impl):
-        return alignment_squares(states, targets, rows, impl=impl)
-
-    def low(*states):
-        x = [x.flatten(0, 1)[index.clamp(min=0)].float() for x in states]
-        squares = [(a - b.float()).square().sum(1) for a, b in zip(x, targets, strict=True)]
-        powers = [b.float().square().sum(1) for b in targets]
-        return torch.stack(squares) * (index >= 0), torch.stack(powers) * (index >= 0)
-
-    (d, p), grads = gradients(functools.partial(fn, impl=impl), states, (weights, None))
-    lows = sum(gradients(low, states, (weights, None)), ())
-    targets = [y.double() for y in targets]
-    exact = gradients(
-        functools.partial(fn, impl="reference"), [x.double() for x in states], (weights.double(), None)
-    )
-    for i, actual in enumerate((d, p, *grads)):
-        assert_within_budget(str(i), actual, lows[i], sum(exact, ())[i])
-    assert d.dtype == p.dtype == torch.float32 and d.shape == p.shape == (2, len(index))
-    assert not d[:, index < 0].any() and not p[:, index < 0].any()
-    d, p = fn(*(x.requires_grad_() for x in states), impl=impl)
-    assert d.requires_grad and not p.requires_grad
-
-
 def test_the_formula_in_numbers(impl):
     x = torch.tensor([[[1.0, 2.0], [3.0, 5.0]], [[-1.0, 0.0], [7.0, 7.0]]])
-    y = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # for rows 1 and 2: d is 1 and 5, p is 25 and 4
+    y = torch.tensor([[3.0, 4.0], [0.0, 2.0]])  # for rows 1 and 2: d is 1 and 5, s is 59 and 5
     mask = torch.tensor([[False, True], [True, False]])
-    second, third = torch.zeros(2, 2, 1), torch.full((2, 1), 2.0)  # d and p are 4 and 4
-    expected = {None: (1.5, 4.0), "layer": (6 / 29, 1.0), "token": ((1 / 25 + 5 / 4) / 2, 1.0)}
-    for relative_to, losses in expected.items():
-        options = {"relative_to": relative_to, "impl": impl}
+    second, third = torch.zeros(2, 2, 1), torch.full((2, 1), 2.0)  # d and s are 4 and 4
+    expected = {"relative": ((1 / 59 + 1) / 2, 1.0), "mean_square": (1.5, 4.0)}
+    for form, losses in expected.items():
+        options = {"form": form, "impl": impl}
         for rows in (mask, torch.tensor([1, 2])):
             assert float(alignment_loss([x], [y], rows, **options)) == pytest.approx(losses[0])
         both = alignment_loss((x, second), (y, third), mask, **options)
@@ -194,37 +161,37 @@ def test_the_formula_in_numbers(impl):
         assert float(alignment_loss([x], [y.flip(0)], torch.tensor([2, 1]), **options)) == pytest.approx(
             losses[0]
         )
-    assert float(alignment_loss([x], [y], mask, impl=impl)) == pytest.approx(6 / 29)
+    assert float(alignment_loss([x], [y], mask, impl=impl)) == pytest.approx(60 / 118)
     x.requires_grad_()
     (dx,) = torch.autograd.grad(alignment_loss([x], [y], mask, impl=impl), x)
-    by_hand = torch.tensor([[[0.0, 0.0], [0.0, 2.0]], [[-2.0, -4.0], [0.0, 0.0]]]) / 29
+    by_hand = torch.tensor([[[0.0, 0.0], [-3 / 59**2, 1 / 59 - 5 / 59**2]], [[0.0, -2 / 5], [0.0, 0.0]]])
     torch.testing.assert_close(dx, by_hand)
 
 
-@pytest.mark.parametrize("relative_to", RELATIVE_TO)
-def test_other_rows_and_rows_that_are_none_have_no_part(relative_to, impl):
+@pytest.mark.parametrize("form", FORMS)
+def test_other_rows_and_rows_that_are_none_have_no_part(form, impl):
     """Whatever lies in rows that are not chosen, and in the targets of what is no row, NaN included."""
     rows = torch.tensor([4, -1, 9, 4])
     states, targets = make_inputs(4)
     dout = (torch.tensor(1.0),)
-    expected = gradients(functools.partial(loss_of, targets, rows, relative_to, impl=impl), states, dout)
+    expected = gradients(functools.partial(loss_of, targets, rows, form, impl=impl), states, dout)
     others = torch.ones(26, dtype=torch.bool).index_fill(0, rows[rows >= 0], False).view(2, 13)
     states = [x.masked_fill(others[..., None], torch.nan) for x in states]
     for y in targets:
         y[1] = torch.nan
-    actual = gradients(functools.partial(loss_of, targets, rows, relative_to, impl=impl), states, dout)
+    actual = gradients(functools.partial(loss_of, targets, rows, form, impl=impl), states, dout)
     assert all(map(torch.equal, sum(actual, ()), sum(expected, ())))
     assert not any(g[others].any() for g in actual[1])
 
 
-@pytest.mark.parametrize("relative_to", RELATIVE_TO)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("where", ("states", "targets"))
-def test_a_chosen_row_that_is_not_finite_is_seen(where, relative_to, impl):
+def test_a_chosen_row_that_is_not_finite_is_seen(where, form, impl):
     for value in (torch.nan, torch.inf, -torch.inf):
         states, targets = make_inputs(3)
         (states[1][0, 5] if where == "states" else targets[1][1])[7] = value
         loss, grads = gradients(
-            functools.partial(loss_of, targets, torch.tensor([1, 5, 20]), relative_to, impl=impl),
+            functools.partial(loss_of, targets, torch.tensor([1, 5, 20]), form, impl=impl),
             states,
             (torch.tensor(1.0),),
         )
@@ -232,26 +199,104 @@ def test_a_chosen_row_that_is_not_finite_is_seen(where, relative_to, impl):
         assert grads[0].isfinite().all() and not grads[1][0, 5].isfinite().all()
 
 
-def test_a_row_without_power_has_no_part_of_its_own(impl):
-    """Relative to a token's or a layer's power, which is 0: no loss and no gradient, whatever the state."""
+def test_a_row_of_zeros_has_no_loss_but_counts(impl):
+    """In the state and in the target, or nearly: squares whose inverse would overflow."""
     rows, dout = torch.tensor([1, 5, 20]), (torch.tensor(1.0),)
-    states, targets = make_inputs(3)
-    targets[1][1] = 0
-    for value in (1.0, torch.nan):
-        states[1][0, 5] = value
-        fn = functools.partial(loss_of, targets, rows, "token", impl=impl)
+    for nearly in (0.0, 1e-20):
+        states, targets = make_inputs(3)
+        states[1][0, 5], targets[1][1] = nearly, -nearly
+        fn = functools.partial(loss_of, targets, rows, "relative", impl=impl)
         (loss,), (_, grad) = gradients(fn, states, dout)
-        assert loss.isfinite() and grad.isfinite().all() and not grad[0, 5].any() and grad[0, 1].any()
-        first = loss_of(targets[:1], rows, "token", states[0], impl=impl)
-        others = loss_of([targets[1][[0, 2]]], rows[[0, 2]], "token", states[1], impl=impl)
+        assert grad.isfinite().all() and not grad[0, 5].any() and grad[0, 1].any()
+        first = loss_of(targets[:1], rows, "relative", states[0], impl=impl)
+        others = loss_of([targets[1][[0, 2]]], rows[[0, 2]], "relative", states[1], impl=impl)
         torch.testing.assert_close(loss, (first + others * 2 / 3) / 2)
-    targets[1].zero_()
-    for relative_to in ("layer", "token"):
-        fn = functools.partial(loss_of, targets, rows, relative_to, impl=impl)
-        (loss,), grads = gradients(fn, states, dout)
-        alone = loss_of(targets[:1], rows, relative_to, states[0], impl=impl)
-        torch.testing.assert_close(loss, alone / 2)
+    states[1].zero_(), targets[1].zero_()
+    for form in FORMS:
+        (loss,), grads = gradients(functools.partial(loss_of, targets, rows, form, impl=impl), states, dout)
+        torch.testing.assert_close(loss, loss_of(targets[:1], rows, form, states[0], impl=impl) / 2)
         assert grads[0].any() and not grads[1].any()
+
+
+def test_one_of_both_is_zero(impl):
+    """The loss is 1; a state of zeros is drawn to its target, one whose target is 0 has nowhere to go."""
+    x, y = torch.zeros(1, 2, 40), normal(2, 40, dtype=torch.float32)
+    x[0, 1], y[1] = y[1], 0
+    fn = functools.partial(loss_of, [y], torch.tensor([0, 1]), "relative", impl=impl)
+    (loss,), (grad,) = gradients(fn, (x,), (torch.tensor(2.0),))
+    torch.testing.assert_close(loss, torch.tensor(1.0))
+    torch.testing.assert_close(grad[0], torch.stack([-2 * y[0] / y[0].square().sum(), 0 * y[0]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds(dtype, impl):
+    """Exactly 0 where states are the targets, 2 where they are their opposites, neither with a gradient."""
+    (y,), rows = make_inputs(4, dtype, columns=(72,))[1], torch.tensor([3, 25, 0, 14])
+    fn = functools.partial(loss_of, [y], rows, "relative", impl=impl)
+    same, *others = (
+        torch.zeros(26, 72, dtype=dtype).index_copy(0, rows, x).view(2, 13, 72)
+        for x in (y, -y, -3 * y, y.flip(0), 1000 * y)
+    )
+    dout = torch.ones((), dtype=torch.promote_types(dtype, torch.float32))
+    (loss,), (grad,) = gradients(fn, (same,), (dout,))
+    assert loss == 0 and not grad.any()
+    eps = torch.finfo(dout.dtype).eps
+    (loss,), (grad,) = gradients(fn, (others[0],), (dout,))
+    assert abs(loss - 2) <= 8 * eps and (grad * same).abs().sum() <= 100 * eps
+    assert all(0 < fn(x) <= 2 + 8 * eps for x in others)
+
+
+def test_no_scale_and_batches_that_are_one(impl):
+    """Of states and targets times 2^k bit for bit; the mean over batches of as many tokens."""
+    rows = torch.tensor([3, 25, 0, 14])
+    states, targets = make_inputs(4, columns=(40, 72))
+    loss = loss_of(targets, rows, "relative", *states, impl=impl)
+    for scale in (2.0**-20, 2.0**20):
+        scaled = loss_of(
+            [y * scale for y in targets], rows, "relative", *(x * scale for x in states), impl=impl
+        )
+        assert torch.equal(scaled, loss)
+    halves = (loss_of([y[i] for y in targets], rows[i], "relative", *states, impl=impl)
+              for i in (slice(2), slice(2, 4)))  # fmt: skip
+    torch.testing.assert_close(sum(halves) / 2, loss)
+
+
+@pytest.mark.parametrize("size", (1e3, 1e4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_sinks(dtype, size, impl):
+    """A state that is a thousand times its target has a loss near 1, and others their gradients.
+
+    Its own gradient is that of an angle: of the size of the target, a difference of two of the size of the
+    state, whose roundings are left.
+    """
+    (x,), (y,) = make_inputs(3, dtype, columns=(72,))
+    rows = torch.tensor([4, 0, 13])  # the second and third are sinks
+    x[:, 0] = normal(2, 72, dtype=torch.float64, seed=3).to(dtype) * size
+    acc = torch.promote_types(dtype, torch.float32)
+    fn = functools.partial(loss_of, [y], rows, "relative", impl=impl)
+    (loss,), (grad,) = gradients(fn, (x,), (torch.tensor(3.0, dtype=acc),))
+    exact_fn = functools.partial(loss_of, [y.double()], rows, "relative", impl="reference")
+    (exact,), (wanted,) = gradients(exact_fn, (x.double(),), (torch.tensor(3.0, dtype=torch.float64),))
+    eps = torch.finfo(acc).eps
+    assert abs(float(loss) / float(exact) - 1) <= 8 * eps
+    alone = loss_of([y[:1]], rows[:1], "relative", x, impl=impl)
+    assert 3 * float(loss) - float(alone) == pytest.approx(2, abs=0.02)
+    s = (x.double().flatten(0, 1)[rows].square() + y.double().square()).sum(1)
+    bound = torch.zeros(26, 1, dtype=torch.float64)
+    bound[rows] = (8 * eps * 2 / s.sqrt())[:, None]
+    own = torch.finfo(dtype)
+    bound = bound.view(2, 13, 1) + own.eps * wanted.abs() + own.tiny * own.eps
+    assert ((grad.double() - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_a_use_without_gradient_is_left_out(value, operator):
+    """A loss that has no part in what is differentiated does not spread what its rows hold."""
+    states, targets = make_inputs(2)
+    states[0][0, 5] = value
+    fn = functools.partial(loss_of, targets, torch.tensor([5, 5]), "mean_square", impl=operator)
+    _, grads = gradients(fn, states, (torch.tensor(0.0),))
+    assert not any(g.any() for g in grads)
 
 
 def test_a_mask_is_its_indices(impl):
@@ -260,24 +305,22 @@ def test_a_mask_is_its_indices(impl):
     index = mask.flatten().nonzero()[:, 0]
     states, targets = make_inputs(len(index))
     fn = functools.partial(gradients, inputs=states, douts=(torch.tensor(1.0),))
-    expected = sum(fn(functools.partial(loss_of, targets, index, "layer", impl=impl)), ())
+    expected = sum(fn(functools.partial(loss_of, targets, index, "relative", impl=impl)), ())
     for rows in (mask, mask.contiguous(), index.int(), index.repeat_interleave(2)[::2]):
-        actual = sum(fn(functools.partial(loss_of, targets, rows, "layer", impl=impl)), ())
+        actual = sum(fn(functools.partial(loss_of, targets, rows, "relative", impl=impl)), ())
         assert all(map(torch.equal, actual, expected))
 
 
-@pytest.mark.parametrize("relative_to", RELATIVE_TO)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", ((0, 3, 5), (2, 0, 5), (2, 3, 0)))
-def test_empty(shape, relative_to, impl):
+def test_empty(shape, form, impl):
     states = [torch.zeros(shape)] * 2
     for N in (0, 4):
-        fn = functools.partial(
-            loss_of, [torch.ones(N, shape[2])] * 2, torch.full((N,), -1), relative_to, impl=impl
-        )
+        fn = functools.partial(loss_of, [torch.ones(N, shape[2])] * 2, torch.full((N,), -1), form, impl=impl)
         (loss,), grads = gradients(fn, states, (torch.tensor(1.0),))
         assert loss == 0 and all(g.shape == shape and not g.any() for g in grads)
     if shape[2] == 0:
-        assert loss_of([torch.ones(1, 0)], torch.tensor([1]), relative_to, states[0], impl=impl) == 0
+        assert loss_of([torch.ones(1, 0)], torch.tensor([1]), form, states[0], impl=impl) == 0
 
 
 def test_duplicates_are_summed_in_fp32(impl):
@@ -286,9 +329,9 @@ def test_duplicates_are_summed_in_fp32(impl):
         pytest.skip("its gradient is that of autograd")
     states, rows = torch.ones(1, 3, 8, dtype=torch.float16), torch.ones(4096, dtype=torch.long)
     _, (grad,) = gradients(
-        lambda x: alignment_squares([x], [torch.zeros(4096, 8)], rows, impl=impl)[0],
+        functools.partial(loss_of, [torch.zeros(4096, 8)], rows, "mean_square", impl=impl),
         (states,),
-        (torch.full((1, 4096), 0.5),),
+        (torch.tensor(4096 * 8 / 2.0),),
     )
     assert torch.equal(grad[0, :, 0], torch.tensor([0.0, 4096.0, 0.0], dtype=torch.float16))
 
@@ -296,7 +339,7 @@ def test_duplicates_are_summed_in_fp32(impl):
 def test_halves_near_their_end(impl):
     """Squares of differences that fp16 does not hold."""
     states = [torch.full((1, 2, 40), 6e4, dtype=torch.float16)]
-    fn = functools.partial(loss_of, [-states[0][0]], torch.tensor([0, 1]), None, impl=impl)
+    fn = functools.partial(loss_of, [-states[0][0]], torch.tensor([0, 1]), "mean_square", impl=impl)
     (loss,), (grad,) = gradients(fn, states, (torch.tensor(1.0),))
     assert float(loss) == pytest.approx(1.2e5**2, rel=1e-3)
     assert float(grad[0, 0, 0]) == pytest.approx(2 * 1.2e5 / 80, rel=1e-3)
@@ -305,7 +348,7 @@ def test_halves_near_their_end(impl):
 def test_bit_equal_twice(impl):
     rows = torch.arange(300) ** 2 % 26
     states, targets = make_inputs(300, columns=(72, 72))
-    fn = functools.partial(loss_of, targets, rows, "token", impl=impl)
+    fn = functools.partial(loss_of, targets, rows, "relative", impl=impl)
     first, second = (sum(gradients(fn, states, (torch.tensor(1.0),)), ()) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -314,7 +357,7 @@ def test_only_what_is_needed_is_computed(operator):
     """No layer's gradient needs another's; without any the rows are not sorted."""
     rows, _ = make_rows("duplicates")
     states, targets = make_inputs(len(rows), columns=(40, 40, 40))
-    fn = functools.partial(loss_of, targets, rows, "layer", impl=operator)
+    fn = functools.partial(loss_of, targets, rows, "relative", impl=operator)
     _, full = gradients(fn, states, (torch.tensor(1.0),))
     for i, expected in enumerate(full):
 
@@ -334,7 +377,7 @@ def test_nothing_large_is_saved_but_the_inputs(operator):
     states, targets = make_inputs(int(rows.sum()), columns=(1000, 1000))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
-        loss_of(targets, rows, "token", *(x.requires_grad_() for x in states), impl=operator)
+        loss_of(targets, rows, "relative", *(x.requires_grad_() for x in states), impl=operator)
     given = {x.data_ptr() for x in (*states, *targets)}
     assert given <= {x.data_ptr() for x in saved}
     assert all(x.numel() <= 2 * 26 + 1 for x in saved if x.data_ptr() not in given)
@@ -344,25 +387,25 @@ def test_the_inputs_are_not_written_to(impl):
     rows, _ = make_rows("none")
     states, targets = make_inputs(len(rows))
     before = [x.clone() for x in (*states, *targets, rows)]
-    gradients(functools.partial(loss_of, targets, rows, "token", impl=impl), states, (torch.tensor(1.0),))
+    gradients(functools.partial(loss_of, targets, rows, "relative", impl=impl), states, (torch.tensor(1.0),))
     assert all(map(torch.equal, (*states, *targets, rows), before))
 
 
 def test_autocast_changes_nothing(impl):
     rows, _ = make_rows("none")
     states, targets = make_inputs(len(rows))
-    fn = functools.partial(loss_of, targets, rows, "token", impl=impl)
+    fn = functools.partial(loss_of, targets, rows, "relative", impl=impl)
     plain = sum(gradients(fn, states, (torch.tensor(1.0),)), ())
     with torch.autocast("cpu", torch.bfloat16):
         cast = sum(gradients(fn, states, (torch.tensor(1.0),)), ())
     assert all(map(torch.equal, plain, cast))
 
 
-@pytest.mark.parametrize("relative_to", RELATIVE_TO)
-def test_gradcheck(relative_to, impl):
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form, impl):
     states, targets = make_inputs(4, torch.float64, T=3, columns=(4, 5))
     leaves = [x.requires_grad_() for x in states]
-    fn = functools.partial(loss_of, targets, torch.tensor([5, 0, -1, 5]), relative_to, impl=impl)
+    fn = functools.partial(loss_of, targets, torch.tensor([5, 0, -1, 5]), form, impl=impl)
     assert torch.autograd.gradcheck(fn, leaves)
     if impl == "reference":
         assert torch.autograd.gradgradcheck(fn, leaves)
@@ -370,7 +413,7 @@ def test_gradcheck(relative_to, impl):
 
 def test_double_backward_is_refused(operator):
     (x,), targets = make_inputs(1, columns=(40,))
-    loss = loss_of(targets, torch.tensor([1]), "layer", x.requires_grad_(), impl=operator)
+    loss = loss_of(targets, torch.tensor([1]), "relative", x.requires_grad_(), impl=operator)
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="alignment_loss cannot be differentiated twice"):
         dx.sum().backward()
@@ -378,14 +421,14 @@ def test_double_backward_is_refused(operator):
 
 def test_vmap(operator):
     (x,), targets = make_inputs(1, columns=(40,))
-    fn = functools.partial(loss_of, targets, torch.tensor([1]), "layer", impl=operator)
+    fn = functools.partial(loss_of, targets, torch.tensor([1]), "relative", impl=operator)
     with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
         torch.func.vmap(fn)(x[None])
 
 
 def test_vmap_of_the_reference():
     (x,), targets = make_inputs(2, columns=(40,))
-    fn = functools.partial(loss_of, targets, torch.tensor([1, -1]), "layer", impl="reference")
+    fn = functools.partial(loss_of, targets, torch.tensor([1, -1]), "relative", impl="reference")
     torch.testing.assert_close(torch.func.vmap(fn)(torch.stack([x, 2 * x])), torch.stack([fn(x), fn(2 * x)]))
 
 
@@ -407,15 +450,15 @@ def test_opcheck(target_dtype, operator):
 
 
 @pytest.mark.parametrize("name", ("mask", "duplicates"))
-@pytest.mark.parametrize("relative_to", RELATIVE_TO)
-def test_compile(relative_to, name, operator):
+@pytest.mark.parametrize("form", FORMS)
+def test_compile(form, name, operator):
     """First and second call, then another length, without a graph break, forward and backward."""
     if INTERPRETED:
         pytest.skip("the interpreter's kernels are not traced")
     torch.compiler.reset()
 
     def fn(*states, targets, rows):
-        return alignment_loss(states, targets, rows, relative_to=relative_to, impl=operator)
+        return alignment_loss(states, targets, rows, form=form, impl=operator)
 
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (13, 13, 17):
@@ -449,8 +492,8 @@ def test_layers_on_several_devices():
         rows = torch.ones(2, 3, dtype=torch.bool)
         states = [torch.zeros(2, 3, 8, device=f"cuda:{i}") for i in (1, 0, 1)]
         targets = [torch.zeros(6, 8, device=x.device) for x in states]
-        for relative_to in RELATIVE_TO:
-            loss = alignment_loss(states, targets, rows, relative_to=relative_to)
+        for form in FORMS:
+            loss = alignment_loss(states, targets, rows, form=form)
             assert loss.device == states[0].device
 
 
@@ -488,7 +531,7 @@ def test_bytes(dtype):
     order, starts = torch.arange(N), torch.searchsorted(rows, torch.arange(B * T + 1))
     uses = (torch.ones(N), torch.ones(N), states[0], targets[0], order, starts)
     assert peak_allocated_bytes(lambda: cpu.alignment_squares_bwd(*uses)) == states[0].nbytes
-    fn = functools.partial(loss_of, targets, rows, "token", impl="composed")
+    fn = functools.partial(loss_of, targets, rows, "relative", impl="composed")
     small = 8 * (12 * L * N + 2 * B * T)
     assert small < states[0].nbytes / 8
     assert peak_allocated_bytes(lambda: fn(*states)) < small
@@ -536,7 +579,7 @@ BAD = {
     "rows_low": (changed(rows=torch.tensor([-2, 3])), ValueError, "rows has values from -2 to 3.* to 25"),
     "mask_shape": (changed(rows=MASK[:, 1:]), ValueError, r"rows has shape \[2, 12\].*T = 13"),
     "mask_count": (changed(rows=MASK), ValueError, "rows has 26 rows, expected the 2 that targets has"),
-    "relative_to": (changed(relative_to="row"), ValueError, "relative_to is 'row', expected one of None"),
+    "form": (changed(form="layer"), ValueError, "form is 'layer', expected one of 'relative', 'mean"),
     "impl": (changed(impl="fast"), ValueError, "impl is 'fast'"),
     "impl_cuda": (changed(impl="cuda"), NotImplementedError, "alignment_loss has no impl='cuda'"),
 }  # fmt: skip

@@ -32,7 +32,7 @@ from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
 
 FORWARD, BACKWARD = KERNELS = (_triton.squares_fwd_kernel, _triton.squares_bwd_kernel)
 FOLDER = Path(__file__).parent
-COUNTS = {"alignment_loss": 100, "alignment_loss_triton": 20}
+COUNTS = {"alignment_loss": 90, "alignment_loss_triton": 20}
 OTHERS = "not bad_input and not independent_code"
 # Of test_alignment_loss.py: fp16, 4096 uses of a row, and what compares with differences.
 SLOW = "value_and_gradients and torch.float16] or duplicates_are_summed or gradcheck"
@@ -50,7 +50,7 @@ def test_values_in_the_interpreter(name):
 @pytest.mark.slow
 def test_slow_values_in_the_interpreter():
     process = interpreted("-k", f"{OTHERS} and ({SLOW})", FOLDER / "test_alignment_loss.py")
-    assert_all_pass(process, at_least=40)
+    assert_all_pass(process, at_least=30)
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -78,8 +78,9 @@ def test_squares_are_the_stock_ones(name, layout, device):
     for ours, stock in zip(*results, strict=True):
         torch.testing.assert_close(ours, stock)
     dd = normal(len(index), dtype=torch.float32, device=device, seed=1)
-    dd[::3] = 0
-    arguments = (dd, dd.roll(1), states, targets, *uses_of(index, B * T))
+    ds = normal(len(index), dtype=torch.float32, device=device, seed=2)
+    dd[::3], ds[::6], ds[1::6] = 0, 0, 0  # one, the other, both
+    arguments = (dd, ds, states, targets, *uses_of(index, B * T))
     ours, stock = (kernels.alignment_squares_bwd(*arguments) for kernels in (_triton, _composed))
     torch.testing.assert_close(ours, stock)
     assert torch.equal(ours != 0, stock != 0)
@@ -137,8 +138,8 @@ def compiled(capability, C, dtype, layout="dense", target_dtype=None):
     index, targets = torch.arange(40), normal(40, C, dtype=target_dtype or dtype)
     uses = uses_of(index, 128)
     with compiling_for(capability, KERNELS) as kernels:
-        d, p = _triton.alignment_squares_fwd(states, targets, index)
-        _triton.alignment_squares_bwd(d, p, states, targets, *uses)
+        d, s = _triton.alignment_squares_fwd(states, targets, index)
+        _triton.alignment_squares_bwd(d, s, states, targets, *uses)
     return [machine_code(kernel) for kernel in kernels]
 
 
@@ -186,11 +187,11 @@ def step_on_cuda():
 
     def step():
         results = []
-        for relative_to in (None, "layer", "token"):
+        for form in ("relative", "mean_square"):
             for rows in (mask, index):
 
-                def fn(*states, relative_to=relative_to, rows=rows):
-                    return alignment_loss(states, targets, rows, relative_to=relative_to)
+                def fn(*states, form=form, rows=rows):
+                    return alignment_loss(states, targets, rows, form=form)
 
                 results += gradients(fn, states, (dout,))
         return sum(results, ())

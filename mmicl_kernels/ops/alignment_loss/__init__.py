@@ -1,3 +1,3 @@
-from mmicl_kernels.ops.alignment_loss.api import alignment_loss, alignment_squares
+from mmicl_kernels.ops.alignment_loss.api import alignment_loss
 
-__all__ = ["alignment_loss", "alignment_squares"]
+__all__ = ["alignment_loss"]

@@ -31,24 +31,24 @@ def kernels(impl: str, device: torch.device) -> ModuleType:
 
 
 def alignment_squares_fwd(states: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """``d [N]`` and ``p [N]`` in the accumulation dtype of ``states [B, T, C]``; 0 where there is no row."""
+    """``d [N]`` and ``s [N]`` in the accumulation dtype of ``states [B, T, C]``; 0 where there is no row."""
     (B, T, _), N, acc = states.shape, index.shape[0], accumulation_dtype(states)
-    d, p = (states.new_empty(N, dtype=acc) for _ in range(2))
+    d, s = (states.new_empty(N, dtype=acc) for _ in range(2))
     for begin in range(0, N, BLOCK_ROWS):
         block = slice(begin, begin + BLOCK_ROWS)
         none = (index[block] < 0) | (index[block] >= B * T)
         x, y = gather_rows(states, index[block]).to(acc), targets[block].to(acc)
         y = y.masked_fill(none[:, None], 0.0)
-        d[block], p[block] = (x - y).square().sum(-1), y.square().sum(-1)
-    return d, p
+        d[block], s[block] = (x - y).square().sum(-1), (x.square() + y.square()).sum(-1)
+    return d, s
 
 
 def alignment_squares_bwd(
-    dd: Tensor, p: Tensor, states: Tensor, targets: Tensor, order: Tensor, starts: Tensor
+    dd: Tensor, ds: Tensor, states: Tensor, targets: Tensor, order: Tensor, starts: Tensor
 ) -> Tensor:
     """``dstates [B, T, C]``, contiguous: of row r the sum over its uses ``order[starts[r]:starts[r + 1]]``.
 
-    A use whose ``dd`` and ``p`` are 0 is left out, whatever its row holds: the loss is relative to ``p``.
+    A use whose ``dd`` and ``ds`` are 0 is left out, whatever its row holds: it has no part in the loss.
     """
     (B, T, C), N, acc = states.shape, order.shape[0], accumulation_dtype(states)
     rows = torch.searchsorted(starts, torch.arange(N, device=starts.device), right=True) - 1
@@ -56,7 +56,8 @@ def alignment_squares_bwd(
     for begin in range(0, N, BLOCK_ROWS):
         block = slice(begin, begin + BLOCK_ROWS)
         uses = order[block]
-        x, y, factor = gather_rows(states, rows[block]).to(acc), targets[uses].to(acc), 2 * dd[uses, None]
-        off = (factor == 0) & (p[uses, None] == 0)
-        grads[block] = (factor * (x - y)).masked_fill(off, 0.0)
+        x, y = gather_rows(states, rows[block]).to(acc), targets[uses].to(acc)
+        of_d, of_s = 2 * dd[uses, None], 2 * ds[uses, None]
+        off = (of_d == 0) & (of_s == 0)
+        grads[block] = (of_d * (x - y) + of_s * x).masked_fill(off, 0.0)
     return sum_rows(grads, rows, B * T).view(B, T, C)

@@ -12,11 +12,11 @@ from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
 
 torch.library.define(
     "mmicl::alignment_squares_fwd",
-    "(Tensor states, Tensor targets, Tensor index, str impl) -> (Tensor d, Tensor p)",
+    "(Tensor states, Tensor targets, Tensor index, str impl) -> (Tensor d, Tensor s)",
 )
 torch.library.define(
     "mmicl::alignment_squares_bwd",
-    "(Tensor dd, Tensor p, Tensor states, Tensor targets, Tensor order, Tensor starts, str impl) -> Tensor",
+    "(Tensor dd, Tensor ds, Tensor states, Tensor targets, Tensor order, Tensor starts, str impl) -> Tensor",
 )
 
 
@@ -30,14 +30,14 @@ torch.library.impl("mmicl::alignment_squares_fwd", ("cpu", "cuda"), _alignment_s
 
 @torch.library.register_fake("mmicl::alignment_squares_fwd")
 def _alignment_squares_fwd_fake(states, targets, index, impl):
-    d, p = (states.new_empty(index.shape[0], dtype=accumulation_dtype(states)) for _ in range(2))
-    return d, p
+    d, s = (states.new_empty(index.shape[0], dtype=accumulation_dtype(states)) for _ in range(2))
+    return d, s
 
 
-def _alignment_squares_bwd(dd, p, states, targets, order, starts, impl):
+def _alignment_squares_bwd(dd, ds, states, targets, order, starts, impl):
     with no_autocast(states.device):
         return kernels(impl, states.device).alignment_squares_bwd(
-            dd.contiguous(), p, states, targets, order, starts
+            dd.contiguous(), ds.contiguous(), states, targets, order, starts
         )
 
 
@@ -45,7 +45,7 @@ torch.library.impl("mmicl::alignment_squares_bwd", ("cpu", "cuda"), _alignment_s
 
 
 @torch.library.register_fake("mmicl::alignment_squares_bwd")
-def _alignment_squares_bwd_fake(dd, p, states, targets, order, starts, impl):
+def _alignment_squares_bwd_fake(dd, ds, states, targets, order, starts, impl):
     return states.new_empty(states.shape)
 
 
@@ -58,13 +58,12 @@ class _AlignmentSquaresFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         states, targets, _, order, starts, ctx.impl = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1], states, targets, order, starts)
+        ctx.save_for_backward(states, targets, order, starts)
 
     @staticmethod
     @refuse_double_backward("alignment_loss")
-    def backward(ctx, dd, _):
-        dstates = torch.ops.mmicl.alignment_squares_bwd(dd, *ctx.saved_tensors, ctx.impl)
+    def backward(ctx, dd, ds):
+        dstates = torch.ops.mmicl.alignment_squares_bwd(dd, ds, *ctx.saved_tensors, ctx.impl)
         return dstates, None, None, None, None, None
 
     vmap = staticmethod(refuse_vmap("alignment_loss"))
@@ -76,7 +75,7 @@ torch.library.register_vmap("mmicl::alignment_squares_fwd", refuse_vmap("alignme
 def alignment_squares_op(
     states: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor, impl: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """``d [N]`` and ``p [N]`` of every layer, on its device."""
+    """``d [N]`` and ``s [N]`` of every layer, on its device."""
     trained, places, squares = needs_grad(*states), {}, []
     R = states[0].shape[0] * states[0].shape[1]
     for x, y in zip(states, targets, strict=True):
@@ -86,5 +85,5 @@ def alignment_squares_op(
             places[x.device] = (own, *uses_of(own, R)) if trained else (own,)
         apply = _AlignmentSquaresFunction.apply if trained else torch.ops.mmicl.alignment_squares_fwd
         squares.append(apply(x, y, *places[x.device], impl))
-    d, p = zip(*squares, strict=True)
-    return list(d), list(p)
+    d, s = zip(*squares, strict=True)
+    return list(d), list(s)

@@ -39,7 +39,7 @@ def squares_fwd_kernel(
     targets,
     index,
     d,
-    p,
+    s,
     s_x_b,
     s_x_t,
     s_y_n,
@@ -57,22 +57,22 @@ def squares_fwd_kernel(
     p_y = targets + i_n * s_y_n
     # [BC]
     b_d = tl.zeros([BC], dtype=acc)
-    b_p = tl.zeros([BC], dtype=acc)
+    b_s = tl.zeros([BC], dtype=acc)
     for i_c in range(0, C, BC):
         o_c = i_c + tl.arange(0, BC)
         m_c = (o_c < C) & m_in
         b_x = tl.load(p_x + o_c, mask=m_c, other=0.0).to(acc)
         b_y = tl.load(p_y + o_c, mask=m_c, other=0.0).to(acc)
         b_d += (b_x - b_y) * (b_x - b_y)
-        b_p += b_y * b_y
+        b_s += b_x * b_x + b_y * b_y
     tl.store(d + i_n, tl.sum(b_d, 0))
-    tl.store(p + i_n, tl.sum(b_p, 0))
+    tl.store(s + i_n, tl.sum(b_s, 0))
 
 
 @triton.jit(do_not_specialize=["T", "R"])
 def squares_bwd_kernel(
     dd,
-    p,
+    ds,
     states,
     targets,
     order,
@@ -104,10 +104,11 @@ def squares_bwd_kernel(
         m_k = b_k < b_end
         i_n = tl.load(order + b_k, mask=m_k, other=0)
         b_dd = 2 * tl.load(dd + i_n, mask=m_k, other=0.0)
-        # Without either the loss is relative to a power of 0: whatever the row holds has no part.
-        m_on = ((b_dd != 0) | (tl.load(p + i_n, mask=m_k, other=0.0) != 0))[:, None] & m_c[None, :]
+        b_ds = 2 * tl.load(ds + i_n, mask=m_k, other=0.0)
+        # Without either the use has no part in the loss, whatever the row holds.
+        m_on = ((b_dd != 0) | (b_ds != 0))[:, None] & m_c[None, :]
         b_y = tl.load(targets + i_n[:, None] * s_y_n + o_c[None, :], mask=m_on, other=0.0).to(acc)
-        b_dx += tl.where(m_on, b_dd[:, None] * (b_x - b_y), 0.0)
+        b_dx += tl.where(m_on, b_dd[:, None] * (b_x - b_y) + b_ds[:, None] * b_x, 0.0)
         b_k += 1
     p_dx = dstates + o_r[:, None] * C + o_c[None, :]
     tl.store(p_dx, b_dx.to(dstates.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
@@ -116,19 +117,19 @@ def squares_bwd_kernel(
 def alignment_squares_fwd(states: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     (B, T, C), N, acc = states.shape, index.shape[0], accumulation_dtype(states)
     if states.numel() == 0 or N == 0:
-        d, p = (states.new_zeros(N, dtype=acc) for _ in range(2))
-        return d, p
-    d, p = (states.new_empty(N, dtype=acc) for _ in range(2))
+        d, s = (states.new_zeros(N, dtype=acc) for _ in range(2))
+        return d, s
+    d, s = (states.new_empty(N, dtype=acc) for _ in range(2))
     with torch.cuda.device_of(states):
         squares_fwd_kernel[(N,)](
-            states, targets, index, d, p, *states.stride()[:2], targets.stride(0),
+            states, targets, index, d, s, *states.stride()[:2], targets.stride(0),
             T, B * T, C, acc_type(states), FORWARD.columns(states), num_warps=FORWARD.num_warps,
         )  # fmt: skip
-    return d, p
+    return d, s
 
 
 def alignment_squares_bwd(
-    dd: Tensor, p: Tensor, states: Tensor, targets: Tensor, order: Tensor, starts: Tensor
+    dd: Tensor, ds: Tensor, states: Tensor, targets: Tensor, order: Tensor, starts: Tensor
 ) -> Tensor:
     B, T, C = states.shape
     dstates = states.new_empty(B, T, C)
@@ -136,7 +137,7 @@ def alignment_squares_bwd(
         BC = BACKWARD.columns(states)
         with torch.cuda.device_of(states):
             squares_bwd_kernel[(triton.cdiv(B * T, BACKWARD.rows), triton.cdiv(C, BC))](
-                dd, p, states, targets, order, starts, dstates, *states.stride()[:2], targets.stride(0),
+                dd, ds, states, targets, order, starts, dstates, *states.stride()[:2], targets.stride(0),
                 T, B * T, C, acc_type(states), BACKWARD.rows, BC, num_warps=BACKWARD.num_warps,
             )  # fmt: skip
     return dstates

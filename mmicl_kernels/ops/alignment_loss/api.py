@@ -15,9 +15,9 @@ from mmicl_kernels.ops._checks import (
 from mmicl_kernels.ops._impl import require_triton, resolve
 from mmicl_kernels.ops._rows import check_rows, index_of
 from mmicl_kernels.ops.alignment_loss._op import alignment_squares_op
-from mmicl_kernels.ops.alignment_loss.reference import alignment_loss_reference, alignment_squares_reference
+from mmicl_kernels.ops.alignment_loss.reference import alignment_loss_reference
 
-RELATIVE_TO = (None, "layer", "token")
+FORMS = ("relative", "mean_square")
 
 
 def alignment_loss(
@@ -25,15 +25,16 @@ def alignment_loss(
     targets: Sequence[Tensor],
     rows: Tensor,
     *,
-    relative_to: str | None = "layer",
+    form: str = "relative",
     impl: str = "auto",
 ) -> Tensor:
     """How far chosen tokens' states are from a teacher's, as a mean over layers.
 
-    With ``d_n = |x_n - y_n|^2`` and ``p_n = |y_n|^2`` of the N rows a layer's loss is ``sum d / (N C)``
-    (None: MimIC, arXiv 2504.08851, section 3.3), ``sum d / sum p`` ("layer"), or ``mean(d / p)``
-    ("token"). Where a layer's ``sum p`` or a row's ``p_n`` is 0, and without rows, it is 0 and has no
-    gradient. States are read in place: no layers are stacked, no rows copied, nothing is made wide.
+    With ``d_n = |x_n - y_n|^2`` and ``s_n = |x_n|^2 + |y_n|^2`` of the N rows a layer's loss is
+    ``mean(d / s)`` ("relative"), between 0 and 2 and without a scale of its own, or ``sum d / (N C)``
+    ("mean_square": MimIC, arXiv 2504.08851, section 3.3). A row whose ``s_n`` is 0 has 0 of "relative", and
+    no gradient; so has a call without rows. States are read in place: no layers are stacked, no rows copied,
+    nothing is made wide.
 
     Args:
         states: the student's, ``[B, T, C]`` of each of L layers, fp16, bf16, fp32 or fp64, contiguous last
@@ -43,7 +44,7 @@ def alignment_loss(
         rows: where the targets' tokens are among the states: a bool mask ``[B, T]`` of N in order of batch,
             then token; or int32 or int64 ``[N]``, rows ``b * T + t``, -1 for none, which does not count. One
             given twice counts twice. On any device. Checked on CPU only.
-        relative_to: None, "layer" or "token".
+        form: "relative" or "mean_square".
         impl: "reference", "composed" (C++ on CPU if it was built, Triton on CUDA), "triton" or "auto".
 
     Returns:
@@ -52,34 +53,17 @@ def alignment_loss(
 
     Raises:
         TypeError: no sequence, or a dtype. ValueError: a number of layers, a shape, stride, device, index, a
-        mask's count, targets that require grad, an unknown ``relative_to`` or ``impl``.
+        mask's count, targets that require grad, an unknown ``form`` or ``impl``.
         NotImplementedError: an ``impl`` this op does not have. RuntimeError: "triton" on CPU tensors
         without ``TRITON_INTERPRET=1``.
     """
-    check_choice("relative_to", relative_to, RELATIVE_TO)
+    check_choice("form", form, FORMS)
     impl, index = _checked(states, targets, rows, impl)
     if impl == "reference":
-        return alignment_loss_reference(states, targets, index, relative_to)
-    d, p = alignment_squares_op(states, targets, index, impl)
-    if relative_to is None:
-        d = [squares / max(x.shape[-1], 1) for squares, x in zip(d, states, strict=True)]
-    return _mean_over_layers(_on_first(d), _on_first(p), _count(index, states[0]), relative_to)
-
-
-def alignment_squares(
-    states: Sequence[Tensor], targets: Sequence[Tensor], rows: Tensor, *, impl: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """``d [L, N]`` and ``p [L, N]`` of :func:`alignment_loss`: who has which share of it.
-
-    Arguments, errors, dtype and device are those of :func:`alignment_loss`. A row that is none has 0 and 0.
-    Gradients go through ``d``.
-    """
-    impl, index = _checked(states, targets, rows, impl)
-    if impl == "reference":
-        d, p = alignment_squares_reference(states, targets, index)
-    else:
-        d, p = alignment_squares_op(states, targets, index, impl)
-    return _on_first(d), _on_first(p)
+        return alignment_loss_reference(states, targets, index, form)
+    d, s = alignment_squares_op(states, targets, index, impl)
+    shares = _shares(_on_first(d), _on_first(s)) if form == "relative" else _on_first(_per_column(d, states))
+    return shares.sum() / _count(index, states[0]) / len(states)
 
 
 def _checked(
@@ -131,12 +115,11 @@ def _count(index: Tensor, states: Tensor) -> Tensor:
     return is_row.sum().clamp(min=1).to(states.device)
 
 
-def _mean_over_layers(d: Tensor, p: Tensor, count: Tensor, relative_to: str | None) -> Tensor:
-    """Of ``d, p [L, N]``, both 0 where there is no row."""
-    L = d.shape[0]
-    if relative_to is None:
-        return d.sum() / count / L
-    if relative_to == "layer":
-        d, p, count = d.sum(1), p.sum(1), 1
-    zero = p == 0
-    return (d / p.masked_fill(zero, 1.0)).masked_fill(zero, 0.0).sum() / count / L
+def _per_column(d: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
+    return [squares / max(x.shape[-1], 1) for squares, x in zip(d, states, strict=True)]
+
+
+def _shares(d: Tensor, s: Tensor) -> Tensor:
+    """``d / s``, 0 where ``s`` is, without gradient there."""
+    zero = s < torch.finfo(s.dtype).tiny  # whose inverse overflows
+    return (d / s.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)

@@ -1,9 +1,9 @@
 """States of chosen tokens against a teacher's, layer by layer: the specification.
 
-    d_n = |x_n - y_n|^2      p_n = |y_n|^2,  x_n = states_{index_n}, n over the N rows that are some
-    loss of a layer = sum_n d_n / (N C),  sum_n d_n / sum_n p_n  or  mean_n d_n / p_n;  the value is the mean
+    d_n = |x_n - y_n|^2      s_n = |x_n|^2 + |y_n|^2,  x_n = states_{index_n}, n over the N rows that are some
+    loss of a layer = mean_n d_n / s_n  or  sum_n d_n / (N C);  the value is the mean
 
-Source: MimIC (arXiv 2504.08851, section 3.3), the first form. The relative ones are ours.
+Source: MimIC (arXiv 2504.08851, section 3.3), the second form. The first is ours.
 """
 
 from collections.abc import Sequence
@@ -14,38 +14,26 @@ from torch.nn import functional as F
 
 
 def alignment_loss_reference(
-    states: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor, relative_to: str | None
+    states: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor, form: str
 ) -> Tensor:
     """Plain PyTorch form of :func:`mmicl_kernels.ops.alignment_loss`; fp64 in, fp64 out.
 
     Args:
         index: ``[N]`` int64, rows of each ``states.flatten(0, 1)``; what is outside of them is no row.
     """
-    losses = [_layer_loss(x, y, index, relative_to) for x, y in zip(states, targets, strict=True)]
+    losses = [_layer_loss(x, y, index, form) for x, y in zip(states, targets, strict=True)]
     return sum(loss.to(losses[0].device) for loss in losses) / len(losses)
 
 
-def alignment_squares_reference(
-    states: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """``d [N]`` and ``p [N]`` of every layer, 0 where there is no row."""
-    rows = [_chosen_rows(x, y, index) for x, y in zip(states, targets, strict=True)]
-    return [(x - y).square().sum(-1) for x, y, _ in rows], [y.square().sum(-1) for _, y, _ in rows]
-
-
-def _layer_loss(states: Tensor, targets: Tensor, index: Tensor, relative_to: str | None) -> Tensor:
+def _layer_loss(states: Tensor, targets: Tensor, index: Tensor, form: str) -> Tensor:
     x, y, none = _chosen_rows(states, targets, index)
     with torch.autocast(x.device.type, enabled=False):
-        p, count = y.square().sum(-1), (~none).sum().clamp(min=1)
-        power = p.sum()
-        off = {None: none, "layer": (power == 0).expand_as(none), "token": p == 0}[relative_to]
-        # Taken out before they are squared: what has no part has no gradient either, NaN included.
-        d = (x - y).masked_fill(off[:, None], 0.0).square().sum(-1)
-        if relative_to is None:
+        d, count = (x - y).square().sum(-1), (~none).sum().clamp(min=1)
+        if form == "mean_square":
             return d.sum() / count / max(x.shape[1], 1)
-        if relative_to == "layer":
-            return d.sum() / power.masked_fill(power == 0, 1.0)
-        return (d / p.masked_fill(off, 1.0)).sum() / count
+        s = x.square().sum(-1) + y.square().sum(-1)
+        zero = s < torch.finfo(s.dtype).tiny  # whose inverse overflows
+        return (d / s.masked_fill(zero, 1.0)).masked_fill(zero, 0.0).sum() / count
 
 
 def _chosen_rows(states: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
