@@ -17,7 +17,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CASES = {"m2iv": (mk.M2IVAdapter, mk.M2IVConfig), "live": (mk.LIVEAdapter, mk.LIVEConfig)}
 CHANGED = {
     "m2iv": {"mimicry_weight": 0.25, "synergy_weight": 1 / 3, "ce_weight": 0.0, "temperature": 2.0,
-             "gamma": 5e-4, "scale_learning_rate": 0.1},
+             "synergy_of": "token", "gamma": 5e-4, "scale_learning_rate": 0.1},
     "live": {"site": "layer", "kl_weight": 0.5, "ce_weight": 1 / 3, "temperature": 0.5,
              "scale_learning_rate": 0.1},
 }  # fmt: skip
@@ -126,6 +126,7 @@ def test_defaults_are_those_of_the_design():
     assert dataclasses.asdict(mk.M2IVConfig()) == {
         "mimicry_weight": 1.0,
         "synergy_weight": 1.0,
+        "synergy_of": "channel",
         "ce_weight": 0.5,
         "temperature": 1.0,
         "gamma": 1e-3,
@@ -156,6 +157,7 @@ def test_bad_weights(name, value):
     [
         ("temperature", 0.0, r"temperature is 0\.0, expected a finite number above 0"),
         ("temperature", math.nan, "temperature is nan"),
+        ("synergy_of", "row", r"synergy_of is 'row', expected one of \('channel', 'token'\)"),
         ("scale_learning_rate", -1e-2, r"scale_learning_rate is -0\.01"),
         ("scale_learning_rate", math.inf, "scale_learning_rate is inf"),
     ],

@@ -310,7 +310,7 @@ def everywhere(out):
 )
 def test_train_warns_once_and_names_the_place(layers, change, named):
     model = tiny_model("llava-llama")
-    module = TrainedModule(model, random_adapter(model))
+    module = TrainedModule(model, random_adapter(model, alignment="mean_square"))
     assert len(module.handle.anchors) == 3
     config = TrainingConfig(learning_rate=1e-6, measure_every=1)
     with Planted(module.handle, layers, change), warnings.catch_warnings(record=True) as caught:
