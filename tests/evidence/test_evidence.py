@@ -65,7 +65,10 @@ def test_what_was_run_is_found_again(tmp_path, monkeypatch):
     runs.keep("default", runs.Run("kind", "MimIC", 16, 1), {"right": "11", "accuracy": 1.0})
     found = runs.read("default")
     assert found[run]["accuracy"] == 0.5 and len(found) == 2
-    assert {seed: x.tolist() for seed, x in report.right(found, task="kind").items()} == {0: [0, 1], 1: [1, 1]}
+    assert {seed: x.tolist() for seed, x in report.right(found, task="kind").items()} == {
+        0: [0, 1],
+        1: [1, 1],
+    }
     assert report.right(found, task="past") == {}
 
 
@@ -103,7 +106,9 @@ def test_results_are_of_runs_that_are_listed():
         for run, row in found.items():
             asked = tasks.records(run.task, run.split)[: runs.QUERIES]
             right = [x["answer"] == text for x, text in zip(asked, row["texts"], strict=True)]
-            assert row["right"] == "".join(str(int(x)) for x in right) and row["accuracy"] == np.mean(right), run
+            assert row["right"] == "".join(str(int(x)) for x in right) and row["accuracy"] == np.mean(
+                right
+            ), run
 
 
 def test_tables_are_those_of_the_committed_results():
@@ -122,8 +127,6 @@ def test_an_arm_learns_and_leaves_the_model_alone():
     for (name, x), y in zip(adapter.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(x, y) and (name.endswith("weight") == (x.count_nonzero() == 0)), name
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-
-
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ COUNTS = (4, 16, 64)
 EFFICIENCY_TASKS = ("kind", "colour", "past")
 EFFICIENCY_ARMS = ("MimIC", CONTROL, PULL, SHUFFLED, OFFICIAL, "M2IV", "LIVE", LORA)
 
-FEW = ("colour", "shapes", "past")
+FEW = ("colour", "past", "feeling")
 _FEW: dict[str, Any] = {"labelled": 4, "unlabelled": 0}
 _MANY: dict[str, Any] = {"labelled": 4, "unlabelled": 64}
 MANY: Mapping[str, dict[str, Any]] = {
