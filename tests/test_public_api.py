@@ -43,8 +43,8 @@ SIGNATURES = {
     "evaluate": "(model, processor, records, *, adapters=None, bank=None, shots=(0,), adapter_shots=(0,), "
     "demonstrations=None, retrieval='random', features=None, metric='exact', auroc=False, generation=None, "
     "out=None, batch_size=8, limit=None, seed=0, progress=True)",
-    "MimICConfig": "(normalizer='visible', align='mlp', alignment='relative', align_weight=1.0, ce_weight=0.5, "
-    "ffn_shift=False)",
+    "MimICConfig": "(normalizer='visible', align='mlp', alignment='relative', align_weight=1.0, "
+    "ce_weight=0.5, ffn_shift=False)",
     "MimICAdapter.save_pretrained": "(self, folder)",
     "MimICAdapter.from_pretrained": "(folder)",
     "Handle.rows": "(self, names)",

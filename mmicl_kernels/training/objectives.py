@@ -13,7 +13,7 @@ from mmicl_kernels.integration.aggregation import evaluating
 from mmicl_kernels.integration.recomputation import repeats_reentrant
 from mmicl_kernels.methods import Adapter, MimICAdapter
 from mmicl_kernels.ops import alignment_loss
-from mmicl_kernels.training.answers import answer_logits, answer_loss, wide
+from mmicl_kernels.training.answers import answer_logits, answer_loss
 from mmicl_kernels.training.batch import Batch
 from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
 from mmicl_kernels.training.measures import alignment_shares, gradient_norms
