@@ -36,6 +36,8 @@ MANY: Mapping[str, dict[str, Any]] = {
     "4 demonstrations in the prompt": {"arm": ICL, **_FEW},
     "4 items: answers alone": {"arm": CONTROL, **_FEW},
     "4 items: MimIC": {"arm": "MimIC", **_FEW},
+    "4 items: pulled to zero-shot": {"arm": PULL, **_FEW},
+    "4 items: MimIC of a shuffled teacher": {"arm": SHUFFLED, **_FEW},
     "64 questions: the teacher's answers and states, MimIC": {"arm": "MimIC", "labeller": "teacher", **_MANY},
     "the teacher's answers alone": {"arm": CONTROL, "labeller": "teacher", **_MANY},
     "the control's answers alone (self-training)": {"arm": CONTROL, "labeller": "control", **_MANY},
