@@ -10,6 +10,7 @@ import mmicl_kernels as mk
 from benchmarks.experiments.evidence import arms, experiments, forms, report, runs, world
 from benchmarks.experiments.smolvl import tasks
 from mmicl_kernels.evaluation.intervals import paired_bootstrap
+from mmicl_kernels.evaluation.metrics import exact_match
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -105,10 +106,9 @@ def test_results_are_of_runs_that_are_listed():
         assert found.keys() <= listed, sorted(map(str, found.keys() - listed))[:3]
         for run, row in found.items():
             asked = tasks.records(run.task, run.split)[: runs.QUERIES]
-            right = [x["answer"] == text for x, text in zip(asked, row["texts"], strict=True)]
-            assert row["right"] == "".join(str(int(x)) for x in right) and row["accuracy"] == np.mean(
-                right
-            ), run
+            score = exact_match(row["texts"], [x["answer"] for x in asked])
+            assert row["right"] == "".join(str(int(x)) for x in score.samples), run
+            assert row["accuracy"] == score.value, run
 
 
 def test_tables_are_those_of_the_committed_results():
