@@ -57,7 +57,7 @@ def read_official(path: str | os.PathLike, backbone: Backbone) -> MimICAdapter:
             f"{path}: attn_shift has shape {list(shift.shape)}, expected "
             f"[layers, heads, head dim] = {list(expected or ())} of this model (one shift per head)"
         )
-    config = MimICConfig(normalizer="all_keys", ffn_shift="ffn_shift" in encoder)
+    config = MimICConfig("all_keys", alignment="mean_square", ffn_shift="ffn_shift" in encoder)
     tensors = {}
     for row, index in enumerate(indices):
         tensors[f"layers.{index}.shift"] = shift[row].clone()

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
-from mmicl_kernels.methods.base import check_tensors
+from mmicl_kernels.methods.base import check_tensors, stored_config
 from mmicl_kernels.methods.durable import is_file
 
 FORMAT = "mmicl-vlibrary-entry-1"
@@ -279,7 +279,7 @@ def _expected(entry: Entry, table: dict[str, Any], path: Path | str) -> tuple[ty
         unknown = entry.config.keys() - {known.name for known in fields(adapter_class.config_class)}
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)!s:.80}")
-        config = adapter_class.config_class(**entry.config)
+        config = stored_config(adapter_class.config_class, entry.config)
         shapes = adapter_class.tensor_shapes(config, entry.backbone)
     except BAD_VALUES as error:
         raise CheckpointError(f"{path} has a bad config: {error!r:.200}") from error

@@ -220,9 +220,14 @@ def _read_config(config_class: type, description: dict[str, Any], source: str) -
     if not isinstance(data, dict) or not data.keys() <= known:
         raise CheckpointError(f"{source} has config {data!r}, expected fields among {sorted(known)}")
     try:
-        return config_class(**data)
+        return stored_config(config_class, data)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source} has a bad config: {error}") from error
+
+
+def stored_config(config_class: type, data: Mapping[str, Any]) -> Any:
+    """A config of what a file has. In a file older than a field that was which ``OLDER`` says, if it does."""
+    return config_class(**{**getattr(config_class, "OLDER", {}), **data})
 
 
 def _read_backbone(description: dict[str, Any], source: str) -> Backbone:
@@ -288,14 +293,21 @@ def is_plain(x: Tensor) -> bool:
 
 
 def check_non_negative(config: Any, *names: str) -> None:
-    """Raise ValueError unless the fields ``names`` are finite numbers of at least 0."""
+    """Raise TypeError unless the fields ``names`` are numbers, ValueError unless finite and at least 0."""
     for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
+        if not 0 <= _number(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number of at least 0")
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raise ValueError unless the fields ``names`` are finite numbers above 0."""
+    """Raise TypeError unless the fields ``names`` are numbers, ValueError unless finite and above 0."""
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
+        if not 0 < _number(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected a finite number above 0")
+
+
+def _number(config: Any, name: str) -> float:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    return value

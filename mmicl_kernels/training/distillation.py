@@ -165,7 +165,8 @@ def synergy(a: Tensor, m: Tensor, gamma: float, of: str) -> Tensor:
     """
     N, C = a.shape
     dim, unit = (0, C) if of == "channel" else (-1, 1)
-    a, m = (F.normalize(wide(x), dim=dim) for x in (a, m.to(a.device)))
+    # A channel that is 0 throughout has a length of eps: a smaller one would make its gradient enormous.
+    a, m = (F.normalize(wide(x), dim=dim, eps=1e-6) for x in (a, m.to(a.device)))
     if of == "token":
         a = a / N
     diagonal = (a * m).sum(0)

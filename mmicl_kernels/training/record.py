@@ -16,15 +16,19 @@ def record_outputs(
     themselves, ``[B, T, C]``; hooks are removed at the end, also after an error.
 
     Raises:
-        RuntimeError: not every module was called once with its hook, as after some were compiled.
+        RuntimeError: not every module was called once with its hook, as after some were compiled; or a whole
+        output was changed in place afterwards, so that it is not what the module had returned.
     """
     recorded: list[Tensor] = []
+    versions: list[int] = []  # of what is kept as it is
     places = tokens.nonzero(as_tuple=True)  # once: a mask would be counted anew, on the host, at each module
 
     def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
         # Mixtures of experts, and OPT, return all tokens in one row.
         states = states.view(*tokens.shape, -1) if states.dim() == 2 else states
+        if whole:
+            versions.append(_version(states))
         recorded.append(states if whole else states[tuple(x.to(states.device) for x in places)])
 
     handles = [module.register_forward_hook(hook) for module in modules]
@@ -38,3 +42,14 @@ def record_outputs(
             f"{len(recorded)} outputs of {len(modules)} modules were seen: train with layers that were not "
             "compiled by themselves, or torch._dynamo.reset() first"
         )
+    changed = [i for i, version in enumerate(versions) if _version(recorded[i]) != version]
+    if changed:
+        raise RuntimeError(
+            f"the model changed the outputs of modules {changed} in place after they had been recorded, "
+            "expected layers that add to new tensors"
+        )
+
+
+def _version(x: Tensor) -> int:
+    """How often ``x`` was changed in place; inference mode does not count."""
+    return 0 if x.is_inference() else x._version

@@ -141,6 +141,13 @@ def test_defaults_are_those_of_the_design():
     }
 
 
+@pytest.mark.parametrize("value", [True, "1", None])
+def test_weights_are_numbers(value):
+    for config in (mk.MimICConfig, mk.M2IVConfig, mk.LIVEConfig):
+        with pytest.raises(TypeError, match=f"ce_weight is {value!r}, expected a number"):
+            config(ce_weight=value)
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["mimicry_weight", "synergy_weight", "ce_weight", "gamma", "kl_weight"])
 def test_bad_weights(name, value):

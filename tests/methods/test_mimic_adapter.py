@@ -136,6 +136,16 @@ def test_files_are_plain(tmp_path):
     }
 
 
+def test_a_file_older_than_a_field_has_what_was_done_then(tmp_path):
+    """It says how the adapter was trained, which today's default would not."""
+    adapter_of().save_pretrained(tmp_path)
+    file = tmp_path / CONFIG_FILE
+    description = json.loads(file.read_text())
+    del description["config"]["alignment"]
+    file.write_text(json.dumps(description))
+    assert mk.MimICAdapter.from_pretrained(tmp_path).config.alignment == "mean_square"
+
+
 def test_saving_over_an_adapter(tmp_path):
     adapter_of().save_pretrained(tmp_path)
     second = adapter_of({0: (2, 8)}, normalizer="all_keys")
@@ -176,6 +186,7 @@ def test_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, fails):
         ("align", "attention", "align is 'attention', expected one of"),
         ("alignment", None, "alignment is None, expected one of"),
         ("align_weight", -1.0, r"align_weight is -1\.0"),
+        ("align_weight", math.inf, "align_weight is inf"),
         ("ce_weight", math.nan, "ce_weight is nan"),
     ],
 )

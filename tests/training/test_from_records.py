@@ -43,7 +43,7 @@ def test_train_save_load_answer(records, config, workers, tmp_path):
     )
     module = TrainedModule(model, adapter)
     log = train(module, trainable(adapter), epochs(loader), 12, progress=False)
-    assert log[-1]["ce"] < log[0]["ce"]
+    assert log[-1]["loss"] < log[0]["loss"]
     module.handle.detach()
     adapter.save_pretrained(tmp_path / "adapter")
 

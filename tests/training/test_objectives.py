@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -208,6 +209,19 @@ def test_record_outputs():
     with record_outputs([first], tokens, whole=True) as states:
         y = first(x.flatten(0, 1))  # as some MLPs return them
     assert states[0].shape == (2, 3, 3) and states[0].data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_outputs_that_change_in_place_are_not_taken_for_what_they_were(whole):
+    """As in a layer that adds its residual to what its MLP returned."""
+    module, tokens, x = torch.nn.Linear(3, 3), torch.ones(2, 3, dtype=torch.bool), torch.randn(2, 3, 3)
+    refused = pytest.raises(RuntimeError, match=r"outputs of modules \[0\] in place")
+    with refused if whole else nullcontext(), record_outputs([module], tokens, whole=whole) as states:
+        y = module(x)
+        expected = y.detach().clone()
+        y += x
+    if not whole:
+        assert torch.equal(states[0], expected.flatten(0, 1))
 
 
 def test_objective_needs_a_single_adapter():

@@ -274,7 +274,8 @@ def test_the_best_checkpoint_is_the_result(model, processor, records, tmp_path):
     others = [Demonstration(x.images, x.text, "what is it what is it") for x in demonstrations(records)]
     recipe = recipe_for("mimic", learning_rate=2.0)
     options = {"recipe": recipe, "progress": False, "out": tmp_path / "out"}
-    adapter = mk.train(model, processor, records, mk.MimICConfig(), validation=others, **options)
+    config = mk.MimICConfig(alignment="mean_square")
+    adapter = mk.train(model, processor, records, config, validation=others, **options)
     log = logged(tmp_path / "out")
     found = {x["step"]: x["eval_ce"] for x in log if "eval_ce" in x}
     best = min(found, key=found.get)

@@ -1,13 +1,14 @@
 """Ways to learn a task from labelled items: each method, and what could do the same without what it claims.
 
-All see the same items in the same order, for as many updates. What a *control* lacks is the teacher; a
+All learn from the same items, in as many updates of as many. What a *control* lacks is the teacher; a
 *placebo* has one that knows nothing: the plain model itself without demonstrations, or after demonstrations
-whose answers were dealt out anew.
+with each other's answers.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,26 +72,41 @@ ARMS: Mapping[str, Arm] = {
     SMALL: Arm(mk.MimICConfig(alignment="mean_square", align_weight=0.02)),
     "MimIC, residual stream": Arm(mk.MimICConfig(align="layer")),
     "MimIC, attention's output": Arm(mk.MimICConfig(align="self_attn")),
+    "MimIC, constant magnitude": Arm(mk.MimICConfig(), frozen=("weight",)),
+    "answers alone, constant magnitude": Arm(ANSWERS, teacher="nothing", frozen=("weight",)),
+    "M2IV, no synergy": Arm(mk.M2IVConfig(synergy_weight=0)),
+    "M2IV, synergy of tokens": Arm(mk.M2IVConfig(synergy_of="token")),
 }
+
+# Whose forms of alignment are compared.
+ALIGNED = (
+    CONTROL,
+    "MimIC",
+    OFFICIAL,
+    SMALL,
+    *(f"MimIC, {form}" for form in FORMS),
+    "MimIC, residual stream",
+    "MimIC, attention's output",
+)
 
 
 def learn(
     arm: Arm, model: nn.Module, prompts: mk.PromptBuilder, queries: Sequence[Row], pool: Sequence[Row],
     steps: int, seed: int,
 ) -> Adapter:  # fmt: skip
-    """An adapter for ``queries``, whose teacher has demonstrations of ``pool``, which is those or has none of
-    them. A batch shares its demonstrations, no query is among them, and of few items both are smaller."""
-    size = min(BATCH, max(1, len(queries) // 2))
-    most = len(pool) - size if queries is pool else len(pool)
-    shots = 0 if arm.teacher == "nothing" else min(SHOTS, most)
+    """An adapter for ``queries``, whose teacher has demonstrations of ``pool``: others of the queries where
+    that is the same list. A batch shares them where there are enough; of few items each has all others."""
     examples = as_records(queries)
     shown = as_records(shuffled(pool, seed) if arm.teacher == "shuffled" else pool)
+    others = len(pool) - BATCH if queries is pool else len(pool)
+    shared = others >= min(SHOTS, len(pool) - 1)
+    shots = 0 if arm.teacher == "nothing" else min(SHOTS, len(pool) - (queries is pool))
     if isinstance(arm.config, mk.AIMConfig):
         collate = AggregationCollator(prompts, shown, (1, 4), seed=seed)
     else:
-        collate = EpisodeCollator(prompts, shown, shots, shared_shots=shots > 0, seed=seed)
+        collate = EpisodeCollator(prompts, shown, shots, shared_shots=shared and shots > 0, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(examples, size, shuffle=True, collate_fn=collate, generator=generator)
+    loader = DataLoader(examples, BATCH, shuffle=True, collate_fn=collate, generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = mk.create(model, arm.config)
@@ -114,7 +130,10 @@ def _learnt(adapter: Adapter, arm: Arm) -> dict[str, nn.Parameter]:
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
-    """The same questions, with answers that were dealt out anew."""
-    answers = [row["answer"] for row in rows]
-    random.Random(seed).shuffle(answers)
-    return [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    """The same questions with each other's answers: no answer stays, or of two different ones half of them,
+    since two that were exchanged would be as good a lesson."""
+    order = sorted(random.Random(seed).sample(range(len(rows)), len(rows)), key=lambda i: rows[i]["answer"])
+    counts = Counter(row["answer"] for row in rows)
+    shift = max(counts.values()) if len(counts) > 2 else max(counts.values()) // 2
+    dealt = {i: rows[order[(k + shift) % len(rows)]]["answer"] for k, i in enumerate(order)}
+    return [{**row, "answer": dealt[i]} for i, row in enumerate(rows)]

@@ -8,16 +8,31 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from benchmarks.report import fill_tables
 
-from .arms import ARMS, CONTROL
-from .experiments import COUNTS, EFFICIENCY_ARMS, EFFICIENCY_TASKS, FEW, MANY, RATES, RATES_TASKS, TASKS
+from .arms import ALIGNED, CONTROL
+from .experiments import (
+    COUNTS,
+    EFFICIENCY_ARMS,
+    EFFICIENCY_TASKS,
+    FEW,
+    GRID,
+    MAGNITUDES,
+    MANY,
+    STEPS,
+    SYNERGIES,
+    TASKS,
+    TAUGHT,
+    TUNED,
+    TUNED_TASKS,
+)
 from .runs import ICL, Run, read
 
 PAGE = Path(__file__).parents[3] / "docs" / "evidence.md"
 PLOT = Path(__file__).with_name("efficiency.png")
-RESAMPLES = 10_000
+FEWEST_SEEDS = 3  # of an interval
 
 # By seed, 1 where the answer to a query is right and 0 else.
 Right = Mapping[int, np.ndarray]
@@ -41,17 +56,40 @@ def accuracy(x: Right) -> str:
 
 
 def minus(a: Right, b: Right) -> str:
-    """In percentage points, with the 95 % interval; seeds and queries, which both share, are drawn anew."""
+    """In percentage points over the seeds of both, with a 95 % interval if they are enough for one."""
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return ""
     gaps = 100 * np.stack([a[seed] - b[seed] for seed in seeds])
-    generator = np.random.default_rng(0)
-    rows = generator.integers(len(seeds), size=(RESAMPLES, len(seeds)))
-    columns = generator.integers(gaps.shape[1], size=(RESAMPLES, gaps.shape[1]))
-    drawn = [gaps[row][:, column].mean() for row, column in zip(rows, columns, strict=True)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return f"{gaps.mean():+.0f} ({low:+.0f} to {high:+.0f})"
+    if len(seeds) < FEWEST_SEEDS:
+        return f"{gaps.mean():+.0f}"
+    half = half_width(gaps)
+    return f"{gaps.mean():+.0f} ({gaps.mean() - half:+.0f} to {gaps.mean() + half:+.0f})"
+
+
+def half_width(gaps: np.ndarray, level: float = 0.95) -> float:
+    """Of the interval of the mean of ``gaps [seeds, questions]``, both of which are drawn from many.
+
+    The variance is that of a two-way layout with random rows and columns, the degrees of freedom are
+    Satterthwaite's, so that three seeds have the wide interval that three draws deserve.
+    """
+    S, Q = gaps.shape
+    rows, columns = gaps.mean(1), gaps.mean(0)
+    rest = gaps - rows[:, None] - columns + gaps.mean()
+    of_rows, of_columns = rows.var(ddof=1) / S, columns.var(ddof=1) / Q
+    both = (rest**2).sum() / ((S - 1) * (Q - 1)) / (S * Q)
+    variance = max(of_rows + of_columns - both, of_rows, of_columns)
+    if variance == 0:
+        return 0.0
+    freedom = (of_rows + of_columns) ** 2 / (of_rows**2 / (S - 1) + of_columns**2 / (Q - 1))
+    return float(student_t.ppf((1 + level) / 2, freedom) * np.sqrt(variance))
+
+
+def common(rows: Sequence[Right]) -> list[Right]:
+    """What was run by the seeds that all those have that were run at all: only then rows compare."""
+    known = [set(x) for x in rows if x]
+    seeds = set.intersection(*known) if known else set()
+    return [{seed: x[seed] for seed in x if seed in seeds} for x in rows]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,42 +99,47 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def forms_table() -> str:
     found = read("forms")
-    arms = [CONTROL, *(x for x in ARMS if x.startswith("MimIC"))]
-    rows = [[arm, *(accuracy(right(found, arm=arm, head=head)) for head in (True, False))] for arm in arms]
+    rows = [[arm, *(accuracy(right(found, arm=arm, head=x)) for x in (True, False))] for arm in ALIGNED]
     return markdown(["alignment", "`kind`", "`kind`, no first token"], rows)
 
 
-def rates_table() -> str:
-    found = read("rates")
+def tuning_table() -> str:
+    found = read("tuning")
     rows = []
-    for arm, grid in RATES.items():
-        for rate in grid:
-            shown = [accuracy(right(found, task=task, arm=arm, rate=rate)) for task in RATES_TASKS]
-            rows.append([arm, f"{rate:g}", *shown])
-    return markdown(["", "rate", *(f"`{task}`" for task in RATES_TASKS)], rows)
+    for arm in TUNED:
+        for steps in STEPS:
+            cells = [
+                accuracy(right(found, task=task, arm=arm, steps=steps, rate=rate))
+                for task in TUNED_TASKS
+                for rate in GRID
+            ]
+            rows.append([arm, str(steps), *cells])
+    columns = [f"`{task}`, {rate:g}" for task in TUNED_TASKS for rate in GRID]
+    return markdown(["", "updates", *columns], rows)
+
+
+def synergies_table() -> str:
+    found = read("synergies")
+    tasks = ("feeling", "past", "kind")
+    rows = [[arm, *(accuracy(right(found, task=task, arm=arm)) for task in tasks)] for arm in SYNERGIES]
+    return markdown(["", *(f"`{task}`" for task in tasks)], rows)
 
 
 def default_table() -> str:
     found = read("default")
-    columns = [
-        "",
-        "8-shot",
-        "16-shot",
-        CONTROL,
-        "MimIC",
-        "MimIC minus control",
-        "M2IV",
-        "M2IV minus 8-shot",
-        "AIM, 8 fused",
-    ]
+    columns = (
+        "", "8-shot", "16-shot", CONTROL, "MimIC", "MimIC minus control", "M2IV", "M2IV minus 8-shot",
+        "AIM, 8 fused", "AIM minus 8-shot",
+    )  # fmt: skip
     rows = []
     for task in TASKS:
         few, many = (right(found, task=task, arm=ICL, shots=k) for k in (8, 16))
         control, mimic, m2iv, aim = (
             right(found, task=task, arm=x) for x in (CONTROL, "MimIC", "M2IV", "AIM")
         )
+        few, many, control, mimic, m2iv, aim = common([few, many, control, mimic, m2iv, aim])
         shown = [*map(accuracy, (few, many, control, mimic)), minus(mimic, control)]
-        rows.append([f"`{task}`", *shown, accuracy(m2iv), minus(m2iv, few), accuracy(aim)])
+        rows.append([f"`{task}`", *shown, accuracy(m2iv), minus(m2iv, few), accuracy(aim), minus(aim, few)])
     return markdown(columns, rows)
 
 
@@ -104,12 +147,10 @@ def efficiency_table() -> str:
     found = read("efficiency")
     rows = []
     for task in EFFICIENCY_TASKS:
+        control = [right(found, task=task, arm=CONTROL, labelled=count) for count in COUNTS]
         for arm in (ICL, *EFFICIENCY_ARMS):
             own = [right(found, task=task, arm=arm, labelled=count) for count in COUNTS]
-            control = [right(found, task=task, arm=CONTROL, labelled=count) for count in COUNTS]
-            gaps = [
-                minus(*pair) if arm not in (CONTROL, ICL) else "" for pair in zip(own, control, strict=True)
-            ]
+            gaps = [minus(*pair) if arm != CONTROL else "" for pair in zip(own, control, strict=True)]
             cells = [f"{accuracy(x)}{gap and f'; {gap}'}" for x, gap in zip(own, gaps, strict=True)]
             rows.append([f"`{task}`", arm, *cells])
     return markdown(["", "", *(f"{count} items" for count in COUNTS)], rows)
@@ -119,51 +160,54 @@ def unlabelled_table() -> str:
     found = read("unlabelled")
     rows = []
     for task in FEW:
-        best = right(found, task=task, arm="MimIC", labeller="teacher")
-        for name, fields in MANY.items():
-            own = right(found, task=task, **fields)
-            rows.append([f"`{task}`", name, accuracy(own), minus(best, own)])
-    return markdown(["", "learnt from", "right", "MimIC, taught, minus this"], rows)
+        each = common([right(found, task=task, **fields) for fields in MANY.values()])
+        best = dict(zip(MANY, each, strict=True))[TAUGHT]
+        for name, own in zip(MANY, each, strict=True):
+            rows.append([f"`{task}`", name, accuracy(own), "" if name == TAUGHT else minus(best, own)])
+    return markdown(["", "learnt from", "right", "taught minus this"], rows)
+
+
+def magnitudes_table() -> str:
+    found = read("magnitudes")
+    rows = []
+    for task in ("past", "feeling"):
+        for arm, constant in MAGNITUDES:
+            x, y = common([right(found, task=task, arm=name) for name in (arm, constant)])
+            rows.append([f"`{task}`", arm, accuracy(x), accuracy(y), minus(x, y)])
+    return markdown(["", "", "of the query", "constant", "difference"], rows)
 
 
 def plot() -> None:
     """Accuracy against the number of labelled items."""
     found = read("efficiency")
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, task in zip(
-        figure.subplots(1, len(EFFICIENCY_TASKS), sharey=True), EFFICIENCY_TASKS, strict=True
-    ):
+    axes = figure.subplots(1, len(EFFICIENCY_TASKS), sharey=True)
+    for axis, task in zip(axes, EFFICIENCY_TASKS, strict=True):
         for arm in (ICL, *EFFICIENCY_ARMS):
             each = {count: right(found, task=task, arm=arm, labelled=count) for count in COUNTS}
-            known = {
-                count: 100 * np.mean([x.mean() for x in own.values()]) for count, own in each.items() if own
-            }
-            axis.plot(
-                list(known), list(known.values()), "o-" if arm != ICL else "s--", label=arm, linewidth=1
-            )
-        axis.set(
-            title=task,
-            xlabel="labelled items",
-            xscale="log",
-            xticks=COUNTS,
-            xticklabels=COUNTS,
-            ylim=(0, 101),
-        )
+            known = {k: 100 * np.mean([x.mean() for x in own.values()]) for k, own in each.items() if own}
+            line = "s--" if arm == ICL else "o-"
+            axis.plot(list(known), list(known.values()), line, label=arm, linewidth=1)
+        axis.set(title=task, xlabel="labelled items", xscale="log", ylim=(0, 101))
+        axis.set(xticks=COUNTS, xticklabels=COUNTS)
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("right, %")
-    figure.axes[-1].legend(fontsize=7)
+    axes[0].set_ylabel("right, %")
+    axes[-1].legend(fontsize=7)
     figure.savefig(PLOT, dpi=120)
 
 
 def tables() -> dict[str, str]:
     """Markdown by the name of its marker."""
-    return {
-        "evidence-forms": forms_table(),
-        "evidence-rates": rates_table(),
-        "evidence-default": default_table(),
-        "evidence-efficiency": efficiency_table(),
-        "evidence-unlabelled": unlabelled_table(),
+    makers = {
+        "forms": forms_table,
+        "tuning": tuning_table,
+        "synergies": synergies_table,
+        "default": default_table,
+        "efficiency": efficiency_table,
+        "unlabelled": unlabelled_table,
+        "magnitudes": magnitudes_table,
     }
+    return {f"evidence-{name}": make() for name, make in makers.items()}
 
 
 def main() -> None:

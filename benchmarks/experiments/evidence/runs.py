@@ -20,7 +20,7 @@ from mmicl_kernels.evaluation.report import Row as Answers
 from mmicl_kernels.methods import Adapter, AIMAdapter
 
 from .arms import ARMS, CONTROL, learn, shuffled
-from .world import labelled, world
+from .world import labelled, unlabelled, world
 
 RESULTS = Path(__file__).with_name("results")
 QUERIES = 80  # asked, at most
@@ -58,17 +58,28 @@ class Run:
 
 
 def read(experiment: str) -> dict[Run, dict]:
-    """What was found by each run: "texts" that were answered, "right" as 0 and 1, "seconds" of training."""
+    """What each run found, by arms as they are today: the "texts" that were answered, "right" as 0 and 1,
+    "cpu_seconds" of everything."""
     path = RESULTS / f"{experiment}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = map(json.loads, lines)
-    return {Run(**row["run"]): row for row in rows}
+    rows = [(Run(**row["run"]), row) for row in map(json.loads, lines)]
+    return {run: row for run, row in rows if row["arm"] == described(run)}
 
 
 def keep(experiment: str, run: Run, found: dict) -> None:
     RESULTS.mkdir(exist_ok=True)
+    row = {"run": asdict(run), "arm": described(run), **found}
     with (RESULTS / f"{experiment}.jsonl").open("a") as file:
-        file.write(json.dumps({"run": asdict(run), **found}, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def described(run: Run) -> dict | None:
+    """How the run's arm learns, as JSON has it; None where it is not one of ``ARMS``."""
+    arm = ARMS.get(run.arm)
+    if arm is None:
+        return None
+    fields = {**asdict(arm), "frozen": list(arm.frozen)}
+    return {**fields, "method": type(arm.config).__name__.removesuffix("Config")}
 
 
 def perform(run: Run) -> dict:
@@ -112,8 +123,7 @@ def _unlabelled(
     run: Run, model: nn.Module, prompts: mk.PromptBuilder, pool: Sequence[Row]
 ) -> list[Row]:  # fmt: skip
     """Other rows of the train split with what the labeller answers; those without an answer are left out."""
-    own = {row["id"] for row in pool}
-    rows = [row for row in labelled(run.task, None, run.seed) if row["id"] not in own][: run.unlabelled]
+    rows = unlabelled(run.task, run.unlabelled, run.seed, pool)
     if run.labeller == "truth":
         return rows
     if run.labeller == "control":

@@ -50,6 +50,13 @@ class Remembering(nn.Module):
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
 
 
+def unlabelled(task: str, count: int, seed: int, without: list[tasks.Row]) -> list[tasks.Row]:
+    """So many other rows of the train split than ``without``, drawn whatever their answers are."""
+    known = {row["id"] for row in without}
+    rows = [row for row in tasks.records(task, "train") if row["id"] not in known]
+    return random.Random(f"{task} {seed} unlabelled").sample(rows, min(count, len(rows)))
+
+
 def labelled(task: str, count: int | None, seed: int) -> list[tasks.Row]:
     """So many rows of the train split, drawn by ``seed``, each answer as often as the others where there are
     few; None is all. A larger draw of the same seed has the smaller one."""

@@ -1,6 +1,8 @@
 """Choices of the M2IV method (arXiv 2504.04633)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from mmicl_kernels.methods.base import check_non_negative, check_positive
 
@@ -21,6 +23,8 @@ class M2IVConfig:
         gamma: weight of the off-diagonal squares in the synergy loss.
         scale_learning_rate: learning rate of every ``attn.scale`` and ``mlp.scale``.
     """
+
+    OLDER: ClassVar[Mapping[str, Any]] = {"synergy_of": "token"}  # see ``stored_config``
 
     mimicry_weight: float = 1.0
     synergy_weight: float = 1.0

@@ -1,6 +1,10 @@
 """Choices of the MimIC method (arXiv 2504.08851)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mmicl_kernels.methods.base import check_non_negative
 
 ALIGNMENT_SITES = ("mlp", "self_attn", "layer")
 NORMALIZERS = ("visible", "all_keys")
@@ -17,11 +21,13 @@ class MimICConfig:
         align: module whose output is aligned with the teacher's: "mlp" (official code), "self_attn",
             or "layer" (the residual stream after the layer).
         alignment: how far the states are apart. "relative": at each token of each layer the squared
-            difference over the sum of both squares, so that no layer, token or channel's scale is most of
-            the loss [ours]; "mean_square": the plain mean of the paper and the official code.
+            difference over the sum of both squares, a number from 0 to 2 whatever the states' scale [ours];
+            "mean_square": the plain mean of the paper and the official code.
         align_weight, ce_weight: weights of the alignment and of the answer's cross-entropy.
         ffn_shift: whether there is the official code's optional shift of the MLP's output, norm kept.
     """
+
+    OLDER: ClassVar[Mapping[str, Any]] = {"alignment": "mean_square"}  # see ``stored_config``
 
     normalizer: str = "visible"
     align: str = "mlp"
@@ -38,6 +44,4 @@ class MimICConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {choices}")
-        for name in ("align_weight", "ce_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number of at least 0")
+        check_non_negative(self, "align_weight", "ce_weight")
