@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .experiments import (
     TUNED_TASKS,
 )
 from .runs import ICL, Run, read
+from .shares import FORMS, SHARES
 
 PAGE = Path(__file__).parents[3] / "docs" / "evidence.md"
 PLOT = Path(__file__).with_name("efficiency.png")
@@ -95,6 +97,20 @@ def common(rows: Sequence[Right]) -> list[Right]:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shares_table() -> str:
+    """The loss before training, and what its largest layer and token have of it."""
+    found = json.loads(SHARES.read_text())
+    rows = []
+    for form in FORMS:
+        cells = [form]
+        for own in found.values():
+            x = own[form]
+            cells += [f"{x['loss']:g}", f"{x['layer']:.0%}", f"{x['token']:.0%}"]
+        rows.append(cells)
+    heads = ("a first token of its own", "none")
+    return markdown(["", *(f"{x}: {y}" for x in heads for y in ("loss", "layer", "token"))], rows)
 
 
 def forms_table() -> str:
@@ -199,6 +215,7 @@ def plot() -> None:
 def tables() -> dict[str, str]:
     """Markdown by the name of its marker."""
     makers = {
+        "shares": shares_table,
         "forms": forms_table,
         "tuning": tuning_table,
         "synergies": synergies_table,
