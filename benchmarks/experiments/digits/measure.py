@@ -40,15 +40,16 @@ class Setting:
 # Demonstrations do not teach this model "mixed", so there is no teacher to follow there: answers only.
 TAUGHT = replace(RECIPE, shots=16)
 MANY = replace(RECIPE, shots=64, shots_per_pass=16)
+SYNERGY = mk.M2IVConfig(synergy_weight=0.1, synergy_of="token")
 UNTAUGHT = {"recipe": replace(RECIPE, steps=1000, shots=1), "tasks": ("mixed",)}
 SETTINGS = {
     "mimic": Setting("MimIC", mk.MimICConfig(), RECIPE),
     "live": Setting("LIVE", mk.LIVEConfig(), TAUGHT),
-    "m2iv": Setting("M2IV", mk.M2IVConfig(synergy_weight=0.1), TAUGHT),
-    "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", mk.M2IVConfig(synergy_weight=0.1), MANY),
+    "m2iv": Setting("M2IV", SYNERGY, TAUGHT),
+    "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", SYNERGY, MANY),
     "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
     "mixed-m2iv-synergy": Setting(
-        "M2IV, synergy 0.1", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0.1, ce_weight=1), **UNTAUGHT
+        "M2IV, synergy 0.1", replace(SYNERGY, mimicry_weight=0, ce_weight=1), **UNTAUGHT
     ),
     "mixed-m2iv": Setting(
         "M2IV, no synergy", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0, ce_weight=1), **UNTAUGHT
