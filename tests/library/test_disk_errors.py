@@ -481,7 +481,7 @@ def test_paths_that_are_not_utf8(tmp_path, kind):
 
 def test_an_official_file_whose_path_is_not_utf8(tmp_path):
     mimic = MAKERS["mimic"]()
-    made = mk.MimICAdapter(mk.MimICConfig(normalizer="all_keys"), mimic.backbone)
+    made = mk.MimICAdapter(mk.MimICConfig("all_keys", alignment="mean_square"), mimic.backbone)
     path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.pth")
     mk.save_official(made, path)
     assert_same(read_official(path, mimic.backbone), made)

@@ -164,7 +164,6 @@ def test_bad_weights(name, value):
     [
         ("temperature", 0.0, r"temperature is 0\.0, expected a finite number above 0"),
         ("temperature", math.nan, "temperature is nan"),
-        ("synergy_of", "row", r"synergy_of is 'row', expected one of \('channel', 'token'\)"),
         ("scale_learning_rate", -1e-2, r"scale_learning_rate is -0\.01"),
         ("scale_learning_rate", math.inf, "scale_learning_rate is inf"),
     ],
@@ -172,6 +171,11 @@ def test_bad_weights(name, value):
 def test_bad_fields(method, name, value, message):
     with pytest.raises(ValueError, match=message):
         CASES[method][1](**{name: value})
+
+
+def test_bad_synergy():
+    with pytest.raises(ValueError, match=r"synergy_of is 'row', expected one of \('channel', 'token'\)"):
+        mk.M2IVConfig(synergy_of="row")
 
 
 def test_bad_site():

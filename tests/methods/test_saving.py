@@ -12,8 +12,10 @@ from mmicl_kernels.methods import AIMAdapter, AIMConfig, LIVEAdapter, M2IVAdapte
 from mmicl_kernels.methods.base import Backbone
 
 BACKBONE = Backbone("M", "m", "t", 8, "org/model", "r1", {i: (2, 4) for i in range(3)}, (1.0, 2.0, 3.0))
+# As a file of the official code is read.
+OFFICIAL = mk.MimICConfig("all_keys", alignment="mean_square", ffn_shift=True)
 MAKERS = {
-    "mimic": lambda: MimICAdapter(mk.MimICConfig(ffn_shift=True, normalizer="all_keys"), BACKBONE),
+    "mimic": lambda: MimICAdapter(OFFICIAL, BACKBONE),
     "m2iv": lambda: M2IVAdapter(mk.M2IVConfig(), BACKBONE),
     "live": lambda: LIVEAdapter(mk.LIVEConfig(), BACKBONE),
     "aim": lambda: AIMAdapter(AIMConfig(layer_norm=True), BACKBONE),
