@@ -1,6 +1,7 @@
 """The real model: what tiny random ones cannot show."""
 
 import io
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -173,18 +174,15 @@ def test_fused_tokens_stand_where_demonstrations_stood(model, prompts):
     assert torch.isfinite(logits).all() and not torch.equal(logits, plain)
 
 
-def test_one_layer_has_most_of_mimics_alignment(model, prompts):
-    """Massive activations, which no random model has: the default weight is said to be far too large."""
-    pool = tasks.records("kind", "train")
-    with pytest.warns(UserWarning, match="layer 29"):
-        mk.train(
-            model,
-            prompts,
-            pool,
-            mk.MimICConfig(),
-            recipe=mk.Recipe(steps=1, batch_size=2, accumulate=1, shots=2),
-            progress=False,
-        )
+@pytest.mark.parametrize("form, warned", [("mean_square", ["layer 29"]), ("relative", [])])
+def test_one_layer_has_most_of_a_mean_square(model, prompts, form, warned):
+    """Massive activations, which no random model has. Of the relative alignment nobody has most."""
+    pool, recipe = tasks.records("kind", "train"), mk.Recipe(steps=1, batch_size=2, accumulate=1, shots=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mk.train(model, prompts, pool, mk.MimICConfig(alignment=form), recipe=recipe, progress=False)
+    texts = [str(x.message) for x in caught if "of align" in str(x.message)]
+    assert [text[: len("layer 29")] for text in texts] == warned
 
 
 def test_a_compiled_model_says_the_same(model, prompts):

@@ -194,18 +194,21 @@ def magnitudes_table() -> str:
 
 
 def plot() -> None:
-    """Accuracy against the number of labelled items."""
+    """Accuracy against the number of labelled items, of what was run."""
     found = read("efficiency")
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, len(EFFICIENCY_TASKS), sharey=True)
-    for axis, task in zip(axes, EFFICIENCY_TASKS, strict=True):
+    tasks = [task for task in EFFICIENCY_TASKS if right(found, task=task)]
+    figure = Figure(figsize=(1 + 4 * len(tasks), 4), layout="constrained")
+    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axis, task in zip(axes, tasks, strict=True):
         for arm in (ICL, *EFFICIENCY_ARMS):
             each = {count: right(found, task=task, arm=arm, labelled=count) for count in COUNTS}
             known = {k: 100 * np.mean([x.mean() for x in own.values()]) for k, own in each.items() if own}
-            line = "s--" if arm == ICL else "o-"
-            axis.plot(list(known), list(known.values()), line, label=arm, linewidth=1)
+            if known:
+                line = "s--" if arm == ICL else "o-"
+                axis.plot(list(known), list(known.values()), line, label=arm, linewidth=1)
         axis.set(title=task, xlabel="labelled items", xscale="log", ylim=(0, 101))
         axis.set(xticks=COUNTS, xticklabels=COUNTS)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right, %")
     axes[-1].legend(fontsize=7)
