@@ -46,8 +46,9 @@ def alignment_shares(
     """
     device = states[0].device
     of_layers, of_tokens, of_channels = [], 0, 0
+    places = query.nonzero(as_tuple=True)  # once: the host waits for it
     for x, y in zip(states, targets, strict=True):
-        x, y = wide(x[query.to(x.device)]), wide(y)
+        x, y = wide(x[tuple(place.to(x.device) for place in places)]), wide(y)
         squares = (x - y).square_()
         if form == "relative":
             both = x.square().sum(1) + y.square().sum(1)

@@ -21,7 +21,8 @@ def record_outputs(
     """
     recorded: list[Tensor] = []
     versions: list[int] = []  # of what is kept as it is
-    places = tokens.nonzero(as_tuple=True)  # once: a mask would be counted anew, on the host, at each module
+    # Once: a mask would be counted anew, on the host, at each module.
+    places = () if whole else tokens.nonzero(as_tuple=True)
 
     def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
