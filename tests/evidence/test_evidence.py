@@ -12,6 +12,7 @@ from benchmarks.experiments.evidence import __main__ as evidence
 from benchmarks.experiments.evidence import arms, experiments, forms, report, runs, world
 from benchmarks.experiments.smolvl import tasks
 from mmicl_kernels.evaluation.metrics import exact_match
+from mmicl_kernels.ops import alignment_loss
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -146,8 +147,16 @@ def test_other_forms_are_0_where_the_states_agree():
     x, y = (torch.randn(5, 200, generator=generator, dtype=torch.float64) for _ in range(2))
     scaled = 1000 * y
     for name, form in forms.FORMS.items():
-        assert abs(form(x, x)) < 1e-12 < form(x, y), name
+        assert form(x, x).shape == (5,) and abs(form(x, x).mean()) < 1e-12 < form(x, y).mean(), name
         assert torch.allclose(form(1000 * x, scaled), form(x, y)), name  # none has a scale
+
+
+@pytest.mark.parametrize("form, name", [(forms.of_both, "relative"), (forms.mean_square, "mean_square")])
+def test_two_of_the_forms_are_the_ops(form, name):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 200, generator=generator, dtype=torch.float64) for _ in range(2))
+    query = torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(form(x, y).mean(), alignment_loss([x.view(2, 3, -1)], [y], query, form=name))
 
 
 def test_results_are_of_runs_that_are_listed():

@@ -30,7 +30,7 @@ from mmicl_kernels.training import (
     trainable,
 )
 
-from .forms import FORMS, FormObjective
+from .forms import ANSWER_ALONE, FORMS, FormObjective
 
 BATCH = 4
 SHOTS = 8  # of a teacher
@@ -112,7 +112,8 @@ def learn(
         adapter = mk.create(model, arm.config)
     module = TrainedModule(model, adapter)
     if arm.form is not None:
-        module.objective = FormObjective(module.handle, FORMS[arm.form])
+        only = arm.form == ANSWER_ALONE
+        module.objective = FormObjective(module.handle, FORMS[arm.form], answer_only=only)
     try:
         config = TrainingConfig(arm.rate, measure_every=0)
         train(module, _learnt(adapter, arm), epochs(loader), steps, config=config, progress=False)

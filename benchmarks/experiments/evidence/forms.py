@@ -15,55 +15,65 @@ from mmicl_kernels.training.answers import answer_loss
 from mmicl_kernels.training.distillation import student_rows, teacher_rows
 from mmicl_kernels.training.record import record_outputs
 
-# Of one layer's states [N, C], the student's and the teacher's.
+# Of a layer's states [N, C], the student's and the teacher's: a number of each token. Their mean is the loss.
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
-def _of_layer(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).square().sum() / y.square().sum()
+def mean_square(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().mean(-1)
 
 
-def _of_token(x: Tensor, y: Tensor) -> Tensor:
-    return ((x - y).square().sum(-1) / y.square().sum(-1)).mean()
+def of_layer(x: Tensor, y: Tensor) -> Tensor:
+    return mean_square(x, y) / y.square().mean()
 
 
-def _without_massive(x: Tensor, y: Tensor) -> Tensor:
+def of_token(x: Tensor, y: Tensor) -> Tensor:
+    return mean_square(x, y) / y.square().mean(-1)
+
+
+def of_both(x: Tensor, y: Tensor) -> Tensor:
+    return mean_square(x, y) / (x.square() + y.square()).mean(-1)
+
+
+def without_massive(x: Tensor, y: Tensor) -> Tensor:
     """The hundredth of the channels that has most of the teacher's power is left out."""
     power = y.square().sum(0)
     kept = power.argsort()[: len(power) - max(1, len(power) // 100)]
-    return _of_layer(x[:, kept], y[:, kept])
+    return of_layer(x[:, kept], y[:, kept])
 
 
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    return 1 - F.cosine_similarity(x, y, dim=-1).mean()
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(x, y, dim=-1)
 
 
-def _both(x: Tensor, y: Tensor) -> Tensor:
-    return ((x - y).square().sum(-1) / (x.square().sum(-1) + y.square().sum(-1))).mean()
-
-
+ANSWER_ALONE = "at the answer alone"
 FORMS: Mapping[str, Form] = {
-    "by the layer's power": _of_layer,
-    "by the token's power": _of_token,
-    "by the layer's power, no massive channels": _without_massive,
-    "cosine": _cosine,
-    "at the answer alone": _both,
+    "by the layer's power": of_layer,
+    "by the token's power": of_token,
+    "by the layer's power, no massive channels": without_massive,
+    "cosine": cosine,
+    ANSWER_ALONE: of_both,
 }
 
 
 class FormObjective(MimICObjective):
-    """MimIC's with another form, the mean over layers."""
+    """MimIC's with another form; with ``answer_only`` of the tokens that predict the answer."""
 
-    def __init__(self, handle: Handle, form: Form) -> None:
+    def __init__(self, handle: Handle, form: Form, *, answer_only: bool = False) -> None:
         super().__init__(handle)
-        self.form = form
+        self.form, self.answer_only = form, answer_only
 
     def __call__(self, batch: EpisodeBatch) -> Losses:
-        if self.form is FORMS["at the answer alone"]:
+        if self.answer_only:
             rows = teacher_rows(batch, batch.teacher, batch.teacher_query)
             batch = replace(batch, student_query=student_rows(batch), teacher_query=rows)
+        added, ce = self.added(batch)
+        config = self.config
+        return self._losses({"align": (config.align_weight, added.mean()), "ce": (config.ce_weight, ce)})
+
+    def added(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
+        """What the form gives for each token of each layer, ``[L, N]``; the answers' cross-entropy."""
         targets = self._teach(batch)
         with record_outputs(list(self._sites.values()), batch.student_query) as states:
             ce = answer_loss(self.handle.model, batch.student, batch.labels)
-        align = torch.stack([self.form(x, y) for x, y in zip(states, targets, strict=True)]).mean()
-        return self._losses({"align": (self.config.align_weight, align), "ce": (self.config.ce_weight, ce)})
+        return torch.stack([self.form(x, y) for x, y in zip(states, targets, strict=True)]), ce

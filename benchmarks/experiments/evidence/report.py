@@ -30,7 +30,7 @@ from .experiments import (
     TUNED_TASKS,
 )
 from .runs import ICL, Run, read
-from .shares import FORMS, SHARES
+from .shares import SHARES, SHOWN
 
 PAGE = Path(__file__).parents[3] / "docs" / "evidence.md"
 PLOT = Path(__file__).with_name("efficiency.png")
@@ -103,7 +103,7 @@ def shares_table() -> str:
     """The loss before training, and what its largest layer and token have of it."""
     found = json.loads(SHARES.read_text())
     rows = []
-    for form in FORMS:
+    for form in SHOWN:
         cells = [form]
         for own in found.values():
             x = own[form]
