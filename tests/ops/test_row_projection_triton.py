@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from chosen_rows import INDICES  # noqa: E402
 from triton_process import (  # noqa: E402
     assert_all_pass,
     assert_no_synchronisation,
@@ -57,15 +58,6 @@ def test_slow_values_in_the_interpreter():
 
 
 # ---- values: the interpreter's, or a GPU's ----
-
-INDICES = {
-    "ascending": list(range(0, 90, 4)),
-    "descending": list(range(89, -1, -1)),
-    "duplicates": [7] * 9 + [88, 7, 0] * 5,
-    "outside": [3, -1, 90, 2**40, -(2**40), 89, 3],
-    "nothing": [-1] * 6,
-    "empty": [],
-}
 
 
 @on_device
