@@ -11,8 +11,10 @@ import mmicl_kernels as mk
 from benchmarks.experiments.evidence import __main__ as evidence
 from benchmarks.experiments.evidence import arms, experiments, forms, report, runs, world
 from benchmarks.experiments.smolvl import tasks
+from mmicl_kernels.data import as_records
 from mmicl_kernels.evaluation.metrics import exact_match
 from mmicl_kernels.ops import alignment_loss
+from mmicl_kernels.training import RandomShots
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -62,6 +64,43 @@ def test_questions_without_answers_are_others_whatever_their_answers():
         assert [x["id"] for x in world.unlabelled("feeling", 64, 0, few)] == [x["id"] for x in drawn]
 
 
+def test_other_names_of_answers_are_one_to_one():
+    for name, (task, names) in world.RENAMED.items():
+        mine, theirs = world.records(name, "test"), tasks.records(task, "test")
+        assert len(set(names.values())) == len(names)
+        assert [x["answer"] for x in mine] == [names[x["answer"]] for x in theirs]
+        assert [x["id"] for x in mine] == [x["id"] for x in theirs]
+    assert {(x["text"][-1] == x["answer"]) for x in world.records(world.LAST_LETTER, "validation")} == {True}
+
+
+def test_demonstrations_of_several_tasks_are_of_the_querys():
+    pool = as_records(world.labelled("past + feeling", 8, 0))
+    assert len(pool) == 16 and len({x.id for x in pool}) == 16
+    draw = world.OfTheTask()
+    for query in pool:
+        drawn = draw(pool, query, 5, torch.Generator().manual_seed(0))
+        assert {pool[i].id.split(": ")[0] for i in drawn} == {query.id.split(": ")[0]}
+        assert len(set(drawn)) == 5 and query.id not in {pool[i].id for i in drawn}
+    alone = as_records(world.labelled("past", 8, 0))
+    ours, theirs = (x(alone, alone[3], 5, torch.Generator().manual_seed(0)) for x in (draw, RandomShots()))
+    assert ours == theirs
+
+
+def test_an_answer_that_is_the_teachers():
+    """Compared as answers are; by the seeds of both."""
+    mine, theirs = {0: ["Teal.", "red"], 1: ["red"]}, {0: ["teal", "blue"], 2: ["red"]}
+    assert {k: x.tolist() for k, x in report.agreement(mine, theirs).items()} == {0: [1, 0]}
+
+
+def test_what_another_experiment_ran_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    run = runs.Run("kind", "MimIC", 16, 0)
+    runs.keep("forms", run, {"right": "01", "accuracy": 0.5})
+    monkeypatch.setattr(evidence, "EXPERIMENTS", {"forms": lambda: [run], "tuning": lambda: [run]})
+    monkeypatch.setattr(evidence, "perform", lambda run: pytest.fail("run again"))
+    assert evidence.run_all("tuning", 1) == [] and runs.read("tuning")[run]["right"] == "01"
+
+
 def test_what_other_arms_found_is_not_taken_for_todays(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     run = runs.Run("kind", "MimIC", 16, 0)
@@ -97,7 +136,8 @@ def test_runs_are_listed_once_and_name_what_there_is(name):
     listed = experiments.EXPERIMENTS[name]()
     assert len(set(listed)) == len(listed) > 0
     for run in listed:
-        assert run.task in tasks.TASKS and run.arm in {*arms.ARMS, runs.ICL, runs.LORA}
+        assert {*run.task.split(" + ")} <= {*world.TASKS} and run.asked in {None, *world.TASKS}
+        assert run.arm in {*arms.ARMS, runs.ICL, runs.LORA}
         assert (run.labeller is None) == (run.unlabelled == 0)
         assert (run.split == "validation") == (run.seed == experiments.OTHER_SEED)
 
@@ -165,7 +205,7 @@ def test_results_are_of_runs_that_are_listed():
         found, listed = runs.read(name), set(list_runs())
         assert found.keys() <= listed, sorted(map(str, found.keys() - listed))[:3]
         for run, row in found.items():
-            asked = tasks.records(run.task, run.split)[: runs.QUERIES]
+            asked = world.records(run.asked or run.task, run.split)[: runs.QUERIES]
             score = exact_match(row["texts"], [x["answer"] for x in asked])
             assert row["right"] == "".join(str(int(x)) for x in score.samples), run
             assert row["accuracy"] == score.value, run
@@ -181,12 +221,51 @@ def test_an_arm_learns_and_leaves_the_model_alone():
     model, prompts = world.world()
     rows = world.labelled("feeling", 8, 0)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    arm = arms.Arm(mk.MimICConfig(), frozen=("weight",))
-    adapter = arms.learn(arm, model, prompts, rows, rows, 2, 0)
-    again = arms.learn(arm, model, prompts, rows, rows, 2, 0)
-    for (name, x), y in zip(adapter.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(x, y) and (name.endswith("weight") == (x.count_nonzero() == 0)), name
+    arm = arms.Arm(mk.MimICConfig(), held={"weight": 0, "bias": 100})
+    adapter, again, tied = (
+        arms.learn(x, model, prompts, rows, rows, 2, 0, 4)
+        for x in (arm, arm, arms.Arm(mk.MimICConfig(), tied=True))
+    )
+    for (name, x), y, z in zip(
+        adapter.named_parameters(), again.parameters(), tied.parameters(), strict=True
+    ):
+        held = {"weight": 0, "bias": 100}.get(name.rpartition(".")[2])
+        assert torch.equal(x, y) and (held is None or (x == held).all()), name
+        assert torch.equal(z, z[:1].expand_as(z)) and z.abs().sum() > 0, name
+        assert (z[0] != 0).any() and (held is not None or not torch.equal(x, x[:1].expand_as(x))), name
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_an_adapter_is_left_on_elsewhere():
+    """One that changes everything changes other tasks and prose; none changes nothing."""
+    model, prompts = world.world()
+    run = runs.Run("colour", "MimIC", 4, 0, elsewhere=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "FEWER_QUERIES", 4)
+        patch.setattr(runs, "ELSEWHERE", ("past", "colour"))
+        adapter = mk.create(model, mk.MimICConfig())
+        plain, idle = (runs._elsewhere(run, model, prompts, x) for x in (None, _silent(adapter)))
+        loud = runs._elsewhere(run, model, prompts, _loud(adapter))
+    assert (
+        plain == idle and plain["elsewhere"].keys() == {"past"} and len(plain["nats"]) == len(world.prose())
+    )
+    assert sum(loud["nats"]) > sum(plain["nats"]) + len(world.prose())
+
+
+def _silent(adapter):
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.shift.zero_()
+    return adapter
+
+
+def _loud(adapter):
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.shift.fill_(5)
+            layer.bias.fill_(100)
+    return adapter
 
 
 @pytest.mark.slow

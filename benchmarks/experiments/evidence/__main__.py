@@ -32,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_all(name: str, workers: int) -> list[Run]:
     """Every run that the experiment's file lacks, each kept as soon as it is done; returns what failed."""
     known, failed = read(name), []
-    missing = [run for run in EXPERIMENTS[name]() if run not in known]
+    listed = [run for run in EXPERIMENTS[name]() if run not in known]
+    elsewhere = {run: row for other in EXPERIMENTS for run, row in read(other).items()}
+    for run in [x for x in listed if x in elsewhere]:
+        keep(name, run, elsewhere[run])
+    missing = [run for run in listed if run not in elsewhere]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = {pool.submit(perform, run): run for run in missing}

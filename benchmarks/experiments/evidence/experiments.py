@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.experiments.smolvl.tasks import IMAGE_TASKS, TASKS
 
-from .arms import ALIGNED, CONTROL, OFFICIAL, PULL, SHUFFLED, SMALL, STATES
+from .arms import ALIGNED, CONTROL, MAGNITUDES, OFFICIAL, PULL, SHUFFLED, SMALL, STATES
 from .runs import ICL, LORA, Run
+from .world import LAST_LETTER, RENAMED
 
 SEEDS, MORE_SEEDS = range(3), range(5)
 OTHER_SEED = 100  # whose labelled items choose what the others are run with
@@ -21,8 +22,27 @@ TUNED = (CONTROL, PULL, "MimIC")
 TUNED_TASKS, TUNED_COUNT = ("past", "feeling"), 4
 
 SYNERGIES = ("M2IV", "M2IV, no synergy", "M2IV, synergy of tokens")
-# An arm, and the same where the magnitude does not depend on the query.
-MAGNITUDES = ((CONTROL, "answers alone, constant magnitude"), ("MimIC", "MimIC, constant magnitude"))
+
+# A whole, and the same without a part of it.
+ABLATIONS: Mapping[str, tuple[str, ...]] = {
+    CONTROL: (
+        *(f"{CONTROL}, magnitude {x}" for x in MAGNITUDES),
+        f"{CONTROL}, heads alike",
+        f"{CONTROL}, LIVE's vectors",
+        f"{CONTROL}, M2IV's vectors",
+    ),
+    "MimIC": (*(f"MimIC, magnitude {x}" for x in MAGNITUDES), "MimIC, heads alike"),
+    "M2IV": ("M2IV, no attention vectors", "M2IV, no MLP vectors", "M2IV, no mimicry", "M2IV, no synergy"),
+}
+ABLATED_TASKS, ABLATED_COUNT = ("past", "feeling"), 16
+
+TEACHERS = (1, 4, 16)  # shots of
+TAUGHT_TASKS = ("past", "feeling")
+
+# A task, and those that AIM's projection learns instead.
+HELD_OUT: Mapping[str, str] = {"kind": "colour + feeling + past", "colour": "kind + feeling + past"}
+LIMITS = (*RENAMED, LAST_LETTER)
+BESIDE = ("MimIC", CONTROL, "M2IV", "LIVE", LORA)
 
 COUNTS = (4, 16, 64)
 EFFICIENCY_TASKS = ("past", "feeling", "kind")
@@ -76,10 +96,43 @@ def synergies() -> list[Run]:
     return [Run(task, arm, 64, OTHER_SEED, split="validation") for task, arm in product(tasks, SYNERGIES)]
 
 
-def magnitudes() -> list[Run]:
-    """Whether it matters that MimIC's magnitude depends on the query."""
-    arms = [arm for pair in MAGNITUDES for arm in pair]
-    return [Run(task, arm, 64, seed) for seed, task, arm in product(SEEDS, ("past", "feeling"), arms)]
+def ablations() -> list[Run]:
+    """What of a method does it."""
+    arms = [arm for whole, parts in ABLATIONS.items() for arm in (whole, *parts)]
+    return [Run(task, arm, ABLATED_COUNT, seed) for seed, task, arm in product(SEEDS, ABLATED_TASKS, arms)]
+
+
+def teachers() -> list[Run]:
+    """Of few and many shots, whose answers and states at 64 questions are learnt; and as many items alone."""
+    runs = []
+    for seed, task, k in product(SEEDS, TAUGHT_TASKS, TEACHERS):
+        runs += [Run(task, arm, k, seed, shots=k) for arm in (ICL, CONTROL)]
+        runs.append(Run(task, "MimIC", k, seed, shots=k, unlabelled=64, labeller="teacher"))
+    return runs
+
+
+def limits() -> list[Run]:
+    """What the model cannot learn from its prompt."""
+    runs = []
+    for seed, task in product(SEEDS, LIMITS):
+        runs += [Run(task, arm, None, seed, 100, shots=16) for arm in (ICL, CONTROL, "MimIC")]
+    return runs
+
+
+def held_out() -> list[Run]:
+    """AIM's projection on a task that it did not learn, beside one that learnt nothing, and one of noise."""
+    runs = []
+    for seed, (task, others) in product(SEEDS, HELD_OUT.items()):
+        runs.append(Run(others, "AIM", None, seed, 100, asked=task))
+        runs += [Run(task, arm, None, seed, 0) for arm in ("AIM", "AIM, random projection")]
+        runs += [Run(task, "AIM", None, seed, 100), Run(task, ICL, None, seed)]
+    return runs
+
+
+def elsewhere() -> list[Run]:
+    """What an adapter costs where it has no business."""
+    fields = {"labelled": 64, "elsewhere": True}
+    return [Run("feeling", arm, seed=seed, **fields) for seed, arm in product(SEEDS, (ICL, *BESIDE))]
 
 
 def default() -> list[Run]:
@@ -110,5 +163,18 @@ def unlabelled() -> list[Run]:
 
 
 EXPERIMENTS: Mapping[str, Callable[[], list[Run]]] = {
-    f.__name__: f for f in (forms, tuning, synergies, default, unlabelled, efficiency, magnitudes)
+    f.__name__: f
+    for f in (
+        forms,
+        tuning,
+        synergies,
+        default,
+        unlabelled,
+        efficiency,
+        ablations,
+        teachers,
+        limits,
+        held_out,
+        elsewhere,
+    )  # fmt: skip
 }

@@ -12,24 +12,31 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from benchmarks.report import fill_tables
+from mmicl_kernels.evaluation.metrics import exact_match
 
 from .arms import ALIGNED, CONTROL
 from .experiments import (
+    ABLATED_TASKS,
+    ABLATIONS,
+    BESIDE,
     COUNTS,
     EFFICIENCY_ARMS,
     EFFICIENCY_TASKS,
     FEW,
     GRID,
-    MAGNITUDES,
+    HELD_OUT,
+    LIMITS,
     MANY,
     STEPS,
     SYNERGIES,
     TASKS,
     TAUGHT,
+    TAUGHT_TASKS,
+    TEACHERS,
     TUNED,
     TUNED_TASKS,
 )
-from .runs import ICL, Run, read
+from .runs import ELSEWHERE, ICL, Run, read
 from .shares import SHARES, SHOWN
 
 PAGE = Path(__file__).parents[3] / "docs" / "evidence.md"
@@ -43,10 +50,14 @@ Right = Mapping[int, np.ndarray]
 def right(found: Mapping[Run, dict], **fields: Any) -> Right:
     """Of the runs whose fields are those."""
     return {
-        run.seed: np.array([int(x) for x in row["right"]])
+        run.seed: _bits(row["right"])
         for run, row in found.items()
         if all(getattr(run, name) == value for name, value in fields.items())
     }
+
+
+def _bits(text: str) -> np.ndarray:
+    return np.array([int(x) for x in text])
 
 
 def accuracy(x: Right) -> str:
@@ -95,7 +106,9 @@ def common(rows: Sequence[Right]) -> list[Right]:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *rows]
+    """Rows of which nothing was run are left out."""
+    run = [row for row in rows if any(cell and cell[0] != "`" for cell in row[1:])]
+    lines = [columns, ["---"] + ["--:"] * (len(columns) - 1), *run]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -183,14 +196,125 @@ def unlabelled_table() -> str:
     return markdown(["", "learnt from", "right", "taught minus this"], rows)
 
 
-def magnitudes_table() -> str:
-    found = read("magnitudes")
+def ablations_table() -> str:
+    found = read("ablations")
     rows = []
-    for task in ("past", "feeling"):
-        for arm, constant in MAGNITUDES:
-            x, y = common([right(found, task=task, arm=name) for name in (arm, constant)])
-            rows.append([f"`{task}`", arm, accuracy(x), accuracy(y), minus(x, y)])
-    return markdown(["", "", "of the query", "constant", "difference"], rows)
+    for whole, parts in ABLATIONS.items():
+        for arm in (whole, *parts):
+            cells = []
+            for task in ABLATED_TASKS:
+                x, y = common([right(found, task=task, arm=name) for name in (whole, arm)])
+                cells += [accuracy(y), minus(y, x) if arm != whole else ""]
+            rows.append([arm, *cells])
+    return markdown(["", *(x for task in ABLATED_TASKS for x in (f"`{task}`", "minus the whole"))], rows)
+
+
+def teachers_table() -> str:
+    found = read("teachers")
+    rows = []
+    for task in TAUGHT_TASKS:
+        for k in TEACHERS:
+            arms = (ICL, CONTROL, "MimIC")
+            icl, alone, taught = common([right(found, task=task, arm=x, shots=k) for x in arms])
+            shown = [
+                accuracy(icl),
+                accuracy(taught),
+                minus(taught, icl),
+                accuracy(alone),
+                minus(taught, alone),
+            ]
+            rows.append([f"`{task}`", str(k), *shown])
+    columns = (
+        "",
+        "shots",
+        "teacher",
+        "taught",
+        "minus teacher",
+        "as many items, answers alone",
+        "taught minus",
+    )
+    return markdown(columns, rows)
+
+
+def limits_table() -> str:
+    found = read("limits")
+    rows = []
+    for task in LIMITS:
+        arms = (ICL, CONTROL, "MimIC")
+        icl, control, mimic = common([right(found, task=task, arm=x) for x in arms])
+        rows.append([task, accuracy(icl), accuracy(control), accuracy(mimic), minus(mimic, control)])
+    return markdown(["", "16-shot", CONTROL, "MimIC", "MimIC minus control"], rows)
+
+
+def held_out_table() -> str:
+    found = read("held_out")
+    rows = []
+    for task, others in HELD_OUT.items():
+        named = {
+            "plain demonstrations": right(found, task=task, arm=ICL),
+            "projection of the others": right(found, task=others, asked=task),
+            "projection of this task": right(found, task=task, arm="AIM", steps=100),
+            "identity": right(found, task=task, arm="AIM", steps=0),
+            "noise": right(found, task=task, arm="AIM, random projection"),
+        }
+        each = dict(zip(named, common(list(named.values())), strict=True))
+        held = each["projection of the others"]
+        for name, x in each.items():
+            own = name == "projection of the others"
+            rows.append([f"`{task}`", name, accuracy(x), "" if own else minus(held, x)])
+    return markdown(["", "8 demonstrations", "right", "held out minus this"], rows)
+
+
+def elsewhere_table() -> str:
+    """Beside the plain model: other tasks after demonstrations, and prose."""
+    found = read("elsewhere")
+    rows = []
+    for arm in (ICL, *BESIDE):
+        own = {run.seed: row for run, row in found.items() if run.arm == arm}
+        plain = {run.seed: row for run, row in found.items() if run.arm == ICL}
+        cells = []
+        for task in ELSEWHERE[1:]:
+            x, y = ({seed: _bits(row["elsewhere"][task]) for seed, row in z.items()} for z in (own, plain))
+            cells += [accuracy(x), minus(x, y) if arm != ICL else ""]
+        nats = [np.mean(row["nats"]) for row in own.values()]
+        cells.append(f"{np.exp(np.mean(nats)):.1f}" if nats else "")
+        rows.append(["the plain model" if arm == ICL else arm, *cells])
+    columns = [x for task in ELSEWHERE[1:] for x in (f"`{task}`", "minus plain")]
+    return markdown(["", *columns, "perplexity of prose"], rows)
+
+
+def mimicry_table() -> str:
+    """How often an answer is the teacher's, and how often where that is wrong."""
+    found = read("default")
+    rows = []
+    for task in TASKS:
+        arms = (CONTROL, "MimIC", "M2IV")
+        teacher = said(found, task=task, arm=ICL, shots=8)
+        correct = right(found, task=task, arm=ICL, shots=8)
+        same = [agreement(said(found, task=task, arm=arm), teacher) for arm in arms]
+        cells = [accuracy(x) for x in same] + [minus(same[1], same[0])]
+        for x in same:
+            copied = [x[seed][correct[seed] == 0] for seed in x]
+            cells.append(f"{sum(map(sum, copied))} of {sum(map(len, copied))}" if copied else "")
+        rows.append([f"`{task}`", *cells])
+    columns = [CONTROL, "MimIC", "M2IV", "MimIC minus control"] + [
+        f"{x}: its wrong ones" for x in (CONTROL, "MimIC", "M2IV")
+    ]
+    return markdown(["", *columns], rows)
+
+
+def said(found: Mapping[Run, dict], **fields: Any) -> dict[int, list[str]]:
+    """By seed, the texts of the runs whose fields are those."""
+    own = {run: row for run, row in found.items() if all(getattr(run, k) == x for k, x in fields.items())}
+    return {run.seed: row["texts"] for run, row in own.items()}
+
+
+def agreement(texts: Mapping[int, list[str]], others: Mapping[int, list[str]]) -> Right:
+    """By seed of both, 1 where the answers are the same."""
+    return {
+        seed: np.array([int(x) for x in exact_match(texts[seed], others[seed]).samples])
+        for seed in sorted(texts.keys() & others.keys())
+    }
 
 
 def plot() -> None:
@@ -225,7 +349,12 @@ def tables() -> dict[str, str]:
         "default": default_table,
         "efficiency": efficiency_table,
         "unlabelled": unlabelled_table,
-        "magnitudes": magnitudes_table,
+        "mimicry": mimicry_table,
+        "teachers": teachers_table,
+        "ablations": ablations_table,
+        "held-out": held_out_table,
+        "elsewhere": elsewhere_table,
+        "limits": limits_table,
     }
     return {f"evidence-{name}": make() for name, make in makers.items()}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import mmicl_kernels as mk
@@ -20,10 +22,11 @@ from mmicl_kernels.evaluation.report import Row as Answers
 from mmicl_kernels.methods import Adapter, AIMAdapter
 
 from .arms import ARMS, CONTROL, learn, shuffled
-from .world import labelled, unlabelled, world
+from .world import PASSAGE, labelled, prose, records, unlabelled, world
 
 RESULTS = Path(__file__).with_name("results")
 QUERIES = 80  # asked, at most
+ELSEWHERE, ELSEWHERE_SHOTS, FEWER_QUERIES = ("feeling", "past", "colour"), 4, 40
 ICL, LORA = "demonstrations", "LoRA"
 
 
@@ -32,16 +35,21 @@ class Run:
     """What is learnt from what.
 
     Attributes:
-        task, arm: their names. ``ICL`` is no training: the labelled items, at most ``shots``, in the prompt.
+        task, arm: their names; several tasks are "kind + past". ``ICL`` is no training: the labelled items,
+            at most ``shots``, in the prompt.
         labelled: how many items with answers; None is all of the train split.
         seed: of the draw of items, and of everything random in training.
         unlabelled: if any, so many other items are learnt from instead, with the answers that ``labeller``
             gives: "teacher" is the model after ``shots`` of the labelled ones, "shuffled" after those with
             shuffled answers, "control" an adapter of ``CONTROL`` that learnt from them; or the "truth".
-        shots: demonstrations before a query, of ``ICL``, a labeller, and AIM's answers.
+        shots: demonstrations before a query, at most: a teacher's, a labeller's, those of ``ICL`` and those
+            that AIM answers after.
         rate: instead of the arm's. split: whose items are asked.
         head: whether prompts begin with a token that is not the query's, and takes the attention of those
             that look at nothing. Without, that is the query's first, with a state a thousand times as large.
+        asked: the task whose items are asked, if another.
+        elsewhere: whether the adapter is also on where it has no business: before demonstrations of other
+            tasks, and in prose.
     """
 
     task: str
@@ -55,6 +63,8 @@ class Run:
     rate: float | None = None
     split: str = "test"
     head: bool = True
+    asked: str | None = None
+    elsewhere: bool = False
 
 
 def read(experiment: str) -> dict[Run, dict]:
@@ -78,43 +88,78 @@ def described(run: Run) -> dict | None:
     arm = ARMS.get(run.arm)
     if arm is None:
         return None
-    fields = {**asdict(arm), "frozen": list(arm.frozen)}
-    return {**fields, "method": type(arm.config).__name__.removesuffix("Config")}
+    return {**asdict(arm), "method": type(arm.config).__name__.removesuffix("Config")}
 
 
 def perform(run: Run) -> dict:
     """What :func:`read` has of it."""
     model, prompts = world(run.head)
-    asked = tasks.records(run.task, run.split)[:QUERIES]
+    asked = records(run.asked or run.task, run.split)[:QUERIES]
     pool = labelled(run.task, run.labelled, run.seed)
+    shown = labelled(run.asked, run.labelled, run.seed) if run.asked else pool
     began = time.process_time()
     queries = _unlabelled(run, model, prompts, pool) if run.unlabelled else pool
-    answer = partial(_answer, model, prompts)
+    answer = partial(_answer, model, prompts, seed=run.seed)
+    found = {}
     if run.arm == ICL:
-        row = answer(asked, pool=pool, shots=run.shots, seed=run.seed)
+        row = answer(asked, pool=shown, shots=run.shots)
+        if run.elsewhere:
+            found = _elsewhere(run, model, prompts)
     elif run.arm == LORA:
         with smolvl.lora(model, prompts, queries, run.steps, run.rate or smolvl.LORA_RATE, run.seed):
             row = answer(asked)
+            if run.elsewhere:
+                found = _elsewhere(run, model, prompts)
     else:
         arm = ARMS[run.arm] if run.rate is None else replace(ARMS[run.arm], rate=run.rate)
-        adapter = learn(arm, model, prompts, queries, pool, run.steps, run.seed)
-        row = answer(asked, adapter, pool, run.shots, run.seed)
-    seconds = round(time.process_time() - began, 1)
-    right = "".join(str(int(x)) for x in row.score.samples)
-    return {"accuracy": row.score.value, "right": right, "texts": list(row.texts), "cpu_seconds": seconds}
+        adapter = learn(arm, model, prompts, queries, pool, run.steps, run.seed, run.shots)
+        row = answer(asked, adapter, shown, run.shots if isinstance(adapter, AIMAdapter) else 0)
+        if run.elsewhere:
+            found = _elsewhere(run, model, prompts, adapter)
+    found |= {"cpu_seconds": round(time.process_time() - began, 1)}
+    return {"accuracy": row.score.value, "right": _right(row), "texts": list(row.texts), **found}
+
+
+def _right(row: Answers) -> str:
+    return "".join(str(int(x)) for x in row.score.samples)
+
+
+def _elsewhere(run: Run, model: nn.Module, prompts: mk.PromptBuilder, adapter: Adapter | None = None) -> dict:
+    """By other task what was right after demonstrations; of each passage of prose a token's mean nats."""
+    found = {}
+    for task in [x for x in ELSEWHERE if x != run.task]:
+        asked, pool = records(task, run.split)[:FEWER_QUERIES], labelled(task, None, run.seed)
+        row = _answer(model, prompts, asked, adapter, pool, ELSEWHERE_SHOTS, run.seed)
+        found[task] = _right(row)
+    return {"elsewhere": found, "nats": _nats(model, prompts, adapter)}
+
+
+@torch.no_grad()
+def _nats(model: nn.Module, prompts: mk.PromptBuilder, adapter: Adapter | None) -> list[float]:
+    found = []
+    with nullcontext() if adapter is None else mk.attach(model, adapter):
+        for text in prose():
+            ids = prompts.processor.tokenizer(tasks.BEGIN + text, return_tensors="pt")["input_ids"][
+                :, :PASSAGE
+            ]
+            found.append(round(model(input_ids=ids, labels=ids).loss.item(), 4))
+    return found
 
 
 def _answer(
     model: nn.Module, prompts: mk.PromptBuilder, asked: Sequence[Row], adapter: Adapter | None = None,
     pool: Sequence[Row] = (), shots: int = 0, seed: int = 0,
 ) -> Answers:  # fmt: skip
-    """The plain model's answers after ``shots`` of ``pool``, at most all; or an adapter's, without, but for
-    AIM's, which fuses them."""
-    shots = min(shots, len(pool)) if adapter is None or isinstance(adapter, AIMAdapter) else 0
+    """Answers after ``shots`` of ``pool``, at most all, of the plain model or with an adapter; AIM's fuses
+    them."""
+    shots = (min(shots, len(pool)),)
+    own = {"shots": shots}
+    if adapter is not None:
+        fused = isinstance(adapter, AIMAdapter)
+        own = {"adapters": {"adapter": adapter}, "shots": (), "shots" if fused else "adapter_shots": shots}
     evaluation = mk.evaluate(
-        model, prompts, asked, adapters=None if adapter is None else {"adapter": adapter},
-        shots=(shots,) if adapter is None or shots else (), demonstrations=pool or None, seed=seed,
-        generation=GENERATION, progress=False,
+        model, prompts, asked, demonstrations=pool or None, seed=seed, generation=GENERATION, progress=False,
+        **own,
     )  # fmt: skip
     return evaluation.rows[-1]
 
@@ -127,7 +172,7 @@ def _unlabelled(
     if run.labeller == "truth":
         return rows
     if run.labeller == "control":
-        adapter = learn(ARMS[CONTROL], model, prompts, pool, pool, run.steps, run.seed)
+        adapter = learn(ARMS[CONTROL], model, prompts, pool, pool, run.steps, run.seed, run.shots)
         texts = _answer(model, prompts, rows, adapter).texts
     else:
         shown = shuffled(pool, run.seed) if run.labeller == "shuffled" else pool
