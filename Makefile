@@ -11,8 +11,8 @@ OUT    ?= benchmarks/results
 
 OLDEST := .venv-oldest
 LMMS   := .venv-lmms
-SUPPORT := mmicl_kernels/integration/support.json
-MATRIX := tests/integration/test_support_matrix.py
+SUPPORT := mmicl_kernels/models/support.json
+MATRIX := tests/patch/test_support_matrix.py
 
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -33,7 +33,7 @@ test-families: $(STAMP) $(OLDEST)/.installed
 	for bin in $(BIN) $(OLDEST)/bin; do \
 	  $$bin/python -m pytest -n 2 --dist loadgroup --support-matrix $(SUPPORT) $(MATRIX) || exit 1; \
 	done
-	$(BIN)/mmicl support --markdown > mmicl_kernels/integration/SUPPORT.md
+	$(BIN)/mmicl support --markdown > mmicl_kernels/models/SUPPORT.md
 
 # The plug-in, in an environment of its own: lmms-eval brings 80 packages.
 test-lmms: $(LMMS)/.installed

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import mmicl_kernels as mk
 from benchmarks.timing import machine
-from mmicl_kernels.library.entry_file import Entry, file_name, pack
-from mmicl_kernels.library.index import Row
 from mmicl_kernels.methods import Backbone, LIVEAdapter, LIVEConfig
+from mmicl_kernels.store.entry_file import Entry, file_name, pack
+from mmicl_kernels.store.index import Row
 
 TAGS, LIMIT, REPEATS = 100, 10, 15
 BACKBONE = Backbone("M", "m", "t", 8, "org/model", "main", {0: (2, 4)})

@@ -68,7 +68,7 @@ def published(model: nn.Module, adapter: nn.Module) -> Iterator[None]:
     """
     from transformers import AttentionInterface
 
-    from mmicl_kernels.integration.anchors import find_anchors
+    from mmicl_kernels.models.anchors import find_anchors
 
     anchors = find_anchors(model)
     originals = [anchor.self_attn.config for anchor in anchors]

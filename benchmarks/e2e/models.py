@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, Idefics2Config, PreTrained
 
 import mmicl_kernels as mk
 from benchmarks.peers import published
-from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.models.anchors import find_anchors
 
 FIRST_TEXT_ID = 3  # after the padding's and the sequence's own tokens
 GATE_STD, SHIFT_STD = 0.02, 0.5

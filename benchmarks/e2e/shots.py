@@ -23,7 +23,7 @@ from benchmarks.e2e.models import SIZES, Prompt, Size, build_model, prompt_input
 from benchmarks.e2e.run import parsed
 from benchmarks.run import device_folder
 from benchmarks.timing import Samples, machine, peak_allocated_bytes
-from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods.sites import FusedTokens
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
 TEXT_TOKENS = {"real": 30, "tiny": 2}  # of a demonstration, beside its image

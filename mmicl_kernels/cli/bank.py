@@ -9,7 +9,7 @@ from mmicl_kernels.cli.printing import FAILED, backbone_name, print_table, print
 from mmicl_kernels.cli.shell import reported
 
 if TYPE_CHECKING:  # torch is imported when a command runs
-    from mmicl_kernels.library import DemonstrationBank
+    from mmicl_kernels.store import DemonstrationBank
 
 SHOWN = 60  # characters of a text in a table
 
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Run one command and return its exit code; an error is one line on stderr."""
     if options.action == "build":
         return bank_build.run(options)
-    from mmicl_kernels.library import DemonstrationBank
+    from mmicl_kernels.store import DemonstrationBank
 
     def act() -> int:
         return _ACTIONS[options.action](DemonstrationBank(options.folder), options)
@@ -93,7 +93,7 @@ def _search(bank: "DemonstrationBank", options: argparse.Namespace) -> int:
 
 def _with_words(bank: "DemonstrationBank", words: str, limit: int) -> list[int]:
     """The first ids whose text or answer has all words, whatever the case and the normal form."""
-    from mmicl_kernels.library.entry_file import normal_form
+    from mmicl_kernels.store.entry_file import normal_form
 
     wanted, found = normal_form(words).casefold().split(), []
     for id in range(len(bank)):

@@ -15,9 +15,11 @@ from mmicl_kernels.cli.shell import reported
 if TYPE_CHECKING:  # torch is imported when the command runs
     from tqdm import tqdm
 
-    from mmicl_kernels.integration import Handle, PromptBuilder
-    from mmicl_kernels.library import Demonstration, DemonstrationBank
+    from mmicl_kernels.data import Demonstration
+    from mmicl_kernels.data.prompts.builder import PromptBuilder
     from mmicl_kernels.methods import AIMAdapter
+    from mmicl_kernels.patch import Handle
+    from mmicl_kernels.store import DemonstrationBank
 
 DTYPES = ("bfloat16", "float16", "float32", "int8")
 
@@ -56,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from mmicl_kernels.integration import PromptBuilder, attach
+    from mmicl_kernels.data.prompts.builder import PromptBuilder
+    from mmicl_kernels.patch import attach
 
     data = Path(options.data)
     images = data.parent if options.images is None else Path(options.images)
@@ -79,9 +82,9 @@ def _build(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
     """Model, processor and adapter."""
-    from mmicl_kernels.integration import load
-    from mmicl_kernels.integration.pretrained import load_model, load_processor
     from mmicl_kernels.methods import AIMAdapter
+    from mmicl_kernels.models.pretrained import load_model, load_processor
+    from mmicl_kernels.patch import load
 
     if not Path(options.adapter).exists():
         raise FileNotFoundError(f"--adapter: {options.adapter} does not exist, expected a folder")
@@ -98,7 +101,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
 def _bank(options: argparse.Namespace, adapter: "AIMAdapter", prompt: str) -> "DemonstrationBank":
     import torch
 
-    from mmicl_kernels.library import DemonstrationBank
+    from mmicl_kernels.store import DemonstrationBank
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     try:
@@ -160,7 +163,7 @@ def _new_demonstrations(
 ) -> Iterator["Demonstration"]:
     """Those of the file that the bank does not have. Bad lines are named on stderr and counted."""
     from mmicl_kernels.data import parse_line, read_lines, record_of
-    from mmicl_kernels.integration.images import decode_image
+    from mmicl_kernels.data.decoding import decode_image
 
     for number, line in read_lines(file):
         bar.update(file.tell() - bar.n)

@@ -42,7 +42,7 @@ def _description(splits: dict[str, tuple[str, ...]]) -> str:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from mmicl_kernels.methods.durable import replacing
+    from mmicl_kernels.durable import replacing
 
     source, out = Path(options.source), Path(options.out)
     images = source if options.images is None else Path(options.images)

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from mmicl_kernels.evaluation.run import evaluate
-    from mmicl_kernels.integration.pretrained import load_model, load_processor
+    from mmicl_kernels.models.pretrained import load_model, load_processor
 
     records = _records("data", options.data, "images", options.images, options.skip_bad)
     pool = options.demonstrations and _records(
@@ -162,7 +162,7 @@ def _generation(options: argparse.Namespace) -> "Generation":
 
 def _prompts(processor: Any, options: argparse.Namespace) -> Any:
     """The processor, or a builder of the template that is given."""
-    from mmicl_kernels.integration import PromptBuilder
+    from mmicl_kernels.data.prompts.builder import PromptBuilder
 
     if options.template is None:
         return processor

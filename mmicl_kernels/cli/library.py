@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmicl_kernels.cli.printing import FAILED, USAGE, backbone_name, complain, print_table, printable
 
 if TYPE_CHECKING:  # torch is imported when a command runs
-    from mmicl_kernels.library import Entry, VLibrary
+    from mmicl_kernels.store import Entry, VLibrary
 
 VARIABLE = "MMICL_LIBRARY"
 MAX_RECORD_BYTES = 2**20
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         if not makes_one and not Path(folder).is_dir():
             return _fail(f"{folder} does not exist, expected the folder of a library", FAILED)
-        from mmicl_kernels.library import VLibrary
+        from mmicl_kernels.store import VLibrary
 
         return _ACTIONS[options.action](VLibrary(folder), options)
     except BrokenPipeError:
@@ -121,7 +121,7 @@ def _show(library: "VLibrary", options: argparse.Namespace) -> int:
 
 
 def _add(library: "VLibrary", options: argparse.Namespace) -> int:
-    from mmicl_kernels.library import read_adapter
+    from mmicl_kernels.store import read_adapter
 
     entry = library.put(
         options.name,
@@ -222,7 +222,7 @@ def _numbers(what: str, words: Iterable[str]) -> dict[str, float]:
 
 
 def _json(file: str | None) -> Any:
-    from mmicl_kernels.library.entry_file import parse_json
+    from mmicl_kernels.store.entry_file import parse_json
 
     if file is None:
         return None

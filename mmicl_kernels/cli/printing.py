@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch is imported when a command runs
-    from mmicl_kernels.library import DemonstrationBank, Entry
+    from mmicl_kernels.store import DemonstrationBank, Entry
 
 USAGE, FAILED = 2, 1  # exit codes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmicl_kernels.cli.printing import USAGE, print_table
 
-MATRIX = Path(__file__).parent.parent / "integration" / "support.json"
+MATRIX = Path(__file__).parent.parent / "models" / "support.json"
 METHODS = {"mimic": "MimIC", "m2iv": "M2IV", "live": "LIVE", "aim": "AIM"}
 # In the order of the letters that stand for them.
 CELLS = {
@@ -86,7 +86,7 @@ def legend() -> str:
 
 
 def markdown(matrix: dict) -> str:
-    """``integration/SUPPORT.md``."""
+    """``models/SUPPORT.md``."""
     lines = [
         "# Which models are supported",
         "",

@@ -150,9 +150,8 @@ def _is_main_process() -> bool:
 
 def _training(options: argparse.Namespace, config: object, recipe: Recipe) -> Training:
     from mmicl_kernels.data import Records
-    from mmicl_kernels.integration import PromptBuilder
-    from mmicl_kernels.integration.pretrained import load_model, load_processor
-    from mmicl_kernels.integration.prompts import builder_of
+    from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of
+    from mmicl_kernels.models.pretrained import load_model, load_processor
     from mmicl_kernels.training.run import Training
 
     files = [Path(x) for x in (options.data, options.validation) if x is not None]

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.decoding import decode_image
+from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of, special_tokens
+from mmicl_kernels.data.shots import RandomShots, demonstration_of, generator_of
 from mmicl_kernels.evaluation.generation import Generation, YesNo, generate
 from mmicl_kernels.evaluation.metrics.postprocess import ends_answers
 from mmicl_kernels.evaluation.systems import trained_prompt
-from mmicl_kernels.integration import Handle, PromptBuilder, attach, load
-from mmicl_kernels.integration.images import decode_image
-from mmicl_kernels.integration.prompts import builder_of, special_tokens
-from mmicl_kernels.library import DemonstrationBank
-from mmicl_kernels.library.bank_files import DTYPES
 from mmicl_kernels.methods import Adapter, AIMAdapter
-from mmicl_kernels.training.shots import RandomShots, demonstration_of, generator_of
+from mmicl_kernels.patch import Handle, attach, load
+from mmicl_kernels.store import DemonstrationBank
+from mmicl_kernels.store.bank_files import DTYPES
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration, content_digest
+from mmicl_kernels.data.decoding import decode_image
+from mmicl_kernels.data.shots import NearestShots, demonstration_of, key_of
+from mmicl_kernels.durable import replacing
 from mmicl_kernels.evaluation.predictions import model_digest
-from mmicl_kernels.integration.images import decode_image
-from mmicl_kernels.methods.durable import replacing
-from mmicl_kernels.training.shots import NearestShots, demonstration_of, key_of
 
 # Features [B, C] of B demonstrations. What has a `digest` too is known by it, and its features are kept.
 Embed = Callable[[Sequence[Demonstration]], Tensor]

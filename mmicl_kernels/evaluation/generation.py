@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mmicl_kernels.evaluation.metrics import PRESETS
-from mmicl_kernels.integration.anchors import unwrap
+from mmicl_kernels.models.anchors import unwrap
 
 
 @dataclass(frozen=True)

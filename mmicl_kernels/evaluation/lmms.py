@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration, Records
 from mmicl_kernels.data.images import image_bytes
+from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.evaluation.asking import OtherImages, asker_of
 from mmicl_kernels.evaluation.generation import Generation
 from mmicl_kernels.evaluation.metrics import postprocess
-from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.integration.pretrained import load_model, load_processor
+from mmicl_kernels.models.pretrained import load_model, load_processor
 
 
 def manifest() -> ModelManifest:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration, Record, content_digest
+from mmicl_kernels.durable import append, replacing
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.methods.durable import append, replacing
 
 SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
 SAMPLED = 16  # values of each of a model's tensors that tell it from others

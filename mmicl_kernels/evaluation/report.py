@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from mmicl_kernels.durable import replacing
 from mmicl_kernels.evaluation.intervals import Gap, Interval
 from mmicl_kernels.evaluation.metrics import Score, postprocess
 from mmicl_kernels.evaluation.predictions import Prediction
 from mmicl_kernels.evaluation.scoring import Scorer, difference_of, interval_of
 from mmicl_kernels.evaluation.systems import PLOT, RESULTS, TABLE, System
-from mmicl_kernels.methods.durable import replacing
 
 NONE = "-"
 FEW = 30  # records: see the coverage of ``bootstrap_interval``

@@ -17,6 +17,16 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration, Record, as_records
+from mmicl_kernels.data.decoding import decode_image
+from mmicl_kernels.data.prompts.builder import PromptBuilder
+from mmicl_kernels.data.shots import (
+    Draw,
+    RandomShots,
+    demonstration_of,
+    examples_of,
+    generator_of,
+    key_of,
+)
 from mmicl_kernels.evaluation.asking import Asker, bank_of, prompt_builder
 from mmicl_kernels.evaluation.features import Embed, nearest_shots
 from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
@@ -31,21 +41,12 @@ from mmicl_kernels.evaluation.predictions import (
 from mmicl_kernels.evaluation.report import Evaluation, evaluation_of
 from mmicl_kernels.evaluation.scoring import Metric, Scorer
 from mmicl_kernels.evaluation.systems import BANKS, FEATURES, System, systems_of
-from mmicl_kernels.integration import PromptBuilder, UnsupportedModelError, attach, load
-from mmicl_kernels.integration.aggregation import evaluating
-from mmicl_kernels.integration.anchors import unwrap
-from mmicl_kernels.integration.images import decode_image
-from mmicl_kernels.integration.patches import is_patched
-from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.training.shots import (
-    Draw,
-    RandomShots,
-    demonstration_of,
-    examples_of,
-    generator_of,
-    key_of,
-)
+from mmicl_kernels.methods.teaching import evaluating
+from mmicl_kernels.models.anchors import UnsupportedModelError, unwrap
+from mmicl_kernels.patch import attach, load
+from mmicl_kernels.patch.patches import is_patched
+from mmicl_kernels.store import DemonstrationBank
 
 
 def evaluate(

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.durable import is_file, replacing
+from mmicl_kernels.durable import is_file, replacing
+from mmicl_kernels.methods.sites import ResidualSite
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
 
 FORMAT_VERSION = 1
@@ -92,18 +93,6 @@ class Backbone:
         if not all(map(math.isfinite, fingerprint)):
             raise ValueError("fingerprint has infinities or NaN, expected finite numbers")
         return cls(**{**data, "layers": layers, "fingerprint": fingerprint})
-
-
-@dataclass(frozen=True)
-class ResidualSite:
-    """Where in every decoder layer a method adds a vector to the residual stream, and how.
-
-    ``module`` is what the vector is added to: the output of "after_attention" (the last module before
-    the attention branch joins the stream), "mlp", or "layer". ``preserve_norm``: see ``ops.residual_shift``.
-    """
-
-    module: str
-    preserve_norm: bool
 
 
 class Adapter(nn.Module):

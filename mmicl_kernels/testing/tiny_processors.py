@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mmicl_kernels.integration.pretrained import NoVideos, image_only
+from mmicl_kernels.models.pretrained import NoVideos, image_only
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, IMAGE_SIZE, PATCH_SIZE
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # with the ids of the tiny models

@@ -1,17 +1,19 @@
 """Losses and a loop. The student and the teacher are one frozen model, shifted and not."""
 
-from mmicl_kernels.training.aggregation import AggregationBatch, AIMObjective
-from mmicl_kernels.training.alignment import align, episode_batch
-from mmicl_kernels.training.collate import AggregationCollator, DrawnEpisodes, EpisodeCollator, epochs
-from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
-from mmicl_kernels.training.documents import Documents, document_batches
-from mmicl_kernels.training.episodes import EpisodeBatch, ManyShotBatch
+from mmicl_kernels.data.batch import AggregationBatch
+from mmicl_kernels.data.collate import AggregationCollator, DrawnEpisodes, EpisodeCollator, epochs
+from mmicl_kernels.data.documents import Documents, document_batches
+from mmicl_kernels.data.episodes import EpisodeBatch, ManyShotBatch, align, episode_batch
+from mmicl_kernels.data.prefix import PrefixedBatch, prefixed_batch
+from mmicl_kernels.data.sampling import Draw, draw_demonstrations, joint_features, split_shots
+from mmicl_kernels.data.shots import NearestShots, RandomShots
+from mmicl_kernels.methods.aim.objective import AIMObjective
+from mmicl_kernels.methods.live.objective import LIVEObjective
+from mmicl_kernels.methods.m2iv.objective import M2IVObjective
+from mmicl_kernels.methods.mimic.objective import MimICObjective
+from mmicl_kernels.methods.objective import Losses, Objective, trainable
 from mmicl_kernels.training.loop import TrainingConfig, train
 from mmicl_kernels.training.module import TrainedModule
-from mmicl_kernels.training.objectives import Losses, MimICObjective, Objective, trainable
-from mmicl_kernels.training.prefix import PrefixedBatch, prefixed_batch
-from mmicl_kernels.training.sampling import Draw, draw_demonstrations, joint_features, split_shots
-from mmicl_kernels.training.shots import NearestShots, RandomShots
 
 __all__ = [
     "AIMObjective",

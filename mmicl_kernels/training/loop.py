@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mmicl_kernels.training.measures import describe_large_shares
+from mmicl_kernels.methods.measures import describe_large_shares
+from mmicl_kernels.methods.objective import Losses, Objective
 from mmicl_kernels.training.module import TrainedModule
-from mmicl_kernels.training.objectives import Losses, Objective
 from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 
 Batch = TypeVar("Batch")  # what the objective takes
@@ -64,7 +64,7 @@ def train(
 
     Returns:
         the losses of each step, this process's own, and where measured also what
-        :mod:`mmicl_kernels.training.measures` names: "align/gradient_norm", "align/layer_share", and so on.
+        :mod:`mmicl_kernels.methods.measures` names: "align/gradient_norm", "align/layer_share", and so on.
 
     Raises:
         ValueError: nothing to train, or ``batches`` ends early. RuntimeError: several processes whose

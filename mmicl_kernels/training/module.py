@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.integration import AdaptedModel
+from mmicl_kernels.data.batch import IGNORE
+from mmicl_kernels.data.prefix import PrefixedBatch
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.training.aggregation import AIMObjective
-from mmicl_kernels.training.batch import IGNORE
-from mmicl_kernels.training.distillation import LIVEObjective, M2IVObjective
-from mmicl_kernels.training.objectives import MimICObjective, Objective
-from mmicl_kernels.training.prefix import PrefixedBatch
+from mmicl_kernels.methods.aim.objective import AIMObjective
+from mmicl_kernels.methods.live.objective import LIVEObjective
+from mmicl_kernels.methods.m2iv.objective import M2IVObjective
+from mmicl_kernels.methods.mimic.objective import MimICObjective
+from mmicl_kernels.methods.objective import Objective
+from mmicl_kernels.patch import AdaptedModel
 
 OBJECTIVES: dict[type[Adapter], type[Objective]] = {
     objective.method: objective for objective in (MimICObjective, LIVEObjective, M2IVObjective, AIMObjective)

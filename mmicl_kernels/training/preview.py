@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.training.batch import IGNORE, Batch
+from mmicl_kernels.data.batch import IGNORE, Batch
+from mmicl_kernels.data.prefix import PrefixedBatch
+from mmicl_kernels.methods.objective import trainable
 from mmicl_kernels.training.module import TrainedModule
-from mmicl_kernels.training.objectives import trainable
-from mmicl_kernels.training.prefix import PrefixedBatch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

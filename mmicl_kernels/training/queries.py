@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from mmicl_kernels.training.collate import Collator
+from mmicl_kernels.data.collate import Collator
+from mmicl_kernels.data.shots import generator_of_text
 from mmicl_kernels.training.module import token_counts
-from mmicl_kernels.training.shots import generator_of_text
 
 NO_QUERY = -1
 

@@ -20,17 +20,17 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration, Record
-from mmicl_kernels.integration import PromptBuilder, create, load
-from mmicl_kernels.integration.prompts import builder_of
+from mmicl_kernels.data.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
+from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of
+from mmicl_kernels.data.shots import Draw, Example, RandomShots, examples_of, key_of
 from mmicl_kernels.methods import Adapter, AIMConfig
 from mmicl_kernels.methods.base import CONFIG_FILE, DESCRIPTION_FILE
+from mmicl_kernels.methods.teaching import new_cache
+from mmicl_kernels.patch import create, load
 from mmicl_kernels.training.arguments import deciding, training_arguments
-from mmicl_kernels.training.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.training.module import TrainedModule
 from mmicl_kernels.training.plot import plot_losses
-from mmicl_kernels.training.prefix import new_cache
 from mmicl_kernels.training.recipes import RECIPES, Recipe
-from mmicl_kernels.training.shots import Draw, Example, RandomShots, examples_of, key_of
 from mmicl_kernels.training.unchanged import unchanged, undrawn
 
 if TYPE_CHECKING:  # importing the Trainer takes seconds

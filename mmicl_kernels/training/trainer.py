@@ -20,14 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from mmicl_kernels.library import read_adapter
+from mmicl_kernels.data.collate import Collator
+from mmicl_kernels.durable import replacing
 from mmicl_kernels.methods import CheckpointError
 from mmicl_kernels.methods.base import DESCRIPTION_FILE
-from mmicl_kernels.methods.durable import replacing
-from mmicl_kernels.training.collate import Collator
-from mmicl_kernels.training.measures import describe_large_shares
+from mmicl_kernels.methods.measures import describe_large_shares
+from mmicl_kernels.methods.objective import trainable
+from mmicl_kernels.store import read_adapter
 from mmicl_kernels.training.module import TrainedModule, token_shares
-from mmicl_kernels.training.objectives import trainable
 from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 from mmicl_kernels.training.queries import CountedBatches, Queries, QueryOrder
 from mmicl_kernels.training.sharding import check_deepspeed, shard, without_fsdp

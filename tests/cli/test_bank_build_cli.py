@@ -9,8 +9,8 @@ from PIL import Image
 
 import mmicl_kernels as mk
 from mmicl_kernels.cli import main
-from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 

@@ -16,8 +16,8 @@ from PIL import Image
 import mmicl_kernels as mk
 from mmicl_kernels.data import BadRecord, Demonstration, ImageFile, Record, Records, as_records
 from mmicl_kernels.data import lines as lines_module
+from mmicl_kernels.data.decoding import decode_image
 from mmicl_kernels.data.records import BUCKETS, text_pieces
-from mmicl_kernels.integration.images import decode_image
 
 LINES = [
     {"id": "a", "image": "1.png", "text": "what?", "answer": "red", "answers": ["red", "rot"]},

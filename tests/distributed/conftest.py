@@ -1,11 +1,11 @@
-"""The distributed tests attach the adapters of integration's, on batches of training's."""
+"""The distributed tests attach the adapters of the patches, on batches of training's."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / room) for room in ("integration", "training")]
+sys.path += [str(Path(__file__).parents[1] / room) for room in ("patch", "training")]
 
 
 @pytest.fixture

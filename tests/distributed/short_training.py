@@ -8,7 +8,7 @@ from residuals import random_shift
 from torch import Tensor, nn
 
 import mmicl_kernels as mk
-from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import TEXT
 
 EPS = torch.finfo(torch.float32).eps

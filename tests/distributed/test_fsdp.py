@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from two_processes import WORLD_SIZE, in_two_processes
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.anchors import find_anchors
-from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods.sites import FusedTokens
+from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.training import TrainedModule
 

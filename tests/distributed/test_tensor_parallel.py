@@ -13,10 +13,10 @@ from transformers.distributed import DistributedConfig
 from two_processes import WORLD_SIZE, in_two_processes
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.anchors import find_anchors
-from mmicl_kernels.integration.attention import PatchedLayer
-from mmicl_kernels.integration.parallel import local_heads
-from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods.sites import FusedTokens
+from mmicl_kernels.models.anchors import find_anchors
+from mmicl_kernels.models.parallel import local_heads
+from mmicl_kernels.patch.sites.attention import PatchedLayer
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
 
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")

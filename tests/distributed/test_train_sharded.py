@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from two_processes import in_two_processes
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.training.sharding import check_deepspeed
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.anchors import find_anchors
+from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training.recipes import Recipe

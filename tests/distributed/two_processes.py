@@ -18,7 +18,7 @@ WORLD_SIZE = 2
 # Only stops what hangs: a check takes seconds.
 HANGS_AFTER = 120.0
 # Forked from one server without threads, which imports these once for all checks of a pytest process.
-PRELOADED = ["mmicl_kernels.testing.tiny_models", "mmicl_kernels.integration", "torch.distributed.fsdp"]
+PRELOADED = ["mmicl_kernels.testing.tiny_models", "mmicl_kernels.patch", "torch.distributed.fsdp"]
 
 
 def in_two_processes(check: Callable[..., None], *args: object) -> None:

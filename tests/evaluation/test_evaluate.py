@@ -80,7 +80,7 @@ def test_every_row_is_what_each_prompt_alone_is_answered(world):
 
 
 def fused(tokens):
-    from mmicl_kernels.library import FusedTokens
+    from mmicl_kernels.methods.sites import FusedTokens
 
     lengths = torch.tensor([0, *(len(x) for x in tokens)])
     return FusedTokens(torch.cat(tokens), lengths.cumsum(0), None)

@@ -122,7 +122,7 @@ def test_clip(clip, files, tmp_path):
     red, blue = png("red", (9, 7)), png("blue", (20, 9))
     rows = [mk.Demonstration(x, "", "") for x in ((red,), (), (red, blue))]
     model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPImageProcessorPil.from_pretrained(clip)
-    from mmicl_kernels.integration.images import decode_image
+    from mmicl_kernels.data.decoding import decode_image
 
     pixels = processor([decode_image(x, "") for x in (red, blue)], return_tensors="pt")
     with torch.no_grad():

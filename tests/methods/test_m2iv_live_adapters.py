@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mmicl_kernels as mk
-from mmicl_kernels.library import read_adapter
 from mmicl_kernels.methods import ResidualSite
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE, Backbone
+from mmicl_kernels.store import read_adapter
 from mmicl_kernels.testing.tiny_models import tiny_model
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

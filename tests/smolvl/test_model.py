@@ -17,9 +17,9 @@ from benchmarks.experiments.smolvl.model import IMAGE_TOKENS
 from benchmarks.experiments.smolvl.pictures import all_pictures
 from mmicl_kernels.cli import main
 from mmicl_kernels.data import as_records
+from mmicl_kernels.data.prompts.builder import builder_of
 from mmicl_kernels.evaluation.generation import Generation
-from mmicl_kernels.integration.prompts import builder_of
-from mmicl_kernels.library import FusedTokens
+from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.gguf import read_tensors
 from mmicl_kernels.testing.real_processors import package_file
 from mmicl_kernels.training import EpisodeCollator

@@ -2,7 +2,7 @@
 
 from example_images import BLUE, GREEN, RED
 
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data import Demonstration
 
 SHOTS = [
     Demonstration((RED,), "what?", "red"),

@@ -12,12 +12,12 @@ from example_processors import REAL, processor_of
 from example_questions import PLAIN, QUERIES, SHOTS
 from tokenizers import pre_tokenizers, processors
 
-from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.integration.presets import PRESETS
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.prompts.builder import PromptBuilder
+from mmicl_kernels.data.prompts.presets import PRESETS
+from mmicl_kernels.methods.teaching import student_rows, teacher_rows
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
-from mmicl_kernels.training.distillation import student_rows, teacher_rows
 
 TWO = QUERIES[:2]
 # Quick: one of the official templates for each processor.

@@ -13,10 +13,8 @@ from example_images import BLUE, GREEN, RED
 from torch.utils.data import DataLoader, SequentialSampler
 
 import mmicl_kernels as mk
-from mmicl_kernels.data import as_records
-from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.integration.prompts import builder_of
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data import Demonstration, as_records
+from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import (

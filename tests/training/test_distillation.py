@@ -13,6 +13,9 @@ from residuals import decoder_layers, random_shift
 from watching import Largest
 
 import mmicl_kernels as mk
+from mmicl_kernels.data.sampling import nearest_to_centroids
+from mmicl_kernels.methods.m2iv.objective import synergy
+from mmicl_kernels.methods.teaching import divergence, student_rows, teach, teacher_rows
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny_model
 from mmicl_kernels.training import (
     LIVEObjective,
@@ -25,8 +28,6 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
-from mmicl_kernels.training.distillation import divergence, student_rows, synergy, teach, teacher_rows
-from mmicl_kernels.training.sampling import nearest_to_centroids
 
 # Some hundreds of fp64 roundings one after another; a wrong token, weight or sign is off by far more.
 TOLERANCE = 1024 * torch.finfo(torch.float64).eps

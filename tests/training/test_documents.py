@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import mmicl_kernels as mk
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data import documents as documents_module
 from mmicl_kernels.data import lines as lines_module
-from mmicl_kernels.integration import PromptBuilder
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import (
@@ -23,9 +24,6 @@ from mmicl_kernels.training import (
     document_batches,
     train,
     trainable,
-)
-from mmicl_kernels.training import (
-    documents as documents_module,
 )
 
 

@@ -10,6 +10,8 @@ from residuals import random_shift
 from watching import Largest
 
 import mmicl_kernels as mk
+from mmicl_kernels.methods.m2iv.objective import synergy
+from mmicl_kernels.methods.measures import alignment_shares, describe_large_shares, layer_shares
 from mmicl_kernels.ops import alignment_loss
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import (
@@ -22,8 +24,6 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
-from mmicl_kernels.training.distillation import synergy
-from mmicl_kernels.training.measures import alignment_shares, describe_large_shares, layer_shares
 
 LAYERS, N, C = [0, 2, 5, 7], 10, 6
 ROUNDING = 1024 * torch.finfo(torch.float64).eps
@@ -216,7 +216,7 @@ def test_m2ivs_layers():
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmicl_kernels.training.distillation.synergy", watch)
+        patch.setattr("mmicl_kernels.methods.teaching.synergy", watch)
         _, losses = measured(model, adapter, M2IVObjective, episode(model))
     seen = torch.stack(seen)
     assert losses.parts["synergy/layer"] == seen.argmax() and len(seen) > 1

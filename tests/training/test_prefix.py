@@ -12,8 +12,12 @@ from records_of_colours import write_records
 from residuals import random_shift
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration import PromptBuilder, attach
-from mmicl_kernels.library import Demonstration
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.prefix import PrefixedBatch, prefixed_batch
+from mmicl_kernels.data.prompts.builder import PromptBuilder
+from mmicl_kernels.methods.answers import answer_logits
+from mmicl_kernels.methods.teaching import SHARING, after_prefix, new_cache, teach
+from mmicl_kernels.patch import attach
 from mmicl_kernels.testing.budgets import assert_within_budget
 from mmicl_kernels.testing.real_processors import tiny_vlm
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
@@ -29,10 +33,7 @@ from mmicl_kernels.training import (
     episode_batch,
     trainable,
 )
-from mmicl_kernels.training.answers import answer_logits
-from mmicl_kernels.training.distillation import teach
 from mmicl_kernels.training.module import OBJECTIVES
-from mmicl_kernels.training.prefix import FAMILIES, PrefixedBatch, after_prefix, new_cache, prefixed_batch
 from mmicl_kernels.training.recipes import Recipe
 from mmicl_kernels.training.run import Training
 
@@ -115,7 +116,7 @@ def losses_of(model, method, batch):
 def test_the_same_as_whole_prompts(name, template):
     """States at the query's tokens, the answer's probabilities, and the adapter's gradients."""
     processor, model = MADE[name]()
-    assert model.config.model_type in FAMILIES
+    assert model.config.model_type in SHARING
     shared, whole = batches(processor, template)
     _, exact = batches(processor, template, torch.float64)
     double = in_double(model)
@@ -390,7 +391,7 @@ def test_mk_train(records, monkeypatch):
         made.append(len(queries))
         return episode_batch(builder, queries, [shots] * len(queries))
 
-    monkeypatch.setattr("mmicl_kernels.training.collate.prefixed_batch", whole)
+    monkeypatch.setattr("mmicl_kernels.data.collate.prefixed_batch", whole)
     other = trained()
     assert len(made) >= 2 and {*made} == {4}
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import mmicl_kernels as mk
-from mmicl_kernels.integration.prompts import builder_of
+from mmicl_kernels.data.prompts.builder import builder_of
 from mmicl_kernels.testing.real_processors import tiny_vlm
 from mmicl_kernels.training import (
     AggregationCollator,

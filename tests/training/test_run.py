@@ -17,9 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
-from mmicl_kernels.integration import attach, handle_of
-from mmicl_kernels.integration.pretrained import load_model
-from mmicl_kernels.integration.prompts import builder_of
+from mmicl_kernels.data.prompts.builder import builder_of
+from mmicl_kernels.models.pretrained import load_model
+from mmicl_kernels.patch import attach, handle_of
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import (
@@ -491,7 +491,7 @@ def test_recipes_are_checked(change, error):
 
 
 def test_recipes_name_templates_that_exist():
-    from mmicl_kernels.integration.presets import PRESETS
+    from mmicl_kernels.data.prompts.presets import PRESETS
 
     assert {"mimic", "live", "m2iv", "aim"} <= RECIPES.keys()
     assert all(x.template in {None, *PRESETS} for x in RECIPES.values())

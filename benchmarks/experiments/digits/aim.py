@@ -26,8 +26,8 @@ from benchmarks.experiments.digits.model import WEIGHTS, load_model
 from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import ARGUMENTS, training_examples
 from benchmarks.timing import peak_allocated_bytes
-from mmicl_kernels.library import FusedTokens
 from mmicl_kernels.methods import AIMAdapter
+from mmicl_kernels.methods.sites import FusedTokens
 
 RESULTS = Path(__file__).with_name("aim.json")
 SEEDS, SHOTS = (0, 1, 2), (1, 4, 8, 16)

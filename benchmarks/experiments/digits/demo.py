@@ -26,8 +26,8 @@ from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import train_adapter
 from benchmarks.peers import published
 from benchmarks.timing import peak_allocated_bytes
-from mmicl_kernels.integration.anchors import find_anchors
 from mmicl_kernels.methods import Adapter
+from mmicl_kernels.models.anchors import find_anchors
 
 TASKS = data.TASKS
 LABELS = {0: "zero-shot", 1: "1-shot", 4: "4-shot", 8: "8-shot", 16: "16-shot"}

@@ -25,9 +25,9 @@ from benchmarks.experiments.digits.measure import SETTINGS
 from benchmarks.experiments.digits.model import load_model
 from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import ARGUMENTS, RECIPE, train_adapter, training_examples
+from mmicl_kernels.data.episodes import align
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.training import EpisodeBatch, EpisodeCollator
-from mmicl_kernels.training.alignment import align
 from mmicl_kernels.training.run import Training
 
 RESULTS = Path(__file__).with_name("uses.json")

@@ -8,7 +8,7 @@ import torch
 
 from mmicl_kernels.methods.aim.config import AIMConfig
 from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
-from mmicl_kernels.modules import TokenFuser
+from mmicl_kernels.methods.modules import TokenFuser
 
 
 class AIMAdapter(Adapter):

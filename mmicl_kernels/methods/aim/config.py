@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-POSITIONS = ("text", "answer", "answer_end")
+from mmicl_kernels.data.prompts.positions import check_positions
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,3 @@ class AIMConfig:
         check_positions(self.positions)
         if not isinstance(self.layer_norm, bool):
             raise TypeError(f"layer_norm is {self.layer_norm!r}, expected a bool")
-
-
-def check_positions(positions: object) -> None:
-    """Raise ValueError unless it is one of ``POSITIONS``."""
-    if positions not in POSITIONS:
-        raise ValueError(f"positions is {positions!r}, expected one of {POSITIONS}")

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, ResidualSite
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.live.config import LIVEConfig
-from mmicl_kernels.modules import ResidualShift
+from mmicl_kernels.methods.modules import ResidualShift
+from mmicl_kernels.methods.sites import ResidualSite
 
 
 class LIVEAdapter(Adapter):

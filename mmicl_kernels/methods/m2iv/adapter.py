@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, ResidualSite
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.m2iv.config import M2IVConfig
-from mmicl_kernels.modules import ResidualShift
+from mmicl_kernels.methods.modules import ResidualShift
+from mmicl_kernels.methods.sites import ResidualSite
 
 AFTER_ATTENTION = ResidualSite("after_attention", preserve_norm=False)
 # The layer's output is its input plus both branches, so this is where the MLP's branch has arrived.

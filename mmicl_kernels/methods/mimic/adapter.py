@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, ResidualSite
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.mimic.config import MimICConfig
-from mmicl_kernels.modules import AttentionShift
-from mmicl_kernels.modules.attention_shift import SHIFT_STD
+from mmicl_kernels.methods.modules import AttentionShift
+from mmicl_kernels.methods.modules.attention_shift import SHIFT_STD
+from mmicl_kernels.methods.sites import ResidualSite
 
 FFN_SITE = ResidualSite("mlp", preserve_norm=True)
 

@@ -1,0 +1,147 @@
+"""Everything that is put into a model, and what finds it there again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import ReferenceType, WeakValueDictionary
+
+import torch
+from torch import nn
+
+from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter, ResidualSite
+from mmicl_kernels.models.anchors import find_anchors
+from mmicl_kernels.patch.sites import hf_attention
+from mmicl_kernels.patch.sites.attention import PatchedLayer
+from mmicl_kernels.patch.sites.embedding import EmbeddingHook, Splicer
+from mmicl_kernels.patch.sites.residual import ResidualHook, SiteShift
+from mmicl_kernels.patch.state import Rows, State
+
+if TYPE_CHECKING:
+    from mmicl_kernels.patch.handle import Handle
+
+# A disabled handle leaves no trace on its model, so patches are known by the ids of its layers.
+_attached: WeakValueDictionary[int, Patches] = WeakValueDictionary()
+
+
+class Patches:
+    """What the attached adapters of ``state`` need in its model.
+
+    The model, once patched, keeps this alive, and this does not keep the user's ``handle``: a handle may be
+    dropped while its model stays patched.
+    """
+
+    def __init__(self, state: State, splicer: Splicer) -> None:
+        self.state, self.splicer = state, splicer
+        self._layers = [anchor.layer for anchor in state.anchors]
+        self.enabled, self.is_attached = True, True
+        self.handle: ReferenceType[Handle] | None = None
+        self._attention: list[PatchedLayer] = []
+        self._sites: dict[ResidualSite, SiteShift] = {}
+        self._hooks: dict[str, list[ResidualHook]] = {}
+        state.patches = self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "handle": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy's model, made by deepcopy or pickle, is patched by the copy."""
+        self.__dict__.update(state)
+        if self.is_attached:
+            self.register()
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it had a handle and nobody has one now; a copy of a patched model never had."""
+        return self.handle is not None and self.handle() is None
+
+    def register(self) -> None:
+        """Be found by :func:`patches_of` from now on, as long as the model keeps one of its layers."""
+        _attached.update({id(layer): self for layer in self._layers})
+
+    def prepare(self, adapter: Adapter) -> None:
+        """What ``adapter`` needs in the model and no other needed so far; not in its place yet."""
+        state = self.state
+        if isinstance(adapter, MimICAdapter) and not self._attention:
+            hf_attention.register()
+            softmax = [anchor for anchor in state.anchors if anchor.self_attn is not None]
+            self._attention = [PatchedLayer(state, anchor) for anchor in softmax]
+        for site in adapter.residual_sites:
+            if site not in self._sites:
+                self._sites[site] = SiteShift(state, site)
+            if site.module not in self._hooks:
+                self._hooks[site.module] = [ResidualHook(anchor, site.module) for anchor in state.anchors]
+
+    def sync(self) -> None:
+        """Put in place what the attached adapters need, and nothing else."""
+        if not (self.enabled and self.is_attached):
+            return
+        adapters = self.state.adapters.values()
+        gated = any(isinstance(x, MimICAdapter) for x in adapters)
+        for layer in self._attention:
+            layer.install() if gated else layer.remove()
+        needed = {site for adapter in adapters for site in adapter.residual_sites}
+        # The norm that is kept is that of what the module returned, so those shifts act first.
+        order = sorted(needed, key=lambda site: not site.preserve_norm)
+        for module, hooks in self._hooks.items():
+            for index, hook in enumerate(hooks):
+                hook.shifts = [self._sites[site].layers[index] for site in order if site.module == module]
+                hook.install() if hook.shifts else hook.remove()
+        fuses = any(isinstance(x, AIMAdapter) for x in adapters)
+        self.splicer.hook.install() if fuses else self.splicer.hook.remove()
+
+    def remove(self) -> None:
+        """The plain model, object by object; :meth:`sync` brings everything back."""
+        for layer in self._attention:
+            layer.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self.splicer.hook.remove()
+
+    def detach(self) -> None:
+        """The plain model for good."""
+        self.remove()
+        self.is_attached = False
+        for key in [id(layer) for layer in self._layers if _attached.get(id(layer)) is self]:
+            del _attached[key]
+
+    def copy_parameters(self) -> None:
+        """Make the stacks of all slots those of the adapters as they are now."""
+        for stack in (*self._attention, *(x for shift in self._sites.values() for x in shift.layers)):
+            stack.copy_parameters()
+
+    def choose(self, rows: Rows | None) -> None:
+        """Make ``rows`` tensors on the device, or close the open ones."""
+        state = self.state
+        state.rows = rows
+        slots = {name: state.slots.index(adapter) for name, adapter in state.adapters.items()}
+        gates = {name for name, adapter in state.adapters.items() if isinstance(adapter, MimICAdapter)}
+        # Inference tensors could not be copied into again outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            state.adapter_ids = None
+            if rows is not None:
+                ids = [next((slots[name] for name in row if name in gates), -1) for row in rows]
+                state.adapter_ids = torch.tensor(ids, dtype=torch.int32, device=state.device)
+            for site, shift in self._sites.items():
+                here = {name: slots[name] for name, x in state.adapters.items() if site in x.residual_sites}
+                shift.choose(rows, here, state.strength, state.device)
+
+
+def patches_of(model: nn.Module) -> Patches | None:
+    """What ``attach`` put into ``model``, enabled or not, if anything.
+
+    Raises:
+        UnsupportedModelError: unknown family.
+    """
+    found = (_attached.get(id(anchor.layer)) for anchor in find_anchors(model))
+    return next((patches for patches in found if patches is not None), None)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether something of ours acts in ``model``, whoever put it there."""
+    anchors = find_anchors(model)
+    hooked = [x for anchor in anchors for x in (anchor.after_attention, anchor.mlp, anchor.layer)]
+    hooks = [hook for x in (*hooked, model.get_input_embeddings()) for hook in x._forward_hooks.values()]
+    return any(isinstance(hook, ResidualHook | EmbeddingHook) for hook in hooks) or any(
+        hasattr(anchor.mixer, "mmicl_layer") for anchor in anchors
+    )

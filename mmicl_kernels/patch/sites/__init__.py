@@ -1,0 +1,1 @@
+"""How a method gets into a model at each kind of site."""

@@ -1,0 +1,101 @@
+"""Vectors in the residual stream: a forward hook on every module whose output they are added to."""
+
+import torch
+from torch import Tensor, nn
+
+from mmicl_kernels.methods import Adapter, ResidualSite
+from mmicl_kernels.models.anchors import Anchor
+from mmicl_kernels.ops import residual_shift
+from mmicl_kernels.patch.sites.hooks import ForwardHook
+from mmicl_kernels.patch.slots import SlotStack, for_batch
+from mmicl_kernels.patch.state import State
+
+# Adapters a batch row can name before its ids grow and compiled models are compiled again.
+ENTRIES = 4
+
+
+class SiteShift:
+    """The shifts of one site, by layer, and what they share: the slots that every batch row uses.
+
+    ``ids`` and ``strengths``, ``[rows, K]``, are None while no rows() are open.
+    """
+
+    def __init__(self, state: State, site: ResidualSite) -> None:
+        self.layers = [LayerShift(state, anchor, site, self) for anchor in state.anchors]
+        self.ids: Tensor | None = None
+        self.strengths: Tensor | None = None
+
+    def choose(
+        self,
+        rows: list[dict[str, float]] | None,
+        slots: dict[str, int],
+        strength: float,
+        device: torch.device,
+    ) -> None:
+        """``rows`` as names and strengths; ``slots`` of the adapters that act here."""
+        if rows is None:
+            self.ids = self.strengths = None
+            return
+        width = max(ENTRIES, *map(len, rows))
+        chosen = [[(slots.get(name, -1), strength * x) for name, x in row.items()] for row in rows]
+        padded = [row + [(-1, 0.0)] * (width - len(row)) for row in chosen]
+        # "cpu": a caller may have set another default device.
+        ids = torch.tensor([[slot for slot, _ in row] for row in padded], dtype=torch.int32, device="cpu")
+        strengths = torch.tensor([[x for _, x in row] for row in padded], dtype=torch.float32, device="cpu")
+        # A slot at strength 0 is not even read: 0 * nan is nan.
+        self.ids, self.strengths = ids.where(strengths != 0, -1).to(device), strengths.to(device)
+
+
+class LayerShift(SlotStack):
+    """The shift of one layer at one site."""
+
+    def __init__(self, state: State, anchor: Anchor, site: ResidualSite, rows: SiteShift) -> None:
+        super().__init__(state.slots, anchor.device)
+        self._state, self._anchor, self._site, self._rows = state, anchor, site, rows
+        self._key = str(anchor.index)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [B, T, C]`` shifted as the handle says."""
+        if x.dim() == 2:  # mixtures of experts return tokens in one row
+            return self(x[:, None])[:, 0]
+        self._state.check_recomputation(self._anchor)
+        options = {"preserve_norm": self._site.preserve_norm, "impl": self._state.impl}
+        if self._rows.ids is None:
+            vector, scale = self._state.require_single().residual_shift(self._site, self._key)
+            if isinstance(scale, Tensor):
+                scale = self._state.scaled(scale)
+            return residual_shift(x, vector.to(x.device), scale, **options)
+        B, (vector, scale) = x.shape[0], self.stacked()
+        ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))
+        return residual_shift(x, vector, scale, adapter_ids=ids, strengths=strengths, **options)
+
+    def _of(self, adapter: Adapter) -> list[Tensor] | None:
+        if self._site not in adapter.residual_sites:
+            return None
+        vector, scale = adapter.residual_shift(self._site, self._key)
+        return [vector, scale if isinstance(scale, Tensor) else vector.new_full((), scale)]
+
+
+class ResidualHook(ForwardHook):
+    """``shifts`` act on the module's output, in their order."""
+
+    def __init__(self, anchor: Anchor, name: str) -> None:
+        super().__init__(getattr(anchor, name))
+        self._layer = anchor.layer
+        self.shifts: list[LayerShift] = []
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        if self._layer.training and module is not self._layer:
+            _refuse_dropout(self._layer)
+        x = output[0] if isinstance(output, tuple) else output
+        for shift in self.shifts:
+            x = shift(x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def _refuse_dropout(layer: nn.Module) -> None:
+    """Raise ValueError if ``layer`` drops out what a branch returned: a vector must reach the stream."""
+    rates = [child.p for child in layer.children() if isinstance(child, nn.Dropout)]
+    rate = max(getattr(layer, "dropout", 0.0), *rates, 0.0)
+    if rate > 0:
+        raise ValueError(f"dropout is {rate}, expected 0: set it to 0 in the config or call model.eval()")

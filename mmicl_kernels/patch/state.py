@@ -1,0 +1,107 @@
+"""What patched layers read while a model runs: its adapters, which batch row uses which, how strongly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
+from mmicl_kernels.methods.checkpointing import repeats_reentrant
+from mmicl_kernels.models.anchors import Anchor
+from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
+from mmicl_kernels.patch.slots import check_products, check_strength
+
+if TYPE_CHECKING:
+    from mmicl_kernels.patch.patches import Patches
+
+Rows = list[dict[str, float]]  # of every batch row the adapters, with their strengths
+
+
+class State:
+    """Of one model; patched layers and its handle share it.
+
+    ``adapters`` are those attached, by name, and ``slots`` the places they take. ``rows`` are the open ones
+    or None. ``adapter_ids [rows]`` are the slots of their MimIC adapters, -1 where a row has none. What is in
+    the model knows its state, which keeps ``patches``, all of them, in being.
+    """
+
+    patches: Patches
+
+    def __init__(self, model: nn.Module, anchors: list[Anchor], impl: str, slots: int) -> None:
+        self.model, self.anchors, self.impl, self.normalizer = model, anchors, impl, "visible"
+        self.device = anchors[0].device
+        self.adapters: dict[str, Adapter] = {}
+        self.slots: list[Adapter | None] = [None] * slots
+        self.rows: Rows | None = None
+        self.adapter_ids: Tensor | None = None
+        self._last_forward: tuple[float, Rows | None] | None = None
+
+    @property
+    def strength(self) -> float:
+        """What every M2IV and LIVE vector is multiplied by."""
+        return self._strength
+
+    def set_strength(self, value: float) -> None:
+        """Raises TypeError, ValueError as ``Handle.strength``."""
+        check_strength("strength", value)
+        for name, adapter in self.adapters.items():
+            check_strength_of(name, adapter, value)
+        check_products(self.rows or [], float(value))
+        self._strength = float(value)
+        with torch.inference_mode(False):
+            self._strength_tensor = torch.tensor(self._strength, dtype=torch.float32, device=self.device)
+
+    @property
+    def single(self) -> Adapter | None:
+        """The adapter of all rows, where there is only one."""
+        return next(iter(self.adapters.values())) if len(self.adapters) == 1 else None
+
+    def require_single(self) -> Adapter:
+        """The adapter of all rows. Raises RuntimeError where ``Handle.rows`` must say which."""
+        single = self.single
+        if single is None:
+            names = ", ".join(map(repr, self.adapters))
+            raise RuntimeError(
+                f"several adapters are attached ({names}): say which rows use which, "
+                "`with handle.rows([...]):`"
+            )
+        return single
+
+    def scaled(self, scale: Tensor) -> Tensor:
+        """``scale`` times the global strength; 0 at strength 0, whatever ``scale`` is."""
+        # Compiled graphs multiply always, so that they do not depend on the value.
+        if not torch.compiler.is_compiling() and self._strength == 1:
+            return scale
+        strength = self._strength_tensor.to(scale.device)
+        return torch.where(strength == 0, 0.0, scale * strength)
+
+    def check_recomputation(self, anchor: Anchor) -> None:
+        """Raise RuntimeError where checkpointing would give other gradients than without.
+
+        Reentrant it may lose them. Any kind repeats a forward pass, in which rows and strength must be those
+        of the last forward pass that built a graph: of several before one backward pass, the earlier ones
+        must have had the same.
+        """
+        if torch.compiler.is_compiling():
+            return
+        refuse_reentrant_checkpointing(self.model, anchor)
+        if not (torch.is_grad_enabled() or repeats_reentrant(anchor.layer)):
+            return
+        now = (self._strength, self.rows)
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            self._last_forward = now
+        elif self._last_forward not in (now, None):
+            raise RuntimeError(
+                f"strength and rows are {now}, expected {self._last_forward} as at the last forward pass: "
+                "with gradient checkpointing call backward() within their block, before another forward pass"
+            )
+
+
+def check_strength_of(name: str, adapter: Adapter, strength: float) -> None:
+    """Raise ValueError unless ``adapter`` can have this global strength."""
+    if strength != 1 and isinstance(adapter, MimICAdapter | AIMAdapter):
+        raise ValueError(
+            f"strength is {strength!r}, expected 1: {name!r} is a {type(adapter).__name__}, which has none"
+        )
