@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch is imported when the command runs
 
     from mmicl_kernels.data import Demonstration
     from mmicl_kernels.data.prompts.builder import PromptBuilder
-    from mmicl_kernels.methods import AIMAdapter
+    from mmicl_kernels.methods import Adapter
     from mmicl_kernels.patch import Handle
     from mmicl_kernels.store import DemonstrationBank
 
@@ -71,7 +71,7 @@ def _build(options: argparse.Namespace) -> int:
     model, processor, adapter = _load(options)
     device, dtype = model.get_input_embeddings().weight.device, model.dtype
     template = {} if options.template is None else {"template": options.template}
-    marker, positions = options.image_marker, adapter.config.positions
+    marker, positions = options.image_marker, adapter.embedding_site.positions
     builder = PromptBuilder(
         processor, image_marker=marker, positions=positions, device=device, dtype=dtype, **template
     )
@@ -80,9 +80,8 @@ def _build(options: argparse.Namespace) -> int:
         return _add(handle, builder, data, images, options.batch_size)
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
+def _load(options: argparse.Namespace) -> tuple[Any, Any, "Adapter"]:
     """Model, processor and adapter."""
-    from mmicl_kernels.methods import AIMAdapter
     from mmicl_kernels.models.pretrained import load_model, load_processor
     from mmicl_kernels.patch import load
 
@@ -91,14 +90,15 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, "AIMAdapter"]:
     import_modules(options)
     model, processor = load_model(options.model), load_processor(options.model)
     adapter = load(options.adapter, model)
-    if not isinstance(adapter, AIMAdapter):
+    if adapter.embedding_site is None:
         raise TypeError(
-            f"--adapter: {options.adapter} has a {type(adapter).__name__}, expected an AIMAdapter"
+            f"--adapter: {options.adapter} has a {type(adapter).__name__}, expected one that fuses "
+            "demonstrations"
         )
     return model, processor, adapter
 
 
-def _bank(options: argparse.Namespace, adapter: "AIMAdapter", prompt: str) -> "DemonstrationBank":
+def _bank(options: argparse.Namespace, adapter: "Adapter", prompt: str) -> "DemonstrationBank":
     import torch
 
     from mmicl_kernels.store import DemonstrationBank

@@ -7,10 +7,10 @@ import sys
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:
-    """For models whose classes transformers does not have."""
+    """For models whose classes transformers does not have, and methods that this package does not have."""
     parser.add_argument(
         "--import", action="append", default=[], dest="modules", metavar="MODULE",
-        help="a Python module to import first, which registers the model's classes",
+        help="a Python module to import first, which registers the model's classes or a method",
     )  # fmt: skip
 
 

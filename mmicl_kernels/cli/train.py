@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # torch is imported when the command runs
     from mmicl_kernels.training.recipes import Recipe
     from mmicl_kernels.training.run import Training
 
-METHODS = ("mimic", "live", "m2iv", "aim")
 # Of the recipe, by the option's name.
 RECIPE = (
     "epochs",
@@ -48,7 +47,9 @@ def add_parser(commands: Any) -> None:
     add_import(train)
     train.add_argument("--data", required=True, metavar="FILE", help="queries and demonstrations, JSON lines")
     train.add_argument("--out", metavar="FOLDER", help="of the adapter and its checkpoints")
-    train.add_argument("--method", choices=METHODS, help="needed unless --recipe names one")
+    train.add_argument(
+        "--method", metavar="NAME", help="mimic, live, m2iv, aim; needed unless --recipe names one"
+    )
     train.add_argument(
         "--recipe", "--preset", metavar="NAME", help="mimic-vqa-idefics2, ...: as a paper's code"
     )
@@ -114,6 +115,7 @@ def _train(options: argparse.Namespace) -> int:
     from mmicl_kernels.training.preview import preview
 
     require_accelerate()
+    import_modules(options)
     given, config, recipe = _arguments(options), _config(options), _recipe(options)
     if options.out is None and not options.dry_run:
         raise ValueError("--out is missing, expected a folder, or --dry-run")
@@ -158,7 +160,6 @@ def _training(options: argparse.Namespace, config: object, recipe: Recipe) -> Tr
     records = [Records(x, options.images, skip_bad=options.skip_bad) for x in files]
     if options.skip_bad:
         records = [_good(path, found) for path, found in zip(files, records, strict=True)]
-    import_modules(options)
     processor = load_processor(options.model)
     settings = {"instruction": options.instruction, "image_marker": options.image_marker}
     builder = builder_of(processor)
@@ -183,17 +184,17 @@ def _good(path: Path, records: Records) -> Sequence[Record]:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    from mmicl_kernels.training.recipes import RECIPES
+    from mmicl_kernels.training.recipes import RECIPES, Recipe
 
     name = options.recipe or options.method
     if options.method is not None and not name.startswith(options.method):
         raise ValueError(f"--recipe is {name!r}, expected one of {options.method}'s, as --method says")
-    if name not in RECIPES:
+    if options.recipe is not None and name not in RECIPES:
         raise ValueError(f"--recipe is {name!r}, expected one of {', '.join(RECIPES)}")
     given = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
     if options.shots is not None:
         given["shots"] = _shots(options.shots)
-    return replace(RECIPES[name], **given)
+    return replace(RECIPES.get(name, Recipe()), **given)
 
 
 def _shots(text: str) -> int | tuple[int, int]:
@@ -208,8 +209,8 @@ def _config(options: argparse.Namespace) -> object:
     from mmicl_kernels.methods import ADAPTERS
 
     method = options.method or (options.recipe or "").partition("-")[0]
-    if method not in METHODS:
-        raise ValueError(f"--method is {options.method!r}, expected one of {', '.join(METHODS)}")
+    if method not in ADAPTERS:
+        raise ValueError(f"--method is {options.method!r}, expected one of {', '.join(ADAPTERS)}")
     kind = ADAPTERS[method].config_class
     values = {}
     for text in options.config:

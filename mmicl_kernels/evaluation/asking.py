@@ -17,12 +17,13 @@ from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.data.decoding import decode_image
-from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of, special_tokens
+from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of
+from mmicl_kernels.data.prompts.tokens import special_tokens
 from mmicl_kernels.data.shots import RandomShots, demonstration_of, generator_of
 from mmicl_kernels.evaluation.generation import Generation, YesNo, generate
 from mmicl_kernels.evaluation.metrics.postprocess import ends_answers
 from mmicl_kernels.evaluation.systems import trained_prompt
-from mmicl_kernels.methods import Adapter, AIMAdapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.patch import Handle, attach, load
 from mmicl_kernels.store import DemonstrationBank
 from mmicl_kernels.store.bank_files import DTYPES
@@ -61,7 +62,7 @@ class Asker:
         model: nn.Module,
         builder: PromptBuilder,
         handle: Handle | None = None,
-        fuse: AIMAdapter | None = None,
+        fuse: Adapter | None = None,
     ) -> None:
         self.model, self.builder, self.handle = model, builder, handle
         self._fusing = None if fuse is None else fusing_builder(builder, fuse)
@@ -171,7 +172,7 @@ def asker_of(
         return Asker(model, prompt_builder(processor, {}, model))
     loaded = load(adapter, model)
     builder = prompt_builder(processor, {"adapter": loaded}, model)
-    if not isinstance(loaded, AIMAdapter):
+    if loaded.embedding_site is None:
         return Asker(model, builder, attach(model, loaded))
     opened = bank_of(bank, loaded, builder, model.dtype)
     return Asker(model, builder, attach(model, loaded, bank=opened), loaded)
@@ -194,14 +195,12 @@ def prompt_builder(
     return builder
 
 
-def fusing_builder(builder: PromptBuilder, adapter: AIMAdapter) -> PromptBuilder:
+def fusing_builder(builder: PromptBuilder, adapter: Adapter) -> PromptBuilder:
     """The same prompts, with those tokens pointed out that ``adapter`` fuses."""
-    return builder_of(builder, positions=adapter.config.positions, dtype=builder.dtype)
+    return builder_of(builder, positions=adapter.embedding_site.positions, dtype=builder.dtype)
 
 
-def bank_of(
-    folder: Path, adapter: AIMAdapter, builder: PromptBuilder, dtype: torch.dtype
-) -> DemonstrationBank:
+def bank_of(folder: Path, adapter: Adapter, builder: PromptBuilder, dtype: torch.dtype) -> DemonstrationBank:
     """The bank in ``folder``, made if there is none, with rows of ``dtype`` where a bank may have it.
 
     Raises ValueError: its demonstrations became prompts in another way than those of ``builder``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmicl_kernels.methods import Adapter, AIMAdapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.base import DESCRIPTION_FILE
 
 PROMPT = ("template", "instruction", "image_marker")  # what training.json keeps of a PromptBuilder
@@ -24,7 +24,7 @@ class System:
 
     Attributes:
         adapter: its name, or None for the model alone. shots: demonstrations before each query.
-        fused: whether they are fused tokens of the adapter, which is AIM's.
+        fused: whether the adapter fuses them into tokens.
     """
 
     adapter: str | None
@@ -46,11 +46,11 @@ class System:
 def systems_of(
     adapters: Mapping[str, Adapter], shots: Sequence[int], adapter_shots: Sequence[int]
 ) -> list[System]:
-    """The model alone with each of ``shots``, each adapter with each of ``adapter_shots``, AIM's with each of
-    ``shots`` as fused tokens.
+    """The model alone with each of ``shots``, each adapter with each of ``adapter_shots``, or, if it fuses
+    demonstrations, with each of ``shots`` as fused tokens.
 
     Raises:
-        TypeError: shots are no sequence. ValueError: they are negative or repeated, an AIM adapter has no
+        TypeError: shots are no sequence. ValueError: they are negative or repeated, an adapter has no
         demonstrations to fuse, a name has other characters than a file's may, two rows would have one name,
         or one that of a file.
     """
@@ -64,10 +64,10 @@ def systems_of(
     for name, adapter in adapters.items():
         if not NAME.fullmatch(name):
             raise ValueError(f"adapter {name!r}, expected a name of letters, digits, '_', '-' and '.'")
-        if isinstance(adapter, AIMAdapter):
+        if adapter.embedding_site is not None:
             fused = [System(name, k, fused=True) for k in shots if k]
             if not fused:
-                raise ValueError(f"shots is {list(shots)}, expected one above 0 for adapter {name!r}, of AIM")
+                raise ValueError(f"shots is {list(shots)}, expected one above 0 for {name!r} to fuse")
             made += fused
         else:
             made += [System(name, k) for k in adapter_shots]

@@ -1,23 +1,25 @@
-"""One folder per paper: what is chosen (config) and what is learned (adapter)."""
+"""One folder per paper: what is chosen (config), what is learned (adapter), what is minimised (objective)."""
 
 from mmicl_kernels.methods.aim import AIMAdapter, AIMConfig
 from mmicl_kernels.methods.base import Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.live import LIVEAdapter, LIVEConfig
 from mmicl_kernels.methods.m2iv import M2IVAdapter, M2IVConfig
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
-from mmicl_kernels.methods.sites import ResidualSite
+from mmicl_kernels.methods.registry import Registry
+from mmicl_kernels.methods.sites import AttentionSite, EmbeddingSite, ResidualSite
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    adapter.method: adapter for adapter in (MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter)
-}
+ADAPTERS = Registry(MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter)
+register = ADAPTERS.register
 
 __all__ = [
     "ADAPTERS",
     "AIMAdapter",
     "AIMConfig",
     "Adapter",
+    "AttentionSite",
     "Backbone",
     "CheckpointError",
+    "EmbeddingSite",
     "LIVEAdapter",
     "LIVEConfig",
     "M2IVAdapter",
@@ -25,4 +27,5 @@ __all__ = [
     "MimICAdapter",
     "MimICConfig",
     "ResidualSite",
+    "register",
 ]

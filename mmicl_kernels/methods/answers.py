@@ -92,9 +92,9 @@ def rows_before(what: str, tokens: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 def answer_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of :func:`answer_logits` ``[N, V]`` to the N labels of ``[B, T]``, their mean."""
     labels = labels[:, 1:].to(logits.device)
-    return F.cross_entropy(wide(logits), labels[labels != IGNORE])
+    return F.cross_entropy(upcast(logits), labels[labels != IGNORE])
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,12 +1,13 @@
 """What every method's adapter shares: the backbone it was made for, and its two files on disk."""
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,8 +15,11 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from mmicl_kernels.durable import is_file, replacing
-from mmicl_kernels.methods.sites import ResidualSite
+from mmicl_kernels.methods.sites import AttentionSite, EmbeddingSite, ResidualSite
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
+
+if TYPE_CHECKING:
+    from mmicl_kernels.methods.objective import Objective
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "mmicl_adapter.json"
@@ -98,8 +102,11 @@ class Backbone:
 class Adapter(nn.Module):
     """Parameters of one method for one backbone, in ``layers``, keyed by decoder layer index.
 
-    Subclasses set ``method``, ``config_class`` and ``tensor_shapes``, and build ``layers`` in
-    ``__init__(config, backbone)``. ``source`` is the folder or file that it was loaded from, or None.
+    Subclasses set ``method``, ``config_class``, ``tensor_shapes`` and ``objective_class``, and build
+    ``layers`` in ``__init__(config, backbone)``. Where they act they say by sites, each with a method that
+    gives what acts there: ``attention_site`` with ``attention_shift``, ``residual_sites`` with
+    ``residual_shift``, ``embedding_site`` with ``fuse``. ``source`` is the folder or file that an adapter
+    was loaded from, or None.
     """
 
     method: ClassVar[str]
@@ -116,6 +123,20 @@ class Adapter(nn.Module):
         """Names and shapes of the state dict, known without allocating it."""
         raise NotImplementedError
 
+    @classmethod
+    def objective_class(cls) -> "type[Objective]":
+        """What is minimised in training, imported when it is asked for."""
+        raise NotImplementedError(f"{cls.__name__} has no objective_class, expected one to be trained with")
+
+    @property
+    def attention_site(self) -> AttentionSite | None:
+        """How the adapter shifts attention, if it does; of a batch row at most one adapter may."""
+        return None
+
+    def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight ``[H, D]``, bias ``[H]`` and shift ``[H, D]`` of layer ``index``."""
+        raise NotImplementedError
+
     @property
     def residual_sites(self) -> tuple[ResidualSite, ...]:
         """Where the adapter shifts the residual stream; nowhere, unless a method says otherwise."""
@@ -124,6 +145,39 @@ class Adapter(nn.Module):
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor | float]:
         """The vector ``[C]`` and the scale ``[]`` of layer ``index`` at one of ``residual_sites``."""
         raise NotImplementedError
+
+    @property
+    def embedding_site(self) -> EmbeddingSite | None:
+        """How the adapter fuses demonstrations, if it does; of a model's adapters at most one may."""
+        return None
+
+    def fuse(self, hidden: Tensor, positions: Tensor, *, num_rows: int, impl: str) -> Tensor:
+        """Tokens ``[num_rows, C]`` of last hidden states ``[B, T, C]`` at ``positions``, bool ``[B, T]``."""
+        raise NotImplementedError
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether all that it does is to add vectors, which can be added more or less strongly."""
+        return self.attention_site is None and self.embedding_site is None
+
+    def beside_layers(self) -> dict[str, nn.Parameter]:
+        """The parameters that belong to no layer, by name."""
+        return {name: x for name, x in self.named_parameters() if not name.startswith("layers.")}
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of what decides fused tokens: backbone, config, parameters.
+
+        Synchronises with the device.
+        """
+        # Not what the backbone is called: the same weights live in many places.
+        backbone = asdict(replace(self.backbone, name="", revision=""))
+        described = json.dumps([backbone, asdict(self.config)], sort_keys=True)
+        digest = hashlib.sha256(described.encode())
+        for name, parameter in sorted(self.state_dict().items()):
+            parameter = parameter.detach().cpu().contiguous()
+            digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+            digest.update(parameter.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

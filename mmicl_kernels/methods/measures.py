@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.answers import wide
+from mmicl_kernels.methods.answers import upcast
 
 LARGE = 0.5  # a share that outweighs all others together
 
@@ -48,7 +48,7 @@ def alignment_shares(
     of_layers, of_tokens, of_channels = [], 0, 0
     places = query.nonzero(as_tuple=True)  # once: the host waits for it
     for x, y in zip(states, targets, strict=True):
-        x, y = wide(x[tuple(place.to(x.device) for place in places)]), wide(y)
+        x, y = upcast(x[tuple(place.to(x.device) for place in places)]), upcast(y)
         squares = (x - y).square_()
         if form == "relative":
             both = x.square().sum(1) + y.square().sum(1)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mmicl_kernels.data.batch import Batch
 from mmicl_kernels.data.episodes import ManyShotBatch
-from mmicl_kernels.methods.base import Adapter
 from mmicl_kernels.methods.checkpointing import repeats_reentrant
 from mmicl_kernels.methods.measures import gradient_norms
 
@@ -21,8 +20,8 @@ class Attached(Protocol):
     model: nn.Module
     impl: str
     anchors: Sequence[Any]
-    adapters: Mapping[str, Adapter]
-    single: Adapter | None
+    adapters: Mapping[str, nn.Module]
+    single: Any
 
     def disabled(self) -> AbstractContextManager[None]: ...
 
@@ -40,17 +39,17 @@ class Objective:
     """What a method minimises: called with a batch it makes all passes and returns :class:`Losses`.
 
     Attributes:
-        method: the adapter's class. ``batch``: what it is called with.
+        method: the adapter's. ``batch``: what it is called with.
         means_over: whose tokens a part is the mean over, "answer" or "query"; M2IV's synergy is no mean.
         learning_rates: by the last part of a parameter's name, instead of the common one; for an optimizer.
         decay_to_identity: square matrices that weight decay pulls to the identity; for an optimizer.
         weights: of the parts in the loss, known after the first batch.
         measures: whether the parts say, under keys with a slash, which of them decides: see
-            ``training/measures.py``. Costs a backward pass for each part. Under reentrant gradient
+            ``methods/measures.py``. Costs a backward pass for each part. Under reentrant gradient
             checkpointing, which allows no such pass, their gradients are left out.
     """
 
-    method: type[Adapter]
+    method: str
     batch: type[Batch] = ManyShotBatch
     means_over: Mapping[str, str] = MappingProxyType({"ce": "answer"})
     learning_rates: Mapping[str, float] = MappingProxyType({})
@@ -60,9 +59,9 @@ class Objective:
 
     def __init__(self, handle: Attached) -> None:
         """``handle`` must hold a single adapter, of the objective's method; raises ValueError otherwise."""
-        if not isinstance(handle.single, self.method):
-            name = self.method.__name__.removesuffix("Adapter")
-            raise ValueError(f"handle holds {sorted(handle.adapters)}, expected a single {name} adapter")
+        if getattr(handle.single, "method", None) != self.method:
+            expected = f"expected a single adapter of method {self.method!r}"
+            raise ValueError(f"handle holds {sorted(handle.adapters)}, {expected}")
         self.handle, self.config = handle, handle.single.config
 
     def __call__(self, batch: Batch) -> Losses:

@@ -1,9 +1,19 @@
-"""How a method acts on a model."""
+"""Where and how a method acts: in a layer's attention, in the residual stream, among the input embeddings."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Every softmax attention, whose heads a method shifts: ``ops.shifted_attention``.
+
+    ``normalizer``: what the gate's log-sum-exp runs over; adapters of one model must agree on it.
+    """
+
+    normalizer: str = "visible"
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,16 @@ class ResidualSite:
 
     module: str
     preserve_norm: bool
+
+
+@dataclass(frozen=True)
+class EmbeddingSite:
+    """Among a prompt's input embeddings, where fused tokens stand for demonstrations: ``ops.prefix_splice``.
+
+    ``positions``: which tokens of a demonstration are fused, see ``PromptBuilder``.
+    """
+
+    positions: str = "text"
 
 
 class FusedTokens(NamedTuple):

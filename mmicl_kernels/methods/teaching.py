@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mmicl_kernels.data.episodes import EpisodeBatch
 from mmicl_kernels.data.prefix import PrefixedBatch
-from mmicl_kernels.methods.answers import answer_logits, labelled_tokens, rows_before, wide
+from mmicl_kernels.methods.answers import answer_logits, labelled_tokens, rows_before, upcast
 from mmicl_kernels.methods.objective import Attached
 
 # By `config.model_type`: those whose prompts are causal, whose positions count tokens, and whose processors
@@ -51,7 +51,7 @@ def teach(handle: Attached, batch: EpisodeBatch, temperature: float) -> Tensor:
         for inputs, query in passes:
             rows = teacher_rows(batch, inputs, query)
             logits = answer_logits(handle.model, after_prefix(handle.model, batch, inputs), rows)
-            probabilities = torch.softmax(wide(logits) / temperature, -1)
+            probabilities = torch.softmax(upcast(logits) / temperature, -1)
             total = probabilities if total is None else total.add_(probabilities)
     return total.div_(len(passes))
 
@@ -90,7 +90,7 @@ def _labelled(batch: EpisodeBatch) -> Tensor:
 
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """``KL(targets || softmax(logits / temperature))`` of ``[N, V]`` each, the mean over N."""
-    log_probabilities = F.log_softmax(wide(logits) / temperature, -1)
+    log_probabilities = F.log_softmax(upcast(logits) / temperature, -1)
     return F.kl_div(log_probabilities, targets.to(logits.device), reduction="batchmean")
 
 

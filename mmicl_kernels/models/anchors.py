@@ -148,22 +148,31 @@ def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, Decoder]:
     return layers, decoder
 
 
-def refuse_method(model: nn.Module, method: str, anchors: list[Anchor]) -> None:
-    """Raise UnsupportedModelError, which says why, if ``method`` cannot apply to ``model``."""
-    option, reason = family_of(model).refuses.get(method, (None, None))
-    if option is None or not getattr(model.config.get_text_config(), option, None):
-        reason = None
-    attentions = [anchor.self_attn for anchor in anchors if anchor.self_attn is not None]
-    if method == "mimic" and not attentions:
-        reason = "no layer has softmax attention"
-    deaf = [x for x in attentions if not _asks_interface(x)] if method == "mimic" else []
-    if deaf:
-        reason = (
-            f"the forward of {type(deaf[0]).__name__} does not ask transformers' AttentionInterface which "
-            "function to call, expected one that does"
-        )
+def refuse_adapter(model: nn.Module, adapter: Adapter, anchors: list[Anchor]) -> None:
+    """Raise UnsupportedModelError, which says why, if ``adapter`` cannot act in ``model``."""
+    reason = None
+    if adapter.embedding_site is not None:
+        option, why = family_of(model).no_placeholders or (None, None)
+        reason = why if option and getattr(model.config.get_text_config(), option, None) else None
+    if adapter.attention_site is not None:
+        reason = _no_attention(anchors) or reason
     if reason is not None:
-        raise UnsupportedModelError(f"method {method!r} cannot apply to {model.config.model_type}: {reason}")
+        method, kind = adapter.method, model.config.model_type
+        raise UnsupportedModelError(f"method {method!r} cannot apply to {kind}: {reason}")
+
+
+def _no_attention(anchors: list[Anchor]) -> str | None:
+    """Why no attention can be shifted, if that is so."""
+    attentions = [anchor.self_attn for anchor in anchors if anchor.self_attn is not None]
+    if not attentions:
+        return "no layer has softmax attention"
+    others = [x for x in attentions if not _asks_interface(x)]
+    if not others:
+        return None
+    return (
+        f"the forward of {type(others[0]).__name__} does not ask transformers' AttentionInterface which "
+        "function to call, expected one that does"
+    )
 
 
 def _asks_interface(attention: nn.Module) -> bool:

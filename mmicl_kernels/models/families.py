@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 class Family:
     """A model class, keyed in ``FAMILIES`` by its ``config.model_type``.
 
-    ``layers`` is the path of the text decoder's list of layers. ``refuses`` maps a method to the option of
-    the text config with which it cannot apply, and the reason. ``per_image`` are inputs that have one entry
-    per token in other families, but not in this one.
+    ``layers`` is the path of the text decoder's list of layers. ``no_placeholders``: the option of the text
+    config with which a prompt can have no placeholders of fused tokens, and the reason. ``per_image`` are
+    inputs that have one entry per token in other families, but not in this one.
     """
 
     layers: str
-    refuses: dict[str, tuple[str, str]] = field(default_factory=dict)
+    no_placeholders: tuple[str, str] | None = None
     per_image: tuple[str, ...] = ()
 
 
@@ -53,12 +53,10 @@ FAMILIES = {
     "gemma3": _LANGUAGE_MODEL,
     "gemma4": Family(
         "model.language_model.layers",
-        refuses={
-            "aim": (
-                "hidden_size_per_layer_input",
-                "every layer looks up an embedding of its own by the placeholder's id",
-            )
-        },
+        no_placeholders=(
+            "hidden_size_per_layer_input",
+            "every layer looks up an embedding of its own by the placeholder's id",
+        ),
     ),
     "glm4v": _LANGUAGE_MODEL,
     "glm4v_moe": _LANGUAGE_MODEL,

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration
-from mmicl_kernels.methods import AIMAdapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.teaching import evaluating
 from mmicl_kernels.models.tokens import text_positions
+from mmicl_kernels.store import DemonstrationBank
 
 # Makes demonstrations into a batch of prompts, and says which of its tokens are fused, bool [B, T]; None is
 # the text after the last image.
@@ -39,11 +41,11 @@ def last_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def aggregate(
-    model: nn.Module, adapter: AIMAdapter, inputs: Mapping[str, Tensor], positions: Tensor | None, impl: str
+    model: nn.Module, adapter: Adapter, inputs: Mapping[str, Tensor], positions: Tensor | None, impl: str
 ) -> list[Tensor]:
     """See ``Handle.aggregate``; ``model`` is plain."""
     shape = inputs["input_ids"].shape
-    chosen = adapter.config.positions
+    chosen = adapter.embedding_site.positions
     if positions is None and chosen != "text":
         raise ValueError(f"positions is None, expected a mask of what the adapter fuses, {chosen!r}")
     if positions is None:
@@ -56,6 +58,25 @@ def aggregate(
         raise ValueError("positions marks padding, expected tokens that attention_mask keeps")
     counts = positions.sum(-1).tolist()
     hidden = last_hidden(model, inputs)
-    device = adapter.fuser.weight.device
-    rows = adapter.fuser(hidden.to(device), positions.to(device), num_rows=sum(counts), impl=impl)
-    return list(rows.split(counts))
+    return list(adapter.fuse(hidden, positions, num_rows=sum(counts), impl=impl).split(counts))
+
+
+def fill(
+    bank: DemonstrationBank,
+    demonstrations: Sequence[Demonstration],
+    collate: Collate,
+    aggregate: Callable[[Mapping[str, Tensor], Tensor | None], list[Tensor]],
+    batch_size: int,
+    progress: bool,
+) -> list[int]:
+    """See ``Handle.add_demonstrations``: those that the bank lacks, batch by batch; the ids of all."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, expected an int of at least 1")
+    new = [x for x in dict.fromkeys(demonstrations) if bank.find(x) is None]
+    with tqdm(total=len(new), desc="aggregating", unit="demonstration", disable=not progress) as bar:
+        for start in range(0, len(new), batch_size):
+            batch = new[start : start + batch_size]
+            with torch.no_grad():
+                bank.add(batch, aggregate(*collate(batch)))
+            bar.update(len(batch))
+    return [bank.find(x) for x in demonstrations]

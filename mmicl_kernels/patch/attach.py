@@ -64,8 +64,9 @@ def attach(
         dropped.remove()
     try:
         state = State(model, find_anchors(model), impl, slots)
+        state.set_strength(strength)
         handle = Handle(Patches(state, Splicer(state, bank, bank_bytes, placeholder_ids)))
-        handle._start(adapters, strength)
+        handle._patches.start(adapters)
     except BaseException:
         if dropped is not None:
             dropped.sync()

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,12 +10,6 @@ from torch import nn
 from mmicl_kernels.methods import (
     ADAPTERS,
     Adapter,
-    AIMAdapter,
-    AIMConfig,
-    LIVEConfig,
-    M2IVConfig,
-    MimICAdapter,
-    MimICConfig,
 )
 from mmicl_kernels.models.anchors import (
     Anchor,
@@ -22,14 +17,16 @@ from mmicl_kernels.models.anchors import (
     compute_device,
     describe_backbone,
     find_anchors,
-    refuse_method,
+    refuse_adapter,
     unwrap,
 )
 from mmicl_kernels.store import adapter_folder, read_adapter, read_official
 
 
-def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIMConfig) -> Adapter:
+def create(model: nn.Module, config: Any) -> Adapter:
     """A freshly initialised adapter for ``model``, in fp32 on its devices, not attached.
+
+    ``config`` is that of a method in ``methods.ADAPTERS``.
 
     Neither torch's default dtype nor its default device matters.
 
@@ -38,16 +35,15 @@ def create(model: nn.Module, config: MimICConfig | M2IVConfig | LIVEConfig | AIM
         no known method.
     """
     model = unwrap(model)
-    anchors = find_anchors(model)
-    for adapter_class in ADAPTERS.values():
-        if isinstance(config, adapter_class.config_class):
-            refuse_method(model, adapter_class.method, anchors)
-            backbone = describe_backbone(model, anchors)
-            with torch.device("cpu"):
-                adapter = adapter_class(config, backbone)
-            return _place(adapter, model, anchors)
-    names = ", ".join(adapter.config_class.__name__ for adapter in ADAPTERS.values())
-    raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
+    with torch.device("cpu"):
+        adapter = _new(model, config)
+    return _place(adapter, model, find_anchors(model))
+
+
+def outline(model: nn.Module, config: Any) -> Adapter:
+    """What :func:`create` makes, without any numbers (on "meta"). Raises as that."""
+    with torch.device("meta"):
+        return _new(unwrap(model), config)
 
 
 def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = None) -> Adapter:
@@ -71,7 +67,7 @@ def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = 
     return _place(adapter, model, anchors)
 
 
-def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
+def load_official(path: str | os.PathLike, model: nn.Module) -> Adapter:
     """Read ``encoder.pth`` of the official MimIC code for ``model``; ``normalizer`` is "all_keys".
 
     Raises: as :func:`load`. The file does not say which model it belongs to: only shapes are checked.
@@ -81,12 +77,23 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> MimICAdapter:
     return _place(read_official(path, describe_backbone(model, anchors)), model, anchors)
 
 
+def _new(model: nn.Module, config: Any) -> Adapter:
+    anchors = find_anchors(model)
+    kinds = [x for x in ADAPTERS.values() if isinstance(config, x.config_class)]
+    if not kinds:
+        names = ", ".join(x.config_class.__name__ for x in ADAPTERS.values())
+        raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
+    adapter = kinds[0](config, describe_backbone(model, anchors))
+    refuse_adapter(model, adapter, anchors)
+    return adapter
+
+
 def _place(adapter: Adapter, model: nn.Module, anchors: list[Anchor]) -> Adapter:
-    if isinstance(adapter, AIMAdapter):
-        return adapter.to(compute_device(model.get_input_embeddings()))
     for anchor in anchors:
         if str(anchor.index) in adapter.layers:
             adapter.layers[str(anchor.index)].to(anchor.device)
-    if isinstance(adapter, MimICAdapter) and adapter.config.ffn_shift:
-        adapter.ffn_shift.data = adapter.ffn_shift.data.to(anchors[0].device)
+    fuses = adapter.embedding_site is not None
+    device = compute_device(model.get_input_embeddings()) if fuses else anchors[0].device
+    for parameter in adapter.beside_layers().values():
+        parameter.data = parameter.data.to(device)
     return adapter

@@ -6,31 +6,17 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration
-from mmicl_kernels.methods import (
-    ADAPTERS,
-    Adapter,
-    AIMAdapter,
-    CheckpointError,
-    MimICAdapter,
-)
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.sites import FusedTokens
-from mmicl_kernels.models.anchors import (
-    Anchor,
-    check_backbone,
-    describe_backbone,
-    find_mixers,
-    refuse_method,
-)
-from mmicl_kernels.patch.aggregation import Collate, aggregate
+from mmicl_kernels.models.anchors import Anchor, find_mixers
+from mmicl_kernels.patch.aggregation import Collate, aggregate, fill
+from mmicl_kernels.patch.fit import check_bank, require_fusing
 from mmicl_kernels.patch.patches import Patches
 from mmicl_kernels.patch.report import Report, report
-from mmicl_kernels.patch.slots import Entry, check_products, parse_rows
-from mmicl_kernels.patch.state import check_strength_of
+from mmicl_kernels.patch.slots import RowEntry, check_products, parse_rows
 from mmicl_kernels.store import DemonstrationBank
 
 
@@ -38,29 +24,29 @@ class Handle:
     """A patched model, from :func:`attach`. As a context manager it detaches at the end of its block.
 
     The model stays patched when its handle is dropped; :func:`handle_of` makes another.
+
+    ``model`` is the patched model, without what wraps it, and ``anchors`` are those of its decoder layers
+    that a method may touch.
     """
 
     def __init__(self, patches: Patches) -> None:
         self._patches, self._state = patches, patches.state
+        self.model: nn.Module = patches.state.model
+        self.anchors: list[Anchor] = patches.state.anchors
         patches.handle = weakref.ref(self)
+
+    def __repr__(self) -> str:
+        adapters = ", ".join(f"{name!r} ({x.method})" for name, x in self._state.adapters.items())
+        state = "enabled" if self.enabled else "disabled" if self._patches.is_attached else "detached"
+        return f"Handle({type(self.model).__name__}, {state}: {adapters})"
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._patches.handle = weakref.ref(self)
 
     @property
-    def model(self) -> nn.Module:
-        """The patched model, without what wraps it."""
-        return self._state.model
-
-    @property
-    def anchors(self) -> list[Anchor]:
-        """Its decoder layers, less those that no method touches."""
-        return self._state.anchors
-
-    @property
     def impl(self) -> str:
-        """Implementation of the ops, see :func:`attach`; it may be changed."""
+        """Of the ops, see :func:`attach`; it may be changed."""
         return self._state.impl
 
     @impl.setter
@@ -69,12 +55,12 @@ class Handle:
 
     @property
     def adapter_ids(self) -> Tensor | None:
-        """The slots of the open rows' MimIC adapters, int32 ``[rows]``, -1 for none; None without rows()."""
+        """Slots of what shifts the open rows' attention, int32 ``[rows]``, -1 for none; or None."""
         return self._state.adapter_ids
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """The attached adapters by name; one attached by itself is called "default"."""
+        """By name; one attached by itself is called "default"."""
         return dict(self._state.adapters)
 
     @property
@@ -128,82 +114,60 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    @contextmanager
-    def rows(self, names: Entry | Sequence[Entry]) -> Iterator[None]:
-        """Say which adapters each batch row uses, within a ``with`` block.
+    def rows(self, names: RowEntry | Sequence[RowEntry]) -> AbstractContextManager:
+        """Say which adapters each batch row uses from now on; as a context manager, until its block ends.
 
-        The choice is the handle's: threads that share a model must take turns. The vectors of a row's
-        M2IV and LIVE adapters are summed, each times its strength and the global one.
-
-        Parameters that change within the block are read as they are now. Enter it again for a compiled
-        model, or after a change that torch does not count (through ``.data``, by a fused optimizer) where
-        no call with gradients came since the last without. With gradient checkpointing, which runs the
-        model again, call ``backward()`` within the block, before another forward pass.
+        The choice is the handle's: threads that share a model must take turns. A row's vectors are summed,
+        each times its strength and the global one. Parameters that change are read as they are now; call it
+        again for a compiled model, or after a change that torch does not count (through ``.data``, by a
+        fused optimizer) where no call with gradients came since the last without. With gradient
+        checkpointing call ``backward()`` within the block, before another forward pass.
 
         Args:
-            names: a list with one entry per row: an adapter's name, None for no shift, a tuple of names,
-                at most one of method MimIC, or a dict of names with strengths (1 for MimIC). One such
-                entry alone means all rows: ``("a", "b")`` is the sum everywhere, ``["a", "b"]`` two rows.
-                Where ``generate`` repeats rows (beams, ``num_return_sequences``) the entries are repeated
-                with them.
+            names: a list with one entry per row: an adapter's name, None, a tuple of names of which at most
+                one shifts attention (MimIC), or a dict of names with strengths. One such entry alone means
+                all rows: ``("a", "b")`` is the sum everywhere, ``["a", "b"]`` two rows. Where ``generate``
+                repeats rows (beams, ``num_return_sequences``) the entries are repeated with them.
 
         Raises:
-            KeyError: an unknown name. ValueError: two MimIC adapters in one row, a name twice, a strength
-            that is not finite in fp32, by itself or times the global one, or no rows. TypeError: an entry
-            that is none of these.
+            KeyError: an unknown name. ValueError: two that shift attention in one row, a name twice, no rows,
+            a strength that is not finite in fp32 or other than 1 where there is none. TypeError: others.
         """
         self._check_attached()
         rows = parse_rows(names, self._state.adapters)
         check_products(rows, self._state.strength)
+        restoring = ExitStack()
+        restoring.callback(self._patches.choose, self._state.rows)
         self._patches.copy_parameters()
-        before = self._state.rows
         self._patches.choose(rows)
-        try:
-            yield
-        finally:
-            self._patches.choose(before)
+        return restoring
 
     def strength(self, value: float) -> AbstractContextManager:
-        """Multiply every M2IV and LIVE vector by ``value`` from now on: 0 is the plain model, bit for bit.
+        """Multiply every vector in the residual stream (M2IV, LIVE) by ``value`` from now on; as a context
+        manager, until its block ends. 0 is the plain model, bit for bit. Nothing is compiled again.
 
-        As a context manager the strength is what it was at the end of the block. Without compiling again.
         With gradient checkpointing call ``backward()`` within the block, as of :meth:`rows`.
-
-        Raises:
-            TypeError, ValueError: not a number finite in fp32, by itself and times those of open rows, or
-            not 1 beside a MimIC adapter, which has none.
+        Raises TypeError, ValueError: not a number finite in fp32, by itself and times those of open rows, or
+        not 1 beside an adapter that has none (MimIC, AIM).
         """
         self._check_attached()
-        before = self._state.strength
-        self._set_strength(value)
         restoring = ExitStack()
-        restoring.callback(self._set_strength, before)
+        restoring.callback(self._patches.set_strength, self._state.strength)
+        self._patches.set_strength(value)
         return restoring
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Put one more adapter into a free slot. Shapes stay, so nothing is compiled again.
+        """One more adapter. Nothing is compiled again but where it is the first that acts at a site.
 
-        The first adapter of its method patches what the others leave alone; that is compiled once.
-
-        Raises:
-            ValueError: the name is taken, or no slot is free. CheckpointError: another backbone.
+        Raises ValueError: the name is taken, or no slot is free; CheckpointError: another backbone.
         """
         self._check_attached()
-        self._take_slot(name, adapter)
-        try:
-            self._patches.sync()
-        except BaseException:
-            self._free_slot(name)
-            raise
-        if self._state.rows is not None:
-            self._patches.copy_parameters()
-            self._patches.choose(self._state.rows)
+        self._patches.add(name, adapter)
 
     def remove(self, name: str) -> None:
         """Free the slot of an adapter.
 
-        Raises:
-            KeyError: unknown name. ValueError: it is the last one, or :meth:`rows` is open.
+        Raises KeyError: unknown name; ValueError: it is the last one, or :meth:`rows` is open.
         """
         adapters = self._state.adapters
         if name not in adapters:
@@ -212,7 +176,7 @@ class Handle:
             raise ValueError(f"{name!r} is the last adapter, expected another; use detach()")
         if self._state.rows is not None:
             raise ValueError(f"{name!r} may be in use, expected no open rows()")
-        self._free_slot(name)
+        self._patches.drop(name)
 
     @property
     def bank(self) -> DemonstrationBank | None:
@@ -220,23 +184,17 @@ class Handle:
         return self._patches.splicer.bank
 
     def splice(
-        self,
-        inputs: Mapping[str, object],
-        demonstrations: Sequence[Sequence[int]],
-        *,
-        max_length: int | None = None,
-        tokens: FusedTokens | None = None,
-    ) -> dict[str, object]:
+        self, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]], *,
+        max_length: int | None = None, tokens: FusedTokens | None = None,
+    ) -> dict[str, object]:  # fmt: skip
         """``inputs`` with fused tokens before every prompt: AIM (arXiv 2406.07588).
 
         They stand after a prompt's first token if that begins a text, else before it, and see no image.
-        What has one entry per token grows with them. The result is for forward passes and ``generate``
-        (beams too) until the next ``splice``, and so is the model's refusal of other prompts that have a
-        placeholder's id; :meth:`unsplice` ends both. Using the result of an earlier ``splice`` is such an
-        error (on CUDA as PyTorch's of an index out of range, by an assertion on the device), but for one of
-        the same prompts with the same tokens, and the last but one of the same prompts with as many fused
-        tokens. What the model says, and what assistants and lookups guess, may have any id. The prompts
-        are read, which synchronises once.
+        What has one entry per token grows with them. The result is for forward passes and ``generate`` until
+        the next ``splice``; using that of an earlier one is an error (on CUDA an assertion on the device),
+        but for one of the same prompts with the same tokens, and the last but one of the same prompts with
+        as many. Till then, or :meth:`unsplice`, other prompts may not have a placeholder's id; what the model
+        says, and what assistants and lookups guess, may. Reading the prompts synchronises once.
 
         Args:
             inputs: of ``model(**inputs)``, with ``input_ids [R, T]``; padded on either side.
@@ -245,13 +203,11 @@ class Handle:
                 ones that fits is kept, each whole; the prompt is never cut.
             tokens: instead of the bank's, with gradients if they have any.
 
-        Raises:
-            RuntimeError: the handle is disabled or detached. TypeError, ValueError: no bank and no tokens,
-            an unknown id, a prompt longer than ``max_length``, or an input that the model has to make for
-            the longer prompt (``position_ids``).
+        Raises RuntimeError: the handle is disabled or detached; TypeError, ValueError: no bank and no tokens,
+        an unknown id, a prompt longer than ``max_length``, an input that the model has to make anew.
         """
         self._check_attached()
-        self._aim()
+        require_fusing(self._state.adapters)
         if not self.enabled:
             raise RuntimeError("the handle is disabled, expected an enabled one: it would not see the tokens")
         return self._patches.splicer.splice(inputs, demonstrations, max_length, tokens)
@@ -263,134 +219,31 @@ class Handle:
     def aggregate(self, inputs: Mapping[str, Tensor], positions: Tensor | None = None) -> list[Tensor]:
         """The fused tokens ``[n, C]`` of every demonstration of a batch, each read alone by the plain model.
 
-        It reads in eval mode. Gradients reach the projection alone. ``inputs`` are demonstrations as prompts
+        It reads in eval mode. Gradients reach the adapter alone. ``inputs`` are demonstrations as prompts
         ``[B, T]``; ``positions``, bool ``[B, T]``, says which tokens are fused: by default the text after the
-        last image.
-
-        Raises:
-            ValueError: no AIM adapter is attached, ``positions`` has another shape, or is missing where the
-            adapter's config has other positions than "text".
+        last image. Raises ValueError: no attached adapter fuses, ``positions`` has another shape, or is
+        missing where the adapter fuses others.
         """
         self._check_attached()
-        adapter = self._aim()
+        adapter = require_fusing(self._state.adapters)
         with self.disabled():
             return aggregate(self.model, adapter, inputs, positions, self.impl)
 
     def add_demonstrations(
-        self,
-        demonstrations: Sequence[Demonstration],
-        collate: Collate,
-        *,
-        batch_size: int = 8,
+        self, demonstrations: Sequence[Demonstration], collate: Collate, *, batch_size: int = 8,
         progress: bool = True,
-    ) -> list[int]:
+    ) -> list[int]:  # fmt: skip
         """Aggregate demonstrations into the bank, where they are not there yet, and return their ids.
 
         ``collate`` makes a batch of them into the ``inputs`` and ``positions`` of :meth:`aggregate`. Every
-        batch is stored before the next, so what an interruption leaves is kept.
-
-        Raises:
-            ValueError: no bank is attached, a bad ``batch_size``, and as :meth:`aggregate`. CheckpointError:
-            the projection is not that of the bank any more.
+        batch is stored before the next, so what an interruption leaves is kept. Raises ValueError: no bank
+        is attached, a bad ``batch_size``, and as :meth:`aggregate`; CheckpointError: the adapter is not that
+        of the bank any more.
         """
         if self.bank is None:
             raise ValueError("no bank is attached, expected attach(model, adapter, bank=...)")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}, expected an int of at least 1")
-        self._check_bank(self._aim())
-        new = [x for x in dict.fromkeys(demonstrations) if self.bank.find(x) is None]
-        with tqdm(total=len(new), desc="aggregating", unit="demonstration", disable=not progress) as bar:
-            for start in range(0, len(new), batch_size):
-                batch = new[start : start + batch_size]
-                with torch.no_grad():
-                    self.bank.add(batch, self.aggregate(*collate(batch)))
-                bar.update(len(batch))
-        return [self.bank.find(x) for x in demonstrations]
-
-    def _set_strength(self, value: float) -> None:
-        self._state.set_strength(value)
-        self._patches.choose(self._state.rows)
-
-    def _start(self, adapters: Mapping[str, Adapter], strength: float) -> None:
-        """The first adapters: all of them act, or none and the model is as it was."""
-        self._set_strength(strength)
-        for name, adapter in adapters.items():
-            self._take_slot(name, adapter)
-        if self.bank is not None:
-            self._aim()
-        try:
-            self._patches.sync()
-        except BaseException:
-            self._patches.remove()
-            raise
-        self._patches.register()
-
-    def _take_slot(self, name: str, adapter: Adapter) -> None:
-        state = self._state
-        if name in state.adapters or adapter in state.slots:
-            raise ValueError(f"name {name!r} or its adapter is attached already")
-        if None not in state.slots:
-            raise ValueError(f"all {len(state.slots)} slots are taken, expected a larger slots= at attach")
-        self._check_fits(name, adapter)
-        self._patches.prepare(adapter)
-        state.slots[state.slots.index(None)] = adapter
-        state.adapters[name] = adapter
-        if isinstance(adapter, MimICAdapter):
-            state.normalizer = adapter.config.normalizer  # the same for all
-
-    def _free_slot(self, name: str) -> None:
-        slots = self._state.slots
-        slots[slots.index(self._state.adapters.pop(name))] = None
-        self._patches.sync()
-
-    def _check_fits(self, name: str, adapter: Adapter) -> None:
-        if not isinstance(adapter, tuple(ADAPTERS.values())):
-            raise TypeError(
-                f"adapter {name!r} is a {type(adapter).__name__}, "
-                f"expected one of {', '.join(x.__name__ for x in ADAPTERS.values())}"
-            )
-        refuse_method(self.model, adapter.method, self.anchors)
-        check_backbone(adapter, describe_backbone(self.model, self.anchors))
-        check_strength_of(name, adapter, self._state.strength)
-        gated = any(isinstance(x, MimICAdapter) for x in self._state.adapters.values())
-        normalizer = self._state.normalizer
-        if gated and isinstance(adapter, MimICAdapter) and adapter.config.normalizer != normalizer:
-            raise ValueError(
-                f"adapter {name!r} has normalizer {adapter.config.normalizer!r}, "
-                f"expected {normalizer!r} like the others"
-            )
-        if isinstance(adapter, AIMAdapter):
-            self._check_aim(name, adapter)
-        for anchor in (x for x in self.anchors if str(x.index) in adapter.layers):
-            for parameter in adapter.layers[str(anchor.index)].parameters():
-                if parameter.device != anchor.device:
-                    raise ValueError(
-                        f"adapter {name!r} has layer {anchor.index} on {parameter.device}, "
-                        f"expected {anchor.device}"
-                    )
-
-    def _check_aim(self, name: str, adapter: AIMAdapter) -> None:
-        if any(isinstance(x, AIMAdapter) for x in self._state.adapters.values()):
-            raise ValueError(f"adapter {name!r} is a second AIMAdapter, expected at most one")
-        device = adapter.fuser.weight.device
-        if device != self._patches.splicer.device:
-            raise ValueError(f"adapter {name!r} is on {device}, expected {self._patches.splicer.device}")
-        self._check_bank(adapter)
-
-    def _check_bank(self, adapter: AIMAdapter) -> None:
-        if self.bank is not None and self.bank.digest != adapter.digest():
-            raise CheckpointError(
-                "the bank's tokens were made with another projection than the adapter's: add its "
-                "demonstrations to a new bank, DemonstrationBank.create(folder, adapter)"
-            )
-
-    def _aim(self) -> AIMAdapter:
-        found = [x for x in self._state.adapters.values() if isinstance(x, AIMAdapter)]
-        if not found:
-            raise ValueError(
-                f"no AIMAdapter is among the adapters {sorted(self._state.adapters)}, expected one"
-            )
-        return found[0]
+        check_bank(self.bank, require_fusing(self._state.adapters))
+        return fill(self.bank, demonstrations, collate, self.aggregate, batch_size, progress)
 
     def _check_attached(self) -> None:
         if not self._patches.is_attached:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 from weakref import ReferenceType, WeakValueDictionary
 
 import torch
 from torch import nn
 
-from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter, ResidualSite
+from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.models.anchors import find_anchors
+from mmicl_kernels.patch.fit import check_fits, require_fusing
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.patch.sites.attention import PatchedLayer
 from mmicl_kernels.patch.sites.embedding import EmbeddingHook, Splicer
 from mmicl_kernels.patch.sites.residual import ResidualHook, SiteShift
 from mmicl_kernels.patch.state import Rows, State
-
-if TYPE_CHECKING:
-    from mmicl_kernels.patch.handle import Handle
 
 # A disabled handle leaves no trace on its model, so patches are known by the ids of its layers.
 _attached: WeakValueDictionary[int, Patches] = WeakValueDictionary()
@@ -34,7 +32,7 @@ class Patches:
         self.state, self.splicer = state, splicer
         self._layers = [anchor.layer for anchor in state.anchors]
         self.enabled, self.is_attached = True, True
-        self.handle: ReferenceType[Handle] | None = None
+        self.handle: ReferenceType[object] | None = None
         self._attention: list[PatchedLayer] = []
         self._sites: dict[ResidualSite, SiteShift] = {}
         self._hooks: dict[str, list[ResidualHook]] = {}
@@ -58,10 +56,54 @@ class Patches:
         """Be found by :func:`patches_of` from now on, as long as the model keeps one of its layers."""
         _attached.update({id(layer): self for layer in self._layers})
 
-    def prepare(self, adapter: Adapter) -> None:
+    def start(self, adapters: Mapping[str, Adapter]) -> None:
+        """The first adapters: all of them act, or none and the model is as it was."""
+        for name, adapter in adapters.items():
+            self._take_slot(name, adapter)
+        if self.splicer.bank is not None:
+            require_fusing(self.state.adapters)
+        try:
+            self.sync()
+        except BaseException:
+            self.remove()
+            raise
+        self.register()
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """One more adapter: it acts, or all is as it was. Raises as ``Handle.add``."""
+        self._take_slot(name, adapter)
+        try:
+            self.sync()
+        except BaseException:
+            self.drop(name)
+            raise
+        if self.state.rows is not None:
+            self.copy_parameters()
+            self.choose(self.state.rows)
+
+    def drop(self, name: str) -> None:
+        """One adapter less."""
+        slots = self.state.slots
+        slots[slots.index(self.state.adapters.pop(name))] = None
+        self.sync()
+
+    def _take_slot(self, name: str, adapter: Adapter) -> None:
+        state = self.state
+        if name in state.adapters or adapter in state.slots:
+            raise ValueError(f"name {name!r} or its adapter is attached already")
+        if None not in state.slots:
+            raise ValueError(f"all {len(state.slots)} slots are taken, expected a larger slots= at attach")
+        check_fits(name, adapter, state, self.splicer)
+        self._prepare(adapter)
+        state.slots[state.slots.index(None)] = adapter
+        state.adapters[name] = adapter
+        if adapter.attention_site is not None:
+            state.normalizer = adapter.attention_site.normalizer  # the same for all
+
+    def _prepare(self, adapter: Adapter) -> None:
         """What ``adapter`` needs in the model and no other needed so far; not in its place yet."""
         state = self.state
-        if isinstance(adapter, MimICAdapter) and not self._attention:
+        if adapter.attention_site is not None and not self._attention:
             hf_attention.register()
             softmax = [anchor for anchor in state.anchors if anchor.self_attn is not None]
             self._attention = [PatchedLayer(state, anchor) for anchor in softmax]
@@ -76,9 +118,9 @@ class Patches:
         if not (self.enabled and self.is_attached):
             return
         adapters = self.state.adapters.values()
-        gated = any(isinstance(x, MimICAdapter) for x in adapters)
+        shifting = any(x.attention_site is not None for x in adapters)
         for layer in self._attention:
-            layer.install() if gated else layer.remove()
+            layer.install() if shifting else layer.remove()
         needed = {site for adapter in adapters for site in adapter.residual_sites}
         # The norm that is kept is that of what the module returned, so those shifts act first.
         order = sorted(needed, key=lambda site: not site.preserve_norm)
@@ -86,8 +128,8 @@ class Patches:
             for index, hook in enumerate(hooks):
                 hook.shifts = [self._sites[site].layers[index] for site in order if site.module == module]
                 hook.install() if hook.shifts else hook.remove()
-        fuses = any(isinstance(x, AIMAdapter) for x in adapters)
-        self.splicer.hook.install() if fuses else self.splicer.hook.remove()
+        fusing = any(x.embedding_site is not None for x in adapters)
+        self.splicer.hook.install() if fusing else self.splicer.hook.remove()
 
     def remove(self) -> None:
         """The plain model, object by object; :meth:`sync` brings everything back."""
@@ -110,17 +152,22 @@ class Patches:
         for stack in (*self._attention, *(x for shift in self._sites.values() for x in shift.layers)):
             stack.copy_parameters()
 
+    def set_strength(self, value: float) -> None:
+        """Raises as ``Handle.strength``."""
+        self.state.set_strength(value)
+        self.choose(self.state.rows)
+
     def choose(self, rows: Rows | None) -> None:
         """Make ``rows`` tensors on the device, or close the open ones."""
         state = self.state
         state.rows = rows
         slots = {name: state.slots.index(adapter) for name, adapter in state.adapters.items()}
-        gates = {name for name, adapter in state.adapters.items() if isinstance(adapter, MimICAdapter)}
+        shifting = {name for name, x in state.adapters.items() if x.attention_site is not None}
         # Inference tensors could not be copied into again outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
             state.adapter_ids = None
             if rows is not None:
-                ids = [next((slots[name] for name in row if name in gates), -1) for row in rows]
+                ids = [next((slots[name] for name in row if name in shifting), -1) for row in rows]
                 state.adapter_ids = torch.tensor(ids, dtype=torch.int32, device=state.device)
             for site, shift in self._sites.items():
                 here = {name: slots[name] for name, x in state.adapters.items() if site in x.residual_sites}

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from torch import nn
 
-from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.patch.sites.hf_attention import is_users_own
 
@@ -60,7 +60,7 @@ class Report:
 def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping[str, Adapter]) -> Report:
     """``mixers`` are those of all layers, ``anchors`` the layers that may be patched."""
     found = {anchor.index: anchor for anchor in anchors}
-    gates = tuple(name for name, adapter in adapters.items() if isinstance(adapter, MimICAdapter))
+    shifting = tuple(name for name, x in adapters.items() if x.attention_site is not None)
     sites = dict.fromkeys(site.module for adapter in adapters.values() for site in adapter.residual_sites)
     residual = tuple((site, tuple(x for x in adapters if _acts(adapters[x], site))) for site in sites)
     layers = []
@@ -69,12 +69,12 @@ def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping
         if index not in found:
             layers.append(LayerReport(index, name, skipped="left alone by every method"))
         elif found[index].self_attn is None:
-            missing = f"no softmax for {', '.join(gates)} to shift" if gates else ""
+            missing = f"no softmax for {', '.join(shifting)} to shift" if shifting else ""
             layers.append(LayerReport(index, name, residual=residual, skipped=missing))
         else:
-            layers.append(LayerReport(index, name, gates, residual, _replaced(mixer)))
-    fused = tuple(name for name, adapter in adapters.items() if isinstance(adapter, AIMAdapter))
-    return Report(tuple(layers), fused)
+            layers.append(LayerReport(index, name, shifting, residual, _replaced(mixer)))
+    fusing = tuple(name for name, x in adapters.items() if x.embedding_site is not None)
+    return Report(tuple(layers), fusing)
 
 
 def _replaced(attention: nn.Module) -> str:

@@ -7,12 +7,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
+from mmicl_kernels.methods import Adapter
 
 FP32_MAX = torch.finfo(torch.float32).max
 
 # What one entry of rows() may be: names of adapters, with their strengths or without.
-Entry = str | tuple[str, ...] | Mapping[str, float] | None
+RowEntry = str | tuple[str, ...] | Mapping[str, float] | None
 
 
 class SlotStack:
@@ -86,7 +86,9 @@ def _version(x: Tensor) -> tuple:
     return x.data_ptr(), x.dtype, x.stride(), 0 if x.is_inference() else x._version
 
 
-def parse_rows(names: Entry | Sequence[Entry], adapters: Mapping[str, Adapter]) -> list[dict[str, float]]:
+def parse_rows(
+    names: RowEntry | Sequence[RowEntry], adapters: Mapping[str, Adapter]
+) -> list[dict[str, float]]:
     """The names and strengths of every batch row. Raises as :meth:`Handle.rows` says."""
     alone = names is None or isinstance(names, str | tuple | Mapping)
     entries = [names] if alone else list(names)
@@ -95,7 +97,7 @@ def parse_rows(names: Entry | Sequence[Entry], adapters: Mapping[str, Adapter]) 
     return [_parse_entry(entry, adapters) for entry in entries]
 
 
-def _parse_entry(entry: Entry, adapters: Mapping[str, Adapter]) -> dict[str, float]:
+def _parse_entry(entry: RowEntry, adapters: Mapping[str, Adapter]) -> dict[str, float]:
     if not isinstance(entry, str | tuple | Mapping | None):
         raise TypeError(
             f"a row is {entry!r}, expected a name, a tuple of names, a dict of their strengths or None"
@@ -106,20 +108,17 @@ def _parse_entry(entry: Entry, adapters: Mapping[str, Adapter]) -> dict[str, flo
             raise TypeError(f"a row names {name!r}, expected strings; a list has one entry per batch row")
         if name not in adapters:
             raise KeyError(f"no adapter is named {name!r}, expected one of {sorted(adapters)} or None")
-        if isinstance(adapters[name], AIMAdapter):
-            raise ValueError(f"a row names {name!r}, an AIM adapter, which acts through splice() alone")
+        if not (adapters[name].attention_site or adapters[name].residual_sites):
+            raise ValueError(f"a row names {name!r}, which acts through splice() alone")
     if len(set(names)) < len(names):
         raise ValueError(f"a row names {names}, expected every name once")
-    gates = [name for name in names if isinstance(adapters[name], MimICAdapter)]
-    if len(gates) > 1:
-        raise ValueError(f"a row names {tuple(gates)}, expected at most one MimIC adapter")
+    shifting = tuple(name for name in names if adapters[name].attention_site is not None)
+    if len(shifting) > 1:
+        raise ValueError(f"a row names {shifting}, expected at most one that shifts attention")
     strengths = entry if isinstance(entry, Mapping) else dict.fromkeys(names, 1.0)
     for name in names:
         check_strength(f"strength of {name!r}", strengths[name])
-        if name in gates and strengths[name] != 1:
-            raise ValueError(
-                f"strength of {name!r} is {strengths[name]!r}, expected 1: a MimIC adapter has none"
-            )
+        check_strength_of(name, adapters[name], strengths[name])
     return {name: float(strengths[name]) for name in names}
 
 
@@ -129,6 +128,14 @@ def check_strength(what: str, value: object) -> None:
         raise TypeError(f"{what} is {value!r}, expected a number")
     if not abs(value) <= FP32_MAX:
         raise ValueError(f"{what} is {value!r}, expected a finite number in fp32")
+
+
+def check_strength_of(name: str, adapter: Adapter, strength: float) -> None:
+    """Raise ValueError unless ``adapter`` can have this strength."""
+    if strength != 1 and not adapter.has_strength:
+        raise ValueError(
+            f"strength is {strength!r}, expected 1: {name!r} is a {type(adapter).__name__}, which has none"
+        )
 
 
 def check_products(rows: list[dict[str, float]], strength: float) -> None:

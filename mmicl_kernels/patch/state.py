@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.checkpointing import repeats_reentrant
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
-from mmicl_kernels.patch.slots import check_products, check_strength
-
-if TYPE_CHECKING:
-    from mmicl_kernels.patch.patches import Patches
+from mmicl_kernels.patch.slots import check_products, check_strength, check_strength_of
 
 Rows = list[dict[str, float]]  # of every batch row the adapters, with their strengths
 
@@ -23,11 +18,11 @@ class State:
     """Of one model; patched layers and its handle share it.
 
     ``adapters`` are those attached, by name, and ``slots`` the places they take. ``rows`` are the open ones
-    or None. ``adapter_ids [rows]`` are the slots of their MimIC adapters, -1 where a row has none. What is in
-    the model knows its state, which keeps ``patches``, all of them, in being.
+    or None. ``adapter_ids [rows]`` are the slots of those that shift attention, -1 where a row has none. What
+    is in the model knows its state, which keeps ``patches``, all of them, in being.
     """
 
-    patches: Patches
+    patches: object
 
     def __init__(self, model: nn.Module, anchors: list[Anchor], impl: str, slots: int) -> None:
         self.model, self.anchors, self.impl, self.normalizer = model, anchors, impl, "visible"
@@ -40,7 +35,7 @@ class State:
 
     @property
     def strength(self) -> float:
-        """What every M2IV and LIVE vector is multiplied by."""
+        """What every vector in the residual stream is multiplied by."""
         return self._strength
 
     def set_strength(self, value: float) -> None:
@@ -97,11 +92,3 @@ class State:
                 f"strength and rows are {now}, expected {self._last_forward} as at the last forward pass: "
                 "with gradient checkpointing call backward() within their block, before another forward pass"
             )
-
-
-def check_strength_of(name: str, adapter: Adapter, strength: float) -> None:
-    """Raise ValueError unless ``adapter`` can have this global strength."""
-    if strength != 1 and isinstance(adapter, MimICAdapter | AIMAdapter):
-        raise ValueError(
-            f"strength is {strength!r}, expected 1: {name!r} is a {type(adapter).__name__}, which has none"
-        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.data import Demonstration, content_digest
-from mmicl_kernels.methods import AIMAdapter, Backbone, CheckpointError
+from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import is_plain
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.ops._checks import FLOAT_DTYPES
@@ -95,7 +95,7 @@ class DemonstrationBank:
     def create(
         cls,
         folder: str | os.PathLike,
-        adapter: AIMAdapter,
+        adapter: Adapter,
         dtype: torch.dtype = torch.bfloat16,
         prompt: str = "",
     ) -> DemonstrationBank:
@@ -105,11 +105,11 @@ class DemonstrationBank:
         ids do not know.
 
         Raises:
-            FileExistsError: there is a bank. TypeError, ValueError: not an AIM adapter, not a ``dtype`` that
-            a bank can have. OSError: the disk; there is no bank then.
+            FileExistsError: there is a bank. TypeError, ValueError: ``adapter`` does not fuse, a bank cannot
+            have this ``dtype``. OSError: the disk; there is no bank then.
         """
-        if not isinstance(adapter, AIMAdapter):
-            raise TypeError(f"adapter is a {type(adapter).__name__}, expected an AIMAdapter")
+        if not isinstance(adapter, Adapter) or adapter.embedding_site is None:
+            raise TypeError(f"adapter is a {type(adapter).__name__}, expected one that fuses demonstrations")
         description = Description(uuid.uuid4().hex, dtype, adapter.digest(), adapter.backbone, prompt)
         with created(Path(folder).absolute(), description):
             return cls(folder)

@@ -7,10 +7,7 @@ from mmicl_kernels.data.episodes import EpisodeBatch, ManyShotBatch, align, epis
 from mmicl_kernels.data.prefix import PrefixedBatch, prefixed_batch
 from mmicl_kernels.data.sampling import Draw, draw_demonstrations, joint_features, split_shots
 from mmicl_kernels.data.shots import NearestShots, RandomShots
-from mmicl_kernels.methods.aim.objective import AIMObjective
-from mmicl_kernels.methods.live.objective import LIVEObjective
-from mmicl_kernels.methods.m2iv.objective import M2IVObjective
-from mmicl_kernels.methods.mimic.objective import MimICObjective
+from mmicl_kernels.methods import ADAPTERS
 from mmicl_kernels.methods.objective import Losses, Objective, trainable
 from mmicl_kernels.training.loop import TrainingConfig, train
 from mmicl_kernels.training.module import TrainedModule
@@ -46,3 +43,12 @@ __all__ = [
     "train",
     "trainable",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What the methods minimise, each imported when it is asked for."""
+    for adapter_class in ADAPTERS.values():
+        objective = adapter_class.objective_class()
+        if objective.__name__ == name:
+            return objective
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

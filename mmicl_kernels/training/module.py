@@ -8,17 +8,9 @@ from torch import Tensor, nn
 
 from mmicl_kernels.data.batch import IGNORE
 from mmicl_kernels.data.prefix import PrefixedBatch
-from mmicl_kernels.methods import Adapter
-from mmicl_kernels.methods.aim.objective import AIMObjective
-from mmicl_kernels.methods.live.objective import LIVEObjective
-from mmicl_kernels.methods.m2iv.objective import M2IVObjective
-from mmicl_kernels.methods.mimic.objective import MimICObjective
+from mmicl_kernels.methods import ADAPTERS, Adapter
 from mmicl_kernels.methods.objective import Objective
 from mmicl_kernels.patch import AdaptedModel
-
-OBJECTIVES: dict[type[Adapter], type[Objective]] = {
-    objective.method: objective for objective in (MimICObjective, LIVEObjective, M2IVObjective, AIMObjective)
-}
 
 
 class TrainedModule(AdaptedModel):
@@ -30,12 +22,9 @@ class TrainedModule(AdaptedModel):
 
     def __init__(self, model: nn.Module, adapter: Adapter, *, impl: str = "auto") -> None:
         """Raises as :func:`attach`; TypeError for an adapter whose method has no objective."""
-        kinds = [objective for method, objective in OBJECTIVES.items() if isinstance(adapter, method)]
-        if not kinds:
-            names = ", ".join(method.__name__ for method in OBJECTIVES)
-            raise TypeError(f"adapter is a {type(adapter).__name__}, expected one of {names}")
+        objective = objective_of(type(adapter))
         super().__init__(model, adapter, impl=impl)
-        self.objective = kinds[0](self.handle)
+        self.objective = objective(self.handle)
 
     # A Trainer divides the loss by the steps it accumulates, and takes **kwargs for a sign that it need not.
     accepts_loss_kwargs = False
@@ -64,6 +53,15 @@ class TrainedModule(AdaptedModel):
     def tokens_of(self, part: str) -> str:
         """Whose tokens a part is the mean over; what is no mean counts as one over the answers'."""
         return self.objective.means_over.get(part, "answer")
+
+
+def objective_of(adapter_class: type) -> type[Objective]:
+    """What a method minimises. Raises TypeError: it does not say."""
+    try:
+        return adapter_class.objective_class()
+    except (AttributeError, NotImplementedError) as error:
+        known = ", ".join(x.__name__ for x in ADAPTERS.values())
+        raise TypeError(f"adapter is a {adapter_class.__name__}, expected one of {known}") from error
 
 
 def token_counts(arguments: Mapping[str, Any]) -> Tensor:

@@ -20,15 +20,17 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mmicl_kernels.data import Demonstration, Record
+from mmicl_kernels.data.batch import AggregationBatch
 from mmicl_kernels.data.collate import AggregationCollator, Collator, DrawnEpisodes, EpisodeCollator
 from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of
 from mmicl_kernels.data.shots import Draw, Example, RandomShots, examples_of, key_of
-from mmicl_kernels.methods import Adapter, AIMConfig
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.base import CONFIG_FILE, DESCRIPTION_FILE
 from mmicl_kernels.methods.teaching import new_cache
 from mmicl_kernels.patch import create, load
+from mmicl_kernels.patch.create import outline
 from mmicl_kernels.training.arguments import deciding, training_arguments
-from mmicl_kernels.training.module import TrainedModule
+from mmicl_kernels.training.module import TrainedModule, objective_of
 from mmicl_kernels.training.plot import plot_losses
 from mmicl_kernels.training.recipes import RECIPES, Recipe
 from mmicl_kernels.training.unchanged import unchanged, undrawn
@@ -68,7 +70,7 @@ def train(
             how they are written.
         records: the queries, and the demonstrations of others: a path of JSON lines, ``Records``, rows as
             ``as_records`` takes them, examples that make a ``.demonstration()``, or ``DrawnEpisodes``.
-        config: of the method, ``MimICConfig`` for instance.
+        config: of the method.
         out: folder of the adapter, of checkpoints while it is trained, of ``training.json``, which has the
             recipe, the prompts' settings and the log, and of ``training.png``, if matplotlib is installed.
             None keeps nothing.
@@ -104,6 +106,7 @@ class Training:
 
     model: nn.Module
     config: object
+    method: str
     recipe: Recipe
     builder: PromptBuilder
     examples: Sequence[Any]
@@ -128,12 +131,14 @@ class Training:
         seed: int = 0,
     ) -> Training:
         """Arguments and errors are those of :func:`train`."""
-        chosen = _recipe(recipe, config, shots, steps)
+        adapter = outline(model, config)
+        chosen = _recipe(recipe, adapter.method, shots, steps)
         if chosen.template is not None and not isinstance(processor, PromptBuilder):
             processor = PromptBuilder(processor, chosen.template)
         if chosen.shared_shots:
             new_cache(model)  # or the first batch would be refused
-        positions = config.positions if isinstance(config, AIMConfig) else "text"
+        site = adapter.embedding_site
+        positions = "text" if site is None else site.positions
         floating = model.dtype if model.dtype.is_floating_point else None
         builder = builder_of(processor, positions=positions, dtype=floating)
         builder.device = torch.device("cpu")  # a Trainer moves batches
@@ -141,14 +146,17 @@ class Training:
         for name, source in (("records", records), ("validation", validation)):
             if source is not None:
                 examples[name], digests[name] = _examples(source, name, builder)
-        collator = _collator(config, builder, examples["records"], chosen, draw, seed)
+        collator = _collator(adapter, builder, examples["records"], chosen, draw, seed)
         others = _FixedEpisodes(examples["validation"], collator) if "validation" in examples else None
-        return cls(model, config, chosen, builder, examples["records"], collator, others, seed, digests)
+        return cls(
+            model, config, adapter.method, chosen, builder, examples["records"], collator, others, seed,
+            digests,
+        )  # fmt: skip
 
     def description(self) -> dict[str, Any]:
         """What decides the adapter, for ``training.json``: a run with another one cannot be resumed."""
         return {
-            "method": type(self.config).__name__.removesuffix("Config").lower(),
+            "method": self.method,
             "config": asdict(self.config),
             "recipe": self.recipe.description(),
             "prompt": self.builder.settings,
@@ -308,23 +316,23 @@ def _examples(source: Any, name: str, builder: PromptBuilder) -> tuple[Sequence[
 
 
 def _recipe(
-    recipe: str | Recipe | None, config: object, shots: int | tuple[int, int] | None, steps: int | None
+    recipe: str | Recipe | None, method: str, shots: int | tuple[int, int] | None, steps: int | None
 ) -> Recipe:
-    name = type(config).__name__.removesuffix("Config").lower() if recipe is None else recipe
-    if isinstance(name, str):
-        if name not in RECIPES and recipe is None:
-            raise TypeError(f"config is a {type(config).__name__}, expected one of a method")
-        if name not in RECIPES:
-            raise ValueError(f"recipe is {name!r}, expected one of {', '.join(RECIPES)}")
-        name = RECIPES[name]
-    if not isinstance(name, Recipe):
-        raise TypeError(f"recipe is a {type(name).__name__}, expected a Recipe or its name")
+    """The method's own by default; of a method that has none, a plain one."""
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe is {recipe!r}, expected one of {', '.join(RECIPES)}")
+        recipe = RECIPES[recipe]
+    if recipe is None:
+        recipe = RECIPES.get(method, Recipe())
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe is a {type(recipe).__name__}, expected a Recipe or its name")
     given = {"shots": shots, "steps": steps}
-    return replace(name, **{field: x for field, x in given.items() if x is not None})
+    return replace(recipe, **{field: x for field, x in given.items() if x is not None})
 
 
 def _collator(
-    config: object,
+    adapter: Adapter,
     builder: PromptBuilder,
     examples: Sequence[Example],
     recipe: Recipe,
@@ -332,18 +340,19 @@ def _collator(
     seed: int,
 ) -> Collator:
     options = {"draw": draw or RandomShots(replacement=recipe.replacement), "seed": seed}
-    if recipe.shared_shots and (isinstance(config, AIMConfig) or isinstance(examples, DrawnEpisodes)):
-        what = "config is AIM's" if isinstance(config, AIMConfig) else "records are DrawnEpisodes"
+    aggregates = objective_of(type(adapter)).batch is AggregationBatch
+    if recipe.shared_shots and (aggregates or isinstance(examples, DrawnEpisodes)):
+        what = f"method {adapter.method!r}" if aggregates else "records are DrawnEpisodes"
         raise ValueError(
             f"shared_shots is True and {what}, expected demonstrations that are drawn for a teacher"
         )
-    if isinstance(config, AIMConfig):
+    if aggregates:
         least = recipe.shots if isinstance(recipe.shots, int) else recipe.shots[0]
         if least < 1:
-            raise ValueError(f"shots is {recipe.shots}, expected at least 1 for AIM")
+            raise ValueError(f"shots is {recipe.shots}, expected at least 1 for method {adapter.method!r}")
         return AggregationCollator(builder, examples, recipe.shots, **options)
     if isinstance(recipe.shots, tuple):
-        raise ValueError(f"shots is {recipe.shots}, expected a number: pairs are AIM's")
+        raise ValueError(f"shots is {recipe.shots}, expected a number for method {adapter.method!r}")
     options |= {"shots_per_pass": recipe.shots_per_pass, "shared_shots": recipe.shared_shots}
     return EpisodeCollator(builder, examples, recipe.shots, **options)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 
-from mmicl_kernels.methods import Adapter, AIMAdapter, MimICAdapter
+from mmicl_kernels.methods import Adapter
 
 ASKED = "ACCELERATE_USE_FSDP"  # what `accelerate launch --use_fsdp` sets
 
@@ -40,7 +40,7 @@ def shard(
     """Shard ``model`` over the processes in place, by accelerate's rules; ``adapter`` stays whole.
 
     Raises:
-        ValueError: an option is not supported. NotImplementedError: nor is AIM.
+        ValueError: an option is not supported. NotImplementedError: nor is fusing demonstrations, AIM's.
     """
     refused = {
         "version is 1, expected 2": plugin.fsdp_version != 2,
@@ -52,9 +52,9 @@ def shard(
     for message, found in refused.items():
         if found:
             raise ValueError(f"fsdp_{message}")
-    if isinstance(adapter, AIMAdapter):
+    if adapter.embedding_site is not None:
         raise NotImplementedError(
-            "FSDP was asked for; the method is AIM, which reads hidden states of a whole model, expected DDP"
+            f"FSDP was asked for; {adapter.method!r} reads hidden states of a whole model, expected DDP"
         )
     if plugin.transformer_cls_names_to_wrap is None:
         # Some models name classes that they have not, which accelerate refuses.
@@ -72,13 +72,14 @@ def shard(
 
 
 def check_deepspeed(stage: int, adapter: Adapter) -> None:
-    """Raise NotImplementedError for what DeepSpeed cannot train: stage 3, and all methods but MimIC."""
+    """Raise NotImplementedError for what DeepSpeed cannot train: stage 3, scalars, decay to the identity."""
     if stage == 3:
         raise NotImplementedError(
             "zero_stage is 3, which parts the adapter's parameters too, expected at most 2, or FSDP version 2"
         )
-    if not isinstance(adapter, MimICAdapter):
-        # It broadcasts no scalar, as LIVE's and M2IV's scales are, and its optimizer sees no matrices, which
-        # AIM's decay pulls to the identity.
-        name = type(adapter).__name__.removesuffix("Adapter")
-        raise NotImplementedError(f"DeepSpeed cannot train {name}'s parameters, expected MimIC or DDP")
+    # It broadcasts no scalar, as LIVE's and M2IV's scales are, and its optimizer sees no matrices, which
+    # AIM's decay pulls to the identity.
+    if any(x.dim() == 0 for x in adapter.parameters()) or adapter.objective_class().decay_to_identity:
+        raise NotImplementedError(
+            f"DeepSpeed cannot train method {adapter.method!r}'s parameters, expected MimIC or DDP"
+        )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmicl_kernels import ops
-from mmicl_kernels.methods.modules import AttentionShift, ShiftedAttention
+from mmicl_kernels.modules import AttentionShift, ShiftedAttention
 from mmicl_kernels.testing.inputs import attention_shift_inputs, shifted_attention_inputs
 
 B, H, G, T, S, D = 2, 4, 2, 9, 9, 16
@@ -117,7 +117,7 @@ def test_usable_without_transformers():
 import sys
 sys.modules["transformers"] = sys.modules["safetensors"] = sys.modules["tqdm"] = None
 import torch
-from mmicl_kernels.methods.modules import ShiftedAttention
+from mmicl_kernels.modules import ShiftedAttention
 import mmicl_kernels as mk
 q = torch.randn(1, 4, 5, 8)
 out = mk.ShiftedAttention(4, 8)(q, q, q, causal=True)

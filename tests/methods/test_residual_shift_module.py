@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmicl_kernels import ops
-from mmicl_kernels.methods.modules import ResidualShift
+from mmicl_kernels.modules import ResidualShift
 from mmicl_kernels.testing.inputs import normal
 
 

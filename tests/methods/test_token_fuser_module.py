@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mmicl_kernels.methods import modules
-from mmicl_kernels.methods.modules.token_fuser import TokenFuser
+from mmicl_kernels import modules
+from mmicl_kernels.modules.token_fuser import TokenFuser
 from mmicl_kernels.ops.row_projection import row_projection
 from mmicl_kernels.testing.inputs import normal
 

@@ -54,6 +54,36 @@ def test_rows_equal_single_adapters(family, normalizer):
             assert not torch.equal(actual[one], actual[other])
 
 
+def test_rows_and_strength_stay_until_others_or_the_end_of_a_block(model):
+    """Both act from when they are called, and as context managers until their block ends."""
+    torch.manual_seed(0)
+    inputs = tiny_inputs(model)
+    adapters = {name: mk.create(model, mk.M2IVConfig()) for name in "ab"}
+    a, b = (expected_rows(model, adapters, inputs, [name] * len(inputs["input_ids"])) for name in "ab")
+    plain = row_logits(model, inputs)
+    with mk.attach(model, adapters) as handle:
+        handle.rows("a")
+        torch.testing.assert_close(row_logits(model, inputs), a, **SAME)
+        with handle.rows("b"):
+            torch.testing.assert_close(row_logits(model, inputs), b, **SAME)
+        torch.testing.assert_close(row_logits(model, inputs), a, **SAME)
+        handle.strength(0)
+        assert torch.equal(row_logits(model, inputs), plain)
+        with handle.strength(1):
+            torch.testing.assert_close(row_logits(model, inputs), a, **SAME)
+        assert torch.equal(row_logits(model, inputs), plain)
+
+
+def test_a_handle_says_what_is_attached(model, adapters):
+    handle = mk.attach(model, {"one": adapters["a"], "two": mk.create(model, mk.LIVEConfig())})
+    text = "Handle(LlavaForConditionalGeneration, {}: 'one' (mimic), 'two' (live))"
+    assert repr(handle) == text.format("enabled")
+    with handle.disabled():
+        assert repr(handle) == text.format("disabled")
+    handle.detach()
+    assert repr(handle) == text.format("detached")
+
+
 @pytest.mark.parametrize(
     "given, meant",
     [

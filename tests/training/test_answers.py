@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from watching import Largest
 
 import mmicl_kernels as mk
+from mmicl_kernels.methods.aim.objective import AIMObjective
 from mmicl_kernels.methods.answers import answer_cross_entropy, answer_logits, answer_loss, rows_before
+from mmicl_kernels.methods.live.objective import LIVEObjective
+from mmicl_kernels.methods.m2iv.objective import M2IVObjective
+from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
-from mmicl_kernels.training import AIMObjective, LIVEObjective, M2IVObjective, MimICObjective
 
 OBJECTIVES = {"mimic": MimICObjective, "live": LIVEObjective, "m2iv": M2IVObjective, "aim": AIMObjective}
 # Some hundreds of fp64 roundings one after another; a wrong row or label is off by far more.

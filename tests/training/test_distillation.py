@@ -14,12 +14,11 @@ from watching import Largest
 
 import mmicl_kernels as mk
 from mmicl_kernels.data.sampling import nearest_to_centroids
-from mmicl_kernels.methods.m2iv.objective import synergy
+from mmicl_kernels.methods.live.objective import LIVEObjective
+from mmicl_kernels.methods.m2iv.objective import M2IVObjective, synergy
 from mmicl_kernels.methods.teaching import divergence, student_rows, teach, teacher_rows
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny_model
 from mmicl_kernels.training import (
-    LIVEObjective,
-    M2IVObjective,
     TrainedModule,
     TrainingConfig,
     draw_demonstrations,

@@ -15,16 +15,10 @@ from mmicl_kernels.data import Demonstration
 from mmicl_kernels.data import documents as documents_module
 from mmicl_kernels.data import lines as lines_module
 from mmicl_kernels.data.prompts.builder import PromptBuilder
+from mmicl_kernels.methods.aim.objective import AIMObjective
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
-from mmicl_kernels.training import (
-    AIMObjective,
-    Documents,
-    TrainingConfig,
-    document_batches,
-    train,
-    trainable,
-)
+from mmicl_kernels.training import Documents, TrainingConfig, document_batches, train, trainable
 
 
 def png(value):

@@ -10,9 +10,10 @@ from published import in_double, random_adapter
 from torch import nn
 
 import mmicl_kernels as mk
+from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.budgets import unit_roundoff
 from mmicl_kernels.testing.tiny_models import tiny_model
-from mmicl_kernels.training import Losses, MimICObjective, TrainingConfig, train, trainable
+from mmicl_kernels.training import Losses, TrainingConfig, train, trainable
 
 STEPS = 20
 

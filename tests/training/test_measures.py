@@ -10,20 +10,14 @@ from residuals import random_shift
 from watching import Largest
 
 import mmicl_kernels as mk
-from mmicl_kernels.methods.m2iv.objective import synergy
+from mmicl_kernels.methods.aim.objective import AIMObjective
+from mmicl_kernels.methods.live.objective import LIVEObjective
+from mmicl_kernels.methods.m2iv.objective import M2IVObjective, synergy
 from mmicl_kernels.methods.measures import alignment_shares, describe_large_shares, layer_shares
+from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.ops import alignment_loss
 from mmicl_kernels.testing.tiny_models import tiny_model
-from mmicl_kernels.training import (
-    AIMObjective,
-    LIVEObjective,
-    M2IVObjective,
-    MimICObjective,
-    TrainedModule,
-    TrainingConfig,
-    train,
-    trainable,
-)
+from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
 
 LAYERS, N, C = [0, 2, 5, 7], 10, 6
 ROUNDING = 1024 * torch.finfo(torch.float64).eps

@@ -12,17 +12,12 @@ from residuals import random_shift
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods import Adapter
+from mmicl_kernels.methods.aim.objective import AIMObjective
+from mmicl_kernels.methods.live.objective import LIVEObjective
+from mmicl_kernels.methods.m2iv.objective import M2IVObjective
+from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.tiny_models import tiny_model
-from mmicl_kernels.training import (
-    AIMObjective,
-    LIVEObjective,
-    M2IVObjective,
-    MimICObjective,
-    TrainedModule,
-    TrainingConfig,
-    train,
-    trainable,
-)
+from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
 
 CASES = {
     "mimic": (MimICObjective, random_adapter, episode),
@@ -95,7 +90,7 @@ def test_an_adapter_without_an_objective():
     plain = logits(model, episode(model).student)
     stranger = Other.__new__(Other)
     with pytest.raises(
-        TypeError, match="adapter is a Other, expected one of MimICAdapter, LIVEAdapter, M2IV"
+        TypeError, match="adapter is a Other, expected one of MimICAdapter, M2IVAdapter, LIVE"
     ):
         TrainedModule(model, stranger)
     assert torch.equal(logits(model, episode(model).student), plain)

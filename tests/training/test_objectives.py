@@ -11,10 +11,10 @@ from published import in_double, logits, published, random_adapter
 from torch import nn
 
 import mmicl_kernels as mk
+from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.methods.record import record_outputs
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, TINY_MODELS, is_available, tiny_inputs, tiny_model
-from mmicl_kernels.training import MimICObjective
 
 SITES = {"mlp": r"\.mlp", "self_attn": r"\.self_attn", "layer": ""}
 

@@ -33,7 +33,6 @@ from mmicl_kernels.training import (
     episode_batch,
     trainable,
 )
-from mmicl_kernels.training.module import OBJECTIVES
 from mmicl_kernels.training.recipes import Recipe
 from mmicl_kernels.training.run import Training
 
@@ -150,7 +149,7 @@ def test_demonstrations_are_read_once(method):
     processor, model = MADE["llava-llama"]()
     shared, whole = batches(processor, "chat")
     handle = attach(model, ADAPTERS[method](model))
-    objective = OBJECTIVES[type(handle.single)](handle)
+    objective = handle.single.objective_class()(handle)
     seen = []
     layer = handle.anchors[0].layer
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))

@@ -99,13 +99,13 @@ def synergies() -> list[Run]:
 def ablations() -> list[Run]:
     """What of a method does it."""
     arms = [arm for whole, parts in ABLATIONS.items() for arm in (whole, *parts)]
-    return [Run(task, arm, ABLATED_COUNT, seed) for seed, task, arm in product(SEEDS, ABLATED_TASKS, arms)]
+    return [Run(task, arm, ABLATED_COUNT, seed) for task, seed, arm in product(ABLATED_TASKS, SEEDS, arms)]
 
 
 def teachers() -> list[Run]:
     """Of few and many shots, whose answers and states at 64 questions are learnt; and as many items alone."""
     runs = []
-    for seed, task, k in product(SEEDS, TAUGHT_TASKS, TEACHERS):
+    for task, seed, k in product(TAUGHT_TASKS, SEEDS, TEACHERS):
         runs += [Run(task, arm, k, seed, shots=k) for arm in (ICL, CONTROL)]
         runs.append(Run(task, "MimIC", k, seed, shots=k, unlabelled=64, labeller="teacher"))
     return runs
@@ -137,11 +137,13 @@ def elsewhere() -> list[Run]:
 
 def default() -> list[Run]:
     """The defaults on every task, with all labelled items: against the control and demonstrations."""
-    runs = []
-    for seed, task in product(SEEDS, TASKS):
-        arms = ("MimIC", CONTROL, "M2IV", *(["AIM"] if task in IMAGE_TASKS else []))
-        runs += [Run(task, arm, None, seed, 100) for arm in arms]
+    runs, tasks = [], sorted(TASKS, key=lambda task: task in IMAGE_TASKS)  # those that take minutes come last
+    for seed, task in product(SEEDS, tasks):
+        runs += [Run(task, arm, None, seed, 100) for arm in ("MimIC", CONTROL)]
+    for seed, task in product(SEEDS, tasks):
         runs += [Run(task, ICL, None, seed, shots=k) for k in (8, 16)]
+        runs.append(Run(task, "M2IV", None, seed, 100))
+        runs += [Run(task, "AIM", None, seed, 100)] if task in IMAGE_TASKS else []
     return runs
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmicl_kernels.methods.answers import answer_loss
+from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.methods.record import record_outputs
 from mmicl_kernels.methods.teaching import student_rows, teacher_rows
 from mmicl_kernels.patch import Handle
-from mmicl_kernels.training import EpisodeBatch, Losses, MimICObjective
+from mmicl_kernels.training import EpisodeBatch, Losses
 
 # Of a layer's states [N, C], the student's and the teacher's: a number of each token. Their mean is the loss.
 Form = Callable[[Tensor, Tensor], Tensor]

@@ -6,25 +6,23 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from operator import eq
-from string import ascii_letters
 from typing import TYPE_CHECKING
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
 from mmicl_kernels.data import Demonstration
-from mmicl_kernels.data.decoding import decode_image
 from mmicl_kernels.data.prompts.image_markers import BARE, image_markers
+from mmicl_kernels.data.prompts.images import images_of, interleaved
 from mmicl_kernels.data.prompts.positions import check_positions
 from mmicl_kernels.data.prompts.presets import PRESETS, Preset
+from mmicl_kernels.data.prompts.tokens import PromptTokens, shared
 from mmicl_kernels.data.prompts.turns import EXAMPLE, ChatTurns, FormatTurns, Written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import ProcessorMixin
 
 TEMPLATE = "{image}{text} {answer}"
 IGNORE = -100  # a label that is not predicted
@@ -74,7 +72,7 @@ class PromptBuilder:
             system's turn.
         image_marker: what to write for an image instead, with the image token once; ``{number}`` in it
             counts a demonstration's images.
-        positions: which tokens ``demonstrations`` points out, as ``AIMConfig`` has it.
+        positions: which tokens ``demonstrations`` points out, see ``POSITIONS``.
         dtype: of the pixels; by default the processor's.
 
     Raises:
@@ -112,12 +110,7 @@ class PromptBuilder:
         self.instruction, self.image_marker = instruction, image_marker
         self.device, self.dtype = device, dtype
         self._image_token = token
-        own = getattr(processor, "image_token_ids", ())  # where the token is replaced by others
-        ids = {self._tokenizer.convert_tokens_to_ids(token), *own}
-        self._image_ids = sorted(ids - {None, self._tokenizer.unk_token_id})
-        self._special, self._special_ids = special_tokens(self._tokenizer)
-        self._special.add(token)
-        self._merging: dict[int, bool] = {}  # by the number of spaces
+        self._tokens = PromptTokens(processor, token, interleaves=self._interleaves)
         # Official code trains its students without the instruction that it has everywhere else.
         self.instructs_students = template not in PRESETS
         self._separated = False
@@ -158,11 +151,11 @@ class PromptBuilder:
         self._check_all(demonstrations)
         written = [self._alone(x) for x in demonstrations]
         texts = [x.before + x.answer + x.after for x in written]
-        inputs = self._process(self._images(demonstrations), texts, "right")
+        inputs = self._process(images_of(demonstrations), texts, "right")
         if self.positions == "text":
-            return inputs, self._text_mask(inputs, demonstrations)
+            return inputs, self._tokens.text_mask(inputs, demonstrations)
         spans = [self._fused_span(x) for x in written]
-        return inputs, self._answer_mask(inputs, texts, spans)
+        return inputs, self._tokens.answer_mask(inputs, texts, spans)
 
     def queries(self, demonstrations: Sequence[Demonstration]) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs ``[B, T]``, padded on the right, that end with the answers, and labels, int64 ``[B, T]``.
@@ -193,8 +186,8 @@ class PromptBuilder:
             ``shots`` as queries; an image that cannot be decoded.
         """
         written = self._asked(queries, shots, answered=True, instructed=instructed)
-        texts = [self._ended(x) for x in written]
-        inputs = self._process(self._images(queries, shots), texts, padding_side)
+        texts = [self._tokens.ended(x) for x in written]
+        inputs = self._process(images_of(queries, shots), texts, padding_side)
         return self._answered(written, texts, inputs)
 
     def answered_after(
@@ -213,10 +206,10 @@ class PromptBuilder:
         begin = min(len(x.before) - _own_length(x, y) for x, y in zip(written, alone, strict=True))
         place = self._place(written, begin)
         tails = [x._replace(head="", before=x.before[place:]) for x in written]
-        texts = [self._ended(x) for x in tails]
-        images = [x for row in self._images(shots) for x in row]
+        texts = [self._tokens.ended(x) for x in tails]
+        images = [x for row in images_of(shots) for x in row]
         prefix = self._process([images], [written[0].before[:place]], "right")
-        inputs = self._process(self._images(queries), texts, "right", begins=False)
+        inputs = self._process(images_of(queries), texts, "right", begins=False)
         return prefix, self._answered(tails, texts, inputs)
 
     def _place(self, written: list[Written], begin: int) -> int:
@@ -225,11 +218,11 @@ class PromptBuilder:
         Raises ValueError: a tokenizer makes other tokens of the parts than of the whole.
         """
         first = written[0].before[:begin]
-        texts = [self._ended(x) for x in written]
+        texts = [self._tokens.ended(x) for x in written]
         for place in range(begin, len(first.rstrip()) - 1, -1):
-            before = self._encoded(first[:place])["input_ids"]
-            parts = (before + self._ids(text[place:]) for text in texts)
-            whole = (self._encoded(text)["input_ids"] for text in texts)
+            before = self._tokens.encoded(first[:place])["input_ids"]
+            parts = (before + self._tokens.ids(text[place:]) for text in texts)
+            whole = (self._tokens.encoded(text)["input_ids"] for text in texts)
             # Some processors write one token where an image ends and another begins.
             if all(map(eq, parts, whole)) and not first[:place].endswith(self._image_token):
                 return place
@@ -247,23 +240,25 @@ class PromptBuilder:
         image = self.image_tokens(ids) & own
         head, spans = torch.zeros_like(own), []
         for row, (x, answered, text) in enumerate(zip(written, plain, texts, strict=True)):
-            prompt = self._without_the_answers_space(x.before)
-            begin, _, length = self._answer_span(prompt, answered[len(prompt) :], text)
+            prompt = self._tokens.without_the_answers_space(x.before)
+            begin, _, length = self._tokens.answer_span(prompt, answered[len(prompt) :], text)
             spans.append((begin, length, length))  # what follows the answer is its end
             positions = own[row].nonzero().flatten()
-            head[row, positions[: self._head_tokens(ids[row, positions].tolist(), x.head, text)]] = True
-        labels = ids.masked_fill(~self._answer_mask(inputs, texts, spans), IGNORE)
+            head[row, positions[: self._tokens.head_tokens(ids[row, positions].tolist(), x.head, text)]] = (
+                True
+            )
+        labels = ids.masked_fill(~self._tokens.answer_mask(inputs, texts, spans), IGNORE)
         return AnsweredPrompts(inputs, labels, head, image, tuple(texts))
 
     def image_tokens(self, ids: Tensor) -> Tensor:
         """Which of ``ids``, int64 of any shape, stand for images: bool of that shape."""
-        return torch.isin(ids, torch.tensor(self._image_ids, device=ids.device))
+        return self._tokens.image_tokens(ids)
 
     @property
     def end_ids(self) -> list[int]:
         """The id at which an answer ends, where there is one: of a chat's turn, else of the text."""
         written = self._turns.prompt((), EXAMPLE)
-        ids = self._ids(written.after)[-1:] if written.closed else [self._tokenizer.eos_token_id]
+        ids = self._tokens.ids(written.after)[-1:] if written.closed else [self._tokenizer.eos_token_id]
         return [x for x in ids if x is not None]
 
     @property
@@ -275,10 +270,7 @@ class PromptBuilder:
 
     def splits(self, text: str, place: int) -> bool:
         """Whether no token of ``text`` has characters before and after ``place``."""
-        ids, before = (self._encoded(x)["input_ids"] for x in (text, text[:place]))
-        if before[-1:] == [self._tokenizer.eos_token_id] != ids[len(before) - 1 : len(before)]:
-            before = before[:-1]  # the end of text that some tokenizers write
-        return ids[: len(before)] == before
+        return self._tokens.splits(text, place)
 
     def prompt(
         self,
@@ -296,8 +288,8 @@ class PromptBuilder:
             that cannot be decoded.
         """
         written = self._asked(demonstrations, shots)
-        texts = [self._without_the_answers_space(x.before) for x in written]
-        return self._process(self._images(demonstrations, shots), texts, "left")
+        texts = [self._tokens.without_the_answers_space(x.before) for x in written]
+        return self._process(images_of(demonstrations, shots), texts, "left")
 
     def check(self, demonstration: Demonstration, *, answered: bool = False) -> None:
         """Raise TypeError or ValueError unless prompts can be made of it; the images are not looked at.
@@ -311,10 +303,10 @@ class PromptBuilder:
             raise TypeError(f"demonstrations has a {type(demonstration).__name__}, expected Demonstration")
         for name in ("text", "answer"):
             value = getattr(demonstration, name)
-            found = sorted(token for token in self._special if token in value)
+            found = sorted(token for token in self._tokens.special if token in value)
             if found:
                 raise ValueError(f"{name} {value!r:.80} has {found[0]!r}, expected no special token")
-        if (answered or self.positions != "text") and not self._ids(demonstration.answer.strip()):
+        if (answered or self.positions != "text") and not self._tokens.ids(demonstration.answer.strip()):
             raise ValueError(f"answer is {demonstration.answer!r:.80}, expected one with tokens")
         if self.positions == "answer_end":
             self._fused_span(self._alone(demonstration))
@@ -322,7 +314,7 @@ class PromptBuilder:
             self._alone(demonstration)
             return
         x = self._fit(self._turns.prompt((), demonstration, separated=True))
-        prompt = self._without_the_answers_space(x.before)
+        prompt = self._tokens.without_the_answers_space(x.before)
         if not self.splits(x.before + x.answer, len(prompt)):
             raise ValueError(
                 f"answer {x.answer!r:.80} begins within a token, after {prompt[-20:]!r}: expected a template "
@@ -335,7 +327,7 @@ class PromptBuilder:
         if template == "chat":
             if image_marker is not None:
                 raise ValueError(f"image_marker is {image_marker!r}, expected None with the template 'chat'")
-            return ChatTurns(self.processor, self._image_token, self._special, instruction or "")
+            return ChatTurns(self.processor, self._image_token, self._tokens.special, instruction or "")
         preset = PRESETS.get(template)
         bare = any(cls.__name__ in BARE for cls in type(self.processor).__mro__)
         # A preset is literal: not as a chat template has images, where the processor writes what they need.
@@ -403,30 +395,16 @@ class PromptBuilder:
         """As a demonstration. Raises ValueError: its images cannot stand where they are."""
         return self._fit(self._turns.alone(x))
 
-    def _images(
-        self,
-        queries: Sequence[Demonstration],
-        shots: Sequence[Sequence[Demonstration]] | None = None,
-    ) -> list[list[Image]]:
-        """The images of each prompt, those of its demonstrations first."""
-        made: list[list[Image]] = []
-        for i, query in enumerate(queries):
-            row = () if shots is None else shots[i]
-            named = [(f"demonstration {j} of query {i}", x) for j, x in enumerate(row)]
-            named.append((f"demonstration {i}" if shots is None else f"query {i}", query))
-            made.append([])
-            for name, x in named:
-                made[-1] += [decode_image(data, f"image {j} of {name}") for j, data in enumerate(x.images)]
-        return made
-
     def _process(
         self, images: list[list[Image]], texts: list[str], padding_side: str, *, begins: bool = True
     ) -> dict[str, Tensor]:
         """Without ``begins`` the texts are what follows others: nothing is added before or after them."""
         options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
-        options |= self._token_options(texts[0]) if begins else {"add_special_tokens": False}
+        options |= self._tokens.options(texts[0]) if begins else {"add_special_tokens": False}
         if self._interleaves:
-            prompts = [self._interleaved(text, row) for text, row in zip(texts, images, strict=True)]
+            prompts = [
+                interleaved(text, row, self._image_token) for text, row in zip(texts, images, strict=True)
+            ]
             made = self.processor(text=prompts, **options)
         else:
             made = self.processor(images=images if any(images) else None, text=list(texts), **options)
@@ -436,130 +414,15 @@ class PromptBuilder:
             inputs["attention_mask"] *= inputs["input_ids"] != self._tokenizer.pad_token_id
         return inputs
 
-    def _interleaved(self, text: str, images: Sequence[Image]) -> list[str | Image]:
-        """Texts and images in turn. Raises ValueError: a text is an address, which would be opened."""
-        first, *others = text.split(self._image_token)
-        items: list[str | Image] = [first] if first else []
-        for image, part in zip(images, others, strict=True):
-            items += [image, *([part] if part else [])]
-        for item in items:
-            if isinstance(item, str) and " " not in item and all(urlparse(item)[:2]):
-                raise ValueError(
-                    f"text {item!r:.80} is an address, which {type(self.processor).__name__} opens"
-                )
-        return items
-
-    def _token_options(self, text: str) -> dict[str, bool]:
-        """A begin of text that is written, as by chat templates and Idefics v1's, is not added once more."""
-        bos = self._tokenizer.bos_token
-        written = self._interleaves or (bos is not None and text.startswith(bos))
-        return {"add_special_tokens": False} if written else {}
-
-    def _encoded(self, text: str, **options: bool) -> dict[str, list]:
-        return self._tokenizer(text, **options, **self._token_options(text))
-
-    def _head_tokens(self, ids: list[int], head: str, text: str) -> int:
-        """How many of a prompt's tokens ``ids`` stand before its first turn."""
-        if self._tokenizer.is_fast:
-            made = self._encoded(text, return_offsets_mapping=True)
-            ends = takewhile(lambda span: span[1] <= len(head), made["offset_mapping"])
-            expected = made["input_ids"][: sum(1 for _ in ends)]
-        else:
-            expected = self._encoded(text)["input_ids"]
-            expected = expected[: _shared(expected, self._encoded(head)["input_ids"])]
-        bos = self._tokenizer.bos_token_id
-        written = int(ids[:1] == [bos] != expected[:1])  # by the processor
-        return written + _shared(ids[written:], expected)
-
-    def _text_mask(self, inputs: dict[str, Tensor], demonstrations: Sequence[Demonstration]) -> Tensor:
-        ids = inputs["input_ids"]
-        image = self.image_tokens(ids)
-        for row, x in enumerate(demonstrations):
-            if x.images and not image[row].any():
-                expected = f"expected some of {self._image_ids}"
-                raise ValueError(f"the processor's prompt {row} has no image tokens, {expected}")
-        special = torch.isin(ids, torch.tensor(self._special_ids, device=ids.device)) | image
-        after = image.flip(-1).cumsum(-1).flip(-1) == 0
-        begun = (after & ~special).cumsum(-1) > 0
-        return after & begun & inputs["attention_mask"].bool()
-
-    def _answer_mask(
-        self, inputs: dict[str, Tensor], texts: list[str], spans: list[tuple[int, int, int]]
-    ) -> Tensor:
-        """Bool ``[B, T]``: the tokens ``begin`` to ``end`` of ``length``, counted from the last one.
-
-        The processor lengthens a prompt where its images stand, so only its end is what the tokenizer alone
-        makes of the text.
-        """
-        ids, own = inputs["input_ids"], inputs["attention_mask"].bool()
-        mask = torch.zeros_like(own)
-        for row, (text, (begin, end, length)) in enumerate(zip(texts, spans, strict=True)):
-            if begin >= end:
-                raise ValueError(f"the answer of demonstration {row} has no tokens, expected at least one")
-            last = own[row].nonzero().flatten()[begin - length :]
-            expected = self._encoded(text)["input_ids"][begin:]
-            if ids[row, last].tolist() != expected:
-                raise ValueError(
-                    f"the processor's prompt {row} ends with tokens {ids[row, last].tolist()}, expected "
-                    f"{expected} as the tokenizer makes of {text!r:.80}: its answer cannot be found where "
-                    f"{type(self.processor).__name__} writes another end"
-                )
-            mask[row, last[: end - begin]] = True
-        return mask
-
-    def _answer_span(self, before: str, answer: str, text: str) -> tuple[int, int, int]:
-        """First and one past the last token of ``answer`` among those of ``text``, and how many these are.
-
-        Tokens that it shares with its neighbours are among them. Without a fast tokenizer one that is
-        shared with what follows is not.
-        """
-        if self._tokenizer.is_fast:
-            made = self._encoded(text, return_offsets_mapping=True)
-            length, first, last = len(made["input_ids"]), len(before), len(before) + len(answer)
-            # A special token may take up white space beside it, also that of the answer.
-            own = [i not in self._special_ids for i in made["input_ids"]]
-            spans = zip(own, made["offset_mapping"], strict=True)
-            found = [i for i, (own, (a, b)) in enumerate(spans) if own and a < last and b > first]
-            begin, end = (found[0], found[-1] + 1) if found else (length, length)
-        else:
-            ids = self._encoded(text)["input_ids"]
-            length, begin = len(ids), _shared(ids, self._encoded(before)["input_ids"])
-            end = _shared(ids, self._encoded(before + answer)["input_ids"])
-        return begin, end, length
-
     def _fused_span(self, x: Written) -> tuple[int, int, int]:
         """As :meth:`_answer_span`; with "answer_end" the next token, too, or ValueError if there is none."""
-        begin, end, length = self._answer_span(x.before, x.answer, x.before + x.answer + x.after)
+        begin, end, length = self._tokens.answer_span(x.before, x.answer, x.before + x.answer + x.after)
         if self.positions == "answer_end" and begin < end:
             if end == length:
                 after = f"expected one with a token of its own after the answer {x.answer!r:.80}"
                 raise ValueError(f"positions is 'answer_end' and template is {self.template!r}, {after}")
             return begin, end + 1, length
         return begin, end, length
-
-    def _ended(self, x: Written) -> str:
-        """The text and its end, unless the tokenizer has none or writes it by itself."""
-        text, eos = x.before + x.answer + x.after, self._tokenizer.eos_token
-        if x.closed or eos is None or self._encoded(text)["input_ids"][-1:] == [self._tokenizer.eos_token_id]:
-            return text
-        return text + eos
-
-    def _without_the_answers_space(self, before: str) -> str:
-        """Without the spaces at its end, if a word's token may include one."""
-        stripped = before.rstrip(" ")
-        if self._interleaves:
-            return stripped
-        spaces = len(before) - len(stripped)
-        if spaces not in self._merging:
-            self._merging[spaces] = self._merges("a" + " " * spaces)
-        return stripped if self._merging[spaces] else before
-
-    def _merges(self, before: str) -> bool:
-        alone = self._ids(before)
-        return any(_shared(alone, self._ids(before + letter)) < len(alone) for letter in ascii_letters)
-
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def builder_of(
@@ -580,20 +443,6 @@ def builder_of(
     return builder
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[set[str], list[int]]:
-    """The tokens that are no text, and their ids: without that of unknown text, which stands for some."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    tokens = {*tokenizer.all_special_tokens, *added}
-    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-    unknown = {tokenizer.unk_token} - named
-    return tokens, tokenizer.convert_tokens_to_ids(sorted(tokens - unknown))
-
-
 def _own_length(x: Written, alone: Written) -> int:
     """How many characters of ``x.before`` are the query's, whose text with nothing before is ``alone``."""
-    return min(_shared(x.before[::-1], alone.before[::-1]), len(alone.before) - len(alone.head))
-
-
-def _shared(x: Sequence, y: Sequence) -> int:
-    """How many tokens, or characters, both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(x, y, strict=False)))
+    return min(shared(x.before[::-1], alone.before[::-1]), len(alone.before) - len(alone.head))

@@ -1,14 +1,18 @@
 """The parameters of AIM: one projection from last hidden states to input embeddings."""
 
-import hashlib
-import json
-from dataclasses import asdict, replace
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from mmicl_kernels.methods.aim.config import AIMConfig
 from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
-from mmicl_kernels.methods.modules import TokenFuser
+from mmicl_kernels.methods.sites import EmbeddingSite
+from mmicl_kernels.modules import TokenFuser
+
+if TYPE_CHECKING:
+    from mmicl_kernels.methods.objective import Objective
 
 
 class AIMAdapter(Adapter):
@@ -34,17 +38,16 @@ class AIMAdapter(Adapter):
             shapes |= {"fuser.norm_weight": (C,), "fuser.norm_bias": (C,)}
         return shapes
 
-    def digest(self) -> str:
-        """Hexadecimal SHA-256 of what decides a demonstration's fused tokens: backbone, config, parameters.
+    @classmethod
+    def objective_class(cls) -> type[Objective]:
+        from mmicl_kernels.methods.aim.objective import AIMObjective
 
-        Synchronises with the device.
-        """
-        # Not what the backbone is called: the same weights live in many places.
-        backbone = asdict(replace(self.backbone, name="", revision=""))
-        described = json.dumps([backbone, asdict(self.config)], sort_keys=True)
-        digest = hashlib.sha256(described.encode())
-        for name, parameter in sorted(self.state_dict().items()):
-            parameter = parameter.detach().cpu().contiguous()
-            digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-            digest.update(parameter.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return AIMObjective
+
+    @property
+    def embedding_site(self) -> EmbeddingSite:
+        return EmbeddingSite(self.config.positions)
+
+    def fuse(self, hidden: Tensor, positions: Tensor, *, num_rows: int, impl: str) -> Tensor:
+        device = self.fuser.weight.device
+        return self.fuser(hidden.to(device), positions.to(device), num_rows=num_rows, impl=impl)

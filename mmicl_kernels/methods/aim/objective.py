@@ -5,7 +5,6 @@ from itertools import accumulate
 import torch
 
 from mmicl_kernels.data.batch import AggregationBatch
-from mmicl_kernels.methods.aim.adapter import AIMAdapter
 from mmicl_kernels.methods.answers import answer_loss
 from mmicl_kernels.methods.objective import Losses, Objective
 from mmicl_kernels.methods.sites import FusedTokens
@@ -19,7 +18,7 @@ class AIMObjective(Objective):
     projection to the identity, where it begins [ours].
     """
 
-    method, batch = AIMAdapter, AggregationBatch
+    method, batch = "aim", AggregationBatch
     decay_to_identity = ("fuser.weight",)
 
     def __call__(self, batch: AggregationBatch) -> Losses:

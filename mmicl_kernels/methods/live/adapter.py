@@ -1,11 +1,18 @@
 """The parameters of LIVE: one vector and its scale per decoder layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.live.config import LIVEConfig
-from mmicl_kernels.methods.modules import ResidualShift
 from mmicl_kernels.methods.sites import ResidualSite
+from mmicl_kernels.modules import ResidualShift
+
+if TYPE_CHECKING:
+    from mmicl_kernels.methods.objective import Objective
 
 
 class LIVEAdapter(Adapter):
@@ -31,6 +38,12 @@ class LIVEAdapter(Adapter):
             shapes[f"layers.{index}.vector"] = (backbone.hidden_size,)
             shapes[f"layers.{index}.scale"] = ()
         return shapes
+
+    @classmethod
+    def objective_class(cls) -> type[Objective]:
+        from mmicl_kernels.methods.live.objective import LIVEObjective
+
+        return LIVEObjective
 
     @property
     def residual_sites(self) -> tuple[ResidualSite, ...]:

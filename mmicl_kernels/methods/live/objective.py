@@ -4,7 +4,6 @@ from types import MappingProxyType
 
 from mmicl_kernels.data.episodes import EpisodeBatch
 from mmicl_kernels.methods.answers import answer_cross_entropy, answer_logits
-from mmicl_kernels.methods.live.adapter import LIVEAdapter
 from mmicl_kernels.methods.objective import Attached, Losses, Objective
 from mmicl_kernels.methods.teaching import divergence, student_rows, teach
 
@@ -17,7 +16,7 @@ class LIVEObjective(Objective):
     ``kl_weight`` there is no teacher.
     """
 
-    method = LIVEAdapter
+    method = "live"
     means_over = MappingProxyType({"ce": "answer", "kl": "answer"})
 
     def __init__(self, handle: Attached) -> None:

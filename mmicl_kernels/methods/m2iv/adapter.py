@@ -1,11 +1,18 @@
 """The parameters of M2IV: two vectors and their scales per decoder layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.m2iv.config import M2IVConfig
-from mmicl_kernels.methods.modules import ResidualShift
 from mmicl_kernels.methods.sites import ResidualSite
+from mmicl_kernels.modules import ResidualShift
+
+if TYPE_CHECKING:
+    from mmicl_kernels.methods.objective import Objective
 
 AFTER_ATTENTION = ResidualSite("after_attention", preserve_norm=False)
 # The layer's output is its input plus both branches, so this is where the MLP's branch has arrived.
@@ -45,6 +52,12 @@ class M2IVAdapter(Adapter):
                 shapes[f"layers.{index}.{branch}.vector"] = (backbone.hidden_size,)
                 shapes[f"layers.{index}.{branch}.scale"] = ()
         return shapes
+
+    @classmethod
+    def objective_class(cls) -> type[Objective]:
+        from mmicl_kernels.methods.m2iv.objective import M2IVObjective
+
+        return M2IVObjective
 
     @property
     def residual_sites(self) -> tuple[ResidualSite, ...]:

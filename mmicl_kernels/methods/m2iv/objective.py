@@ -6,9 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmicl_kernels.data.episodes import EpisodeBatch
-from mmicl_kernels.methods.answers import answer_cross_entropy, answer_logits, wide
+from mmicl_kernels.methods.answers import answer_cross_entropy, answer_logits, upcast
 from mmicl_kernels.methods.checkpointing import refuse_checkpointing
-from mmicl_kernels.methods.m2iv.adapter import M2IVAdapter
 from mmicl_kernels.methods.measures import layer_shares
 from mmicl_kernels.methods.objective import Attached, Losses, Objective
 from mmicl_kernels.methods.record import record_outputs
@@ -25,7 +24,7 @@ class M2IVObjective(Objective):
     not computed: there is no teacher without ``mimicry_weight``.
     """
 
-    method = M2IVAdapter
+    method = "m2iv"
     means_over = MappingProxyType({"ce": "answer", "mimicry": "answer"})
 
     def __init__(self, handle: Attached) -> None:
@@ -63,7 +62,7 @@ class M2IVObjective(Objective):
         for anchor, a, m in zip(self._anchors, attention, mlp, strict=True):
             # The attention's vector is in what was recorded; the MLP's joins at the layer's output.
             shift = self.handle.single.layers[str(anchor.index)].mlp
-            shifted = wide(m) + self.handle.scaled(shift.scale) * shift.vector
+            shifted = upcast(m) + self.handle.scaled(shift.scale) * shift.vector
             losses.append(synergy(a, shifted, self.config.gamma, self.config.synergy_of))
         return losses
 
@@ -79,7 +78,7 @@ def synergy(a: Tensor, m: Tensor, gamma: float, of: str) -> Tensor:
     N, C = a.shape
     dim, unit = (0, C) if of == "channel" else (-1, 1)
     # A channel that is 0 throughout has a length of eps: a smaller one would make its gradient enormous.
-    a, m = (F.normalize(wide(x), dim=dim, eps=1e-6) for x in (a, m.to(a.device)))
+    a, m = (F.normalize(upcast(x), dim=dim, eps=1e-6) for x in (a, m.to(a.device)))
     if of == "token":
         a = a / N
     diagonal = (a * m).sum(0)

@@ -1,13 +1,20 @@
 """The parameters of MimIC: one attention shift per decoder layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.mimic.config import MimICConfig
-from mmicl_kernels.methods.modules import AttentionShift
-from mmicl_kernels.methods.modules.attention_shift import SHIFT_STD
-from mmicl_kernels.methods.sites import ResidualSite
+from mmicl_kernels.methods.sites import AttentionSite, ResidualSite
+from mmicl_kernels.modules import AttentionShift
+from mmicl_kernels.modules.attention_shift import SHIFT_STD
+
+if TYPE_CHECKING:
+    from mmicl_kernels.methods.objective import Objective
 
 FFN_SITE = ResidualSite("mlp", preserve_norm=True)
 
@@ -42,6 +49,20 @@ class MimICAdapter(Adapter):
         if config.ffn_shift:
             shapes["ffn_shift"] = (len(backbone.layers), backbone.hidden_size)
         return shapes
+
+    @classmethod
+    def objective_class(cls) -> type[Objective]:
+        from mmicl_kernels.methods.mimic.objective import MimICObjective
+
+        return MimICObjective
+
+    @property
+    def attention_site(self) -> AttentionSite:
+        return AttentionSite(self.config.normalizer)
+
+    def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
+        layer = self.layers[index]
+        return layer.weight, layer.bias, layer.shift
 
     @property
     def residual_sites(self) -> tuple[ResidualSite, ...]:

@@ -9,7 +9,6 @@ from mmicl_kernels.data.episodes import EpisodeBatch
 from mmicl_kernels.methods.answers import answer_logits, answer_loss
 from mmicl_kernels.methods.checkpointing import refuse_checkpointing, refuse_recorded_checkpoints
 from mmicl_kernels.methods.measures import alignment_shares
-from mmicl_kernels.methods.mimic.adapter import MimICAdapter
 from mmicl_kernels.methods.objective import Attached, Losses, Objective
 from mmicl_kernels.methods.record import record_outputs
 from mmicl_kernels.methods.teaching import after_prefix, teaching
@@ -25,7 +24,7 @@ class MimICObjective(Objective):
     Without ``align_weight`` there is no teacher.
     """
 
-    method = MimICAdapter
+    method = "mimic"
     means_over = MappingProxyType({"ce": "answer", "align": "query"})
 
     def __init__(self, handle: Attached) -> None:

@@ -4,14 +4,12 @@ import copy
 
 from torch import Tensor
 
-from mmicl_kernels.methods import Adapter, MimICAdapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.models.parallel import local_heads
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
-
-PARAMETERS = ("weight", "bias", "shift")
 
 
 class PatchedLayer(SlotStack):
@@ -65,7 +63,4 @@ class PatchedLayer(SlotStack):
         return local_heads(parameters, H, self._anchor.num_heads, self._anchor.projection)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
-        if not isinstance(adapter, MimICAdapter):
-            return None
-        layer = adapter.layers[self._key]
-        return [getattr(layer, name) for name in PARAMETERS]
+        return None if adapter.attention_site is None else [*adapter.attention_shift(self._key)]

@@ -137,8 +137,8 @@ class Splicer:
         lengths = {x: int(lengths[x]) for x in set().union(*demonstrations)}
         bos = torch.tensor(special_ids(self._model.config.get_text_config(), "bos_token_id"))
         first = ids.gather(1, own.int().argmax(1, keepdim=True)).flatten()
-        lead = torch.isin(first, bos.to(first)).int().tolist()
-        plan = lay_out(own, lead, demonstrations, lengths, max_length)
+        leading = torch.isin(first, bos.to(first)).int().tolist()
+        plan = lay_out(own, leading, demonstrations, lengths, max_length)
         placeholder_id = self._turn(ids, plan, tokens)
         grown = grow(inputs, plan, placeholder_id, self._pad_id(), family_of(self._model).per_image)
         made = self._made(grown["input_ids"], plan, tokens)

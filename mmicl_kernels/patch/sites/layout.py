@@ -42,10 +42,10 @@ class Plan:
 
 
 def lay_out(
-    own: Tensor, lead: Sequence[int], demonstrations: Sequence[Sequence[int]], lengths: Mapping[int, int],
+    own: Tensor, leading: Sequence[int], demonstrations: Sequence[Sequence[int]], lengths: Mapping[int, int],
     max_length: int | None,
 ) -> Plan:  # fmt: skip
-    """The plan of a batch: of each request its first ``lead`` tokens, its fused tokens, and the rest.
+    """The plan of a batch: of each request its first ``leading`` tokens, its fused tokens, and the rest.
 
     ``own [R, T]`` is True at tokens that are seen, of which the first and the last bound a prompt;
     ``lengths`` has every demonstration that is named. Of those of a request the longest run of last ones is
@@ -66,10 +66,10 @@ def lay_out(
             raise ValueError(f"prompt {r} has {len(tokens)} tokens, expected at most max_length={max_length}")
         chosen = _last_that_fit(chosen, lengths, None if max_length is None else max_length - len(tokens))
         fused = [FUSED] * sum(lengths[demonstration] for demonstration in chosen)
-        rows.append([*tokens[: lead[r]], *fused, *tokens[lead[r] :]])
+        rows.append([*tokens[: leading[r]], *fused, *tokens[leading[r] :]])
         kept += chosen
         counts.append(len(chosen))
-        places.append(lead[r])
+        places.append(leading[r])
     L = max(map(len, rows))
     padding = [[PADDING] * (L - len(row)) for row in rows]
     source = [pad + row if on_the_left else row + pad for pad, row in zip(padding, rows, strict=True)]

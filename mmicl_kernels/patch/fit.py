@@ -1,0 +1,66 @@
+"""Whether an adapter may join those that are attached."""
+
+from collections.abc import Mapping
+
+from mmicl_kernels.methods import ADAPTERS, Adapter, CheckpointError
+from mmicl_kernels.models.anchors import check_backbone, describe_backbone, refuse_adapter
+from mmicl_kernels.patch.sites.embedding import Splicer
+from mmicl_kernels.patch.slots import check_strength_of
+from mmicl_kernels.patch.state import State
+from mmicl_kernels.store import DemonstrationBank
+
+
+def check_fits(name: str, adapter: Adapter, state: State, splicer: Splicer) -> None:
+    """Raise TypeError, ValueError, UnsupportedModelError or CheckpointError, which say why it may not."""
+    if not isinstance(adapter, Adapter):
+        known = ", ".join(x.__name__ for x in ADAPTERS.values())
+        raise TypeError(f"adapter {name!r} is a {type(adapter).__name__}, expected one of {known}")
+    refuse_adapter(state.model, adapter, state.anchors)
+    check_backbone(adapter, describe_backbone(state.model, state.anchors))
+    check_strength_of(name, adapter, state.strength)
+    _check_normalizer(name, adapter, state.adapters)
+    if adapter.embedding_site is not None:
+        _check_fusing(name, adapter, state.adapters, splicer)
+    for anchor in (x for x in state.anchors if str(x.index) in adapter.layers):
+        for parameter in adapter.layers[str(anchor.index)].parameters():
+            if parameter.device != anchor.device:
+                raise ValueError(
+                    f"adapter {name!r} has layer {anchor.index} on {parameter.device}, "
+                    f"expected {anchor.device}"
+                )
+
+
+def check_bank(bank: DemonstrationBank | None, adapter: Adapter) -> None:
+    """Raise CheckpointError if the tokens in ``bank`` are another adapter's."""
+    if bank is not None and bank.digest != adapter.digest():
+        raise CheckpointError(
+            "the bank's tokens were made with another projection than the adapter's: add its "
+            "demonstrations to a new bank, DemonstrationBank.create(folder, adapter)"
+        )
+
+
+def require_fusing(adapters: Mapping[str, Adapter]) -> Adapter:
+    """The one that fuses demonstrations. Raises ValueError: there is none."""
+    found = [x for x in adapters.values() if x.embedding_site is not None]
+    if not found:
+        raise ValueError(f"none of the adapters {sorted(adapters)} fuses demonstrations, expected AIM's")
+    return found[0]
+
+
+def _check_normalizer(name: str, adapter: Adapter, adapters: Mapping[str, Adapter]) -> None:
+    sites = [x.attention_site for x in adapters.values() if x.attention_site is not None]
+    if adapter.attention_site is not None and sites and adapter.attention_site != sites[0]:
+        raise ValueError(
+            f"adapter {name!r} has normalizer {adapter.attention_site.normalizer!r}, "
+            f"expected {sites[0].normalizer!r} like the others"
+        )
+
+
+def _check_fusing(name: str, adapter: Adapter, adapters: Mapping[str, Adapter], splicer: Splicer) -> None:
+    others = [other for other, x in adapters.items() if x.embedding_site is not None]
+    if others:
+        raise ValueError(f"adapter {name!r} fuses demonstrations as {others[0]!r} does, expected one of them")
+    for parameter in adapter.beside_layers().values():
+        if parameter.device != splicer.device:
+            raise ValueError(f"adapter {name!r} is on {parameter.device}, expected {splicer.device}")
+    check_bank(splicer.bank, adapter)
