@@ -166,7 +166,6 @@ def default_table() -> str:
         control, mimic, m2iv, aim = (
             right(found, task=task, arm=x) for x in (CONTROL, "MimIC", "M2IV", "AIM")
         )
-        few, many, control, mimic, m2iv, aim = common([few, many, control, mimic, m2iv, aim])
         shown = [*map(accuracy, (few, many, control, mimic)), minus(mimic, control)]
         rows.append([f"`{task}`", *shown, accuracy(m2iv), minus(m2iv, few), accuracy(aim), minus(aim, few)])
     return markdown(columns, rows)
@@ -291,7 +290,7 @@ def mimicry_table() -> str:
         arms = (CONTROL, "MimIC", "M2IV")
         teacher = said(found, task=task, arm=ICL, shots=8)
         correct = right(found, task=task, arm=ICL, shots=8)
-        same = [agreement(said(found, task=task, arm=arm), teacher) for arm in arms]
+        same = common([agreement(said(found, task=task, arm=arm), teacher) for arm in arms])
         cells = [accuracy(x) for x in same] + [minus(same[1], same[0])]
         for x in same:
             copied = [x[seed][correct[seed] == 0] for seed in x]
