@@ -12,7 +12,7 @@ from mmicl_kernels.integration.splicing import Splicer
 from mmicl_kernels.integration.state import State
 from mmicl_kernels.library import DemonstrationBank
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.ops._impl import resolve
+from mmicl_kernels.ops._core.dispatch import resolve
 from mmicl_kernels.ops.shifted_attention.api import IMPLEMENTATIONS
 
 DEFAULT_NAME = "default"

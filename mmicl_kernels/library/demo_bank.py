@@ -38,7 +38,7 @@ from mmicl_kernels.library.mapped import Mapped
 from mmicl_kernels.library.working_set import WorkingSet
 from mmicl_kernels.methods import AIMAdapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import is_plain
-from mmicl_kernels.ops._checks import FLOAT_DTYPES
+from mmicl_kernels.ops._core.checks import FLOAT_DTYPES
 
 
 class Wording(NamedTuple):

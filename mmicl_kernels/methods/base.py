@@ -14,7 +14,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from mmicl_kernels.methods.durable import is_file, replacing
-from mmicl_kernels.ops._checks import FLOAT_DTYPES
+from mmicl_kernels.ops._core.checks import FLOAT_DTYPES
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "mmicl_adapter.json"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mmicl_kernels.ops.attention_shift import _triton as shift_kernels
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels
 from mmicl_kernels.ops.shifted_attention import _triton
 from mmicl_kernels.ops.shifted_attention._triton import launch
 

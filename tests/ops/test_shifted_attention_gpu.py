@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity  # noqa: E402
 from triton_process import assert_no_synchronisation, captured, compiles  # noqa: E402
 
 from mmicl_kernels.ops import shifted_attention  # noqa: E402
-from mmicl_kernels.ops.attention_shift import _triton as shift_kernels  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels  # noqa: E402
 from mmicl_kernels.ops.shifted_attention import _triton  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import launch  # noqa: E402
 from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402

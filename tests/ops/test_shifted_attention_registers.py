@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 
 from triton_process import compiles  # noqa: E402
 
-from mmicl_kernels.ops.attention_shift import _triton as attention_shift_triton  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_bwd  # noqa: E402
 from mmicl_kernels.ops.shifted_attention import _triton as kernels  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
 from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
@@ -40,8 +40,8 @@ NAMES = {
 }
 ALL = (
     *dict.fromkeys(NAMES.values()),
-    attention_shift_triton.attention_shift_bwd_kernel,
-    attention_shift_triton.attention_shift_reduce_kernel,
+    shift_bwd.attention_shift_bwd_kernel,
+    shift_bwd.attention_shift_reduce_kernel,
 )
 # Rows of sm_89 are those of sm_80 that fit its shared memory; the code is the same.
 ROWS = [row for row in launch.CONFIGS if row[2] in (launch.SM_80, launch.SM_90)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import new_output
+from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility, masked_softmax
 
 BLOCK = 128
@@ -25,7 +25,7 @@ class BlockwiseAttention(NamedTuple):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         acc = torch.promote_types(q.dtype, torch.float32)
         k, v = all_heads(k.to(acc), q), all_heads(v.to(acc), q)
-        out, lse = new_output(q), q.new_empty(q.shape[:3], dtype=acc)
+        out, lse = new_heads(q), q.new_empty(q.shape[:3], dtype=acc)
         for rows, keep, additive in self._blocks(q, k):
             scores = self._capped(q[:, :, rows].to(acc), k)
             probabilities, lse[:, :, rows] = masked_softmax(scores, keep, additive)
@@ -38,7 +38,7 @@ class BlockwiseAttention(NamedTuple):
         acc = torch.promote_types(q.dtype, torch.float32)
         G = k.shape[1]
         k, v = all_heads(k.to(acc), q), all_heads(v.to(acc), q)
-        dq, dk, dv = new_output(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = new_heads(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keep, additive in self._blocks(q, k):
             q_rows, dout_rows = q[:, :, rows].to(acc), dout[:, :, rows].to(acc)
             scores = self._capped(q_rows, k)

@@ -10,15 +10,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import (
+from mmicl_kernels.ops._core.dispatch import (
     distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
     refuse_vmap,
 )
-from mmicl_kernels.ops.attention_shift._composed import new_output, stacked_parameters
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
+from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_heads
+from mmicl_kernels.ops.attention_shift.kernels import parameter_grads, stacked_parameters
 from mmicl_kernels.ops.shifted_attention import _composed
 from mmicl_kernels.ops.shifted_attention.dispatch import choose
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
@@ -82,7 +82,7 @@ torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"), _shifted_att
 
 @torch.library.register_fake("mmicl::shifted_attention_bwd")
 def _shifted_attention_bwd_fake(dout, dlse, a, lse, gate_lse, lse_low, need_dqkv, q, k, v, *rest):
-    dqkv = (new_output(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
+    dqkv = (new_heads(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
     return *dqkv, *(x.new_empty(x.shape) for x in rest[:3])
 
 

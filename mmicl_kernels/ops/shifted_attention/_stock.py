@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmicl_kernels.ops._checks import overlaps
+from mmicl_kernels.ops._core.checks import overlaps
 from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention, all_heads
 from mmicl_kernels.ops.shifted_attention.options import SMALLEST_SCALE
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     FP32_MAX,
     FP32_TINY,
     Sizes,
@@ -18,8 +18,8 @@ from mmicl_kernels.ops._checks import (
     is_readable,
     is_whole,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops._core.layout import last_dim_contiguous
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
 from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
 from mmicl_kernels.ops.shifted_attention.options import Options
@@ -27,7 +27,7 @@ from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_refe
 from mmicl_kernels.ops.shifted_attention.visibility import FARTHEST
 
 NORMALIZERS = ("visible", "all_keys")
-IMPLEMENTATIONS = ("auto", "reference", "composed", "triton")
+IMPLEMENTATIONS = ("reference", "composed", "triton")
 WIDE = 2 * FARTHEST  # a window that hides nothing
 
 

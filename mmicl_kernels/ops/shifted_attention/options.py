@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import new_output
+from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops.shifted_attention.visibility import Visibility
 
 # At and below it, kernels that hide keys with -inf before they scale make NaN of them, or +inf.
@@ -69,5 +69,5 @@ def new_results(q: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Te
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     gate_lse = torch.empty_like(lse) if options.all_keys else lse.new_empty(0)
     lse_low = torch.empty_like(lse) if options.is_mask_added else lse.new_empty(0)
-    a = new_output(q) if options.training else q.new_empty(0)
-    return new_output(q), lse, gate_lse, lse_low, a
+    a = new_heads(q) if options.training else q.new_empty(0)
+    return new_heads(q), lse, gate_lse, lse_low, a

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import new_output
-from mmicl_kernels.ops.attention_shift._triton import attention_delta
+from mmicl_kernels.ops._core.layout import new_heads
+from mmicl_kernels.ops.attention_shift.kernels import backend_kernels
 from mmicl_kernels.ops.shifted_attention._triton import launch
 from mmicl_kernels.ops.shifted_attention._triton.bwd import (
     shifted_attention_dkdv_kernel,
@@ -123,13 +123,13 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     """
     q, k, v = qkv
     a, lse, gate_lse, lse_low = results
-    dg, delta, dparameters = attention_delta(
+    dg, delta, dparameters = backend_kernels("triton", q.device).attention_delta(
         dout, dlse, gate_lse, q, parameters, options.adapter_ids, a, not options.all_keys,
         options.cu_seqlens_q, options.max_seqlen_q,
     )  # fmt: skip
     if not need_dqkv:
         return [x.new_empty(0) for x in qkv], dparameters
-    dqkv = [new_output(x) for x in qkv]
+    dqkv = [new_heads(x) for x in qkv]
     problem = Problem.of(q, k, options)
     B, H, G, T, S, N, N_K, D, *_ = problem
     if q.numel() == 0 or k.numel() == 0 or B * T == 0 or S == 0:

@@ -10,7 +10,7 @@ these (``attention_shift``'s backward) computes delta, dg and the gradients of t
 import triton
 import triton.language as tl
 
-from mmicl_kernels.ops.attention_shift._triton import adapter
+from mmicl_kernels.ops._core._triton import adapter
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     LOG2E,
     add_mask,

@@ -7,7 +7,7 @@ Prefill has PACK = 1; decode packs a key head's whole group, so that the keys ar
 import triton
 import triton.language as tl
 
-from mmicl_kernels.ops.attention_shift._triton import adapter, gate
+from mmicl_kernels.ops._core._triton import adapter, gate
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     add_mask,
     bounds,
