@@ -78,9 +78,7 @@ def compiled(row, options, monkeypatch):
     kernel, _, generation, itemsize, BD = row
     monkeypatch.setattr(launch, "generation", lambda device: generation)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    defaults = dict.fromkeys(Options._fields) | {"scale": 0.1, "causal": False, "all_keys": False}
-    defaults["training"] = False
-    options = Options(**{**defaults, "impl": "triton", **options})
+    options = Options(scale=0.1, impl="triton", **options)
     batch = B if options.cu_seqlens_q is None else 1
     (T, S), dtype = SIZES.get(kernel, (512, 512)), DTYPES[itemsize]
     q = torch.empty(batch, T, H, BD, dtype=dtype).transpose(1, 2)

@@ -52,45 +52,12 @@ def rounded_for(b_dout, b_exact, o_d, D: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "T", "N", "s_lse_b", "s_lse_h", "s_ids"])
 def attention_shift_bwd_kernel(
-    dout,
-    lse,
-    q,
-    weight,
-    bias,
-    shift,
-    adapter_ids,
-    a,
-    dlse,
-    cu_seqlens,
-    dg,
-    dq,
-    base,
-    delta,
-    dweight_part,
-    dbias_part,
-    dshift_part,
-    s_dout_b,
-    s_dout_h,
-    s_dout_t,
-    s_lse_b,
-    s_lse_h,
-    s_lse_t,
-    s_q_b,
-    s_q_h,
-    s_q_t,
-    s_ids,
-    s_a_b,
-    s_a_h,
-    s_a_t,
-    H,
-    T,
-    N,
-    D: tl.constexpr,
-    THROUGH_LSE: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    NS: tl.constexpr,
-):
+    dout, lse, q, weight, bias, shift, adapter_ids, a, dlse, cu_seqlens, dg, dq, base, delta, dweight_part,
+    dbias_part, dshift_part,
+    s_dout_b, s_dout_h, s_dout_t, s_lse_b, s_lse_h, s_lse_t, s_q_b, s_q_h, s_q_t, s_ids, s_a_b, s_a_h, s_a_t,
+    H, T, N,
+    D: tl.constexpr, THROUGH_LSE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
     """Writes ``dg`` and ``delta [B, H, N]``, ``dq`` and ``base`` in new storage, the sums over NS * BT rows.
 
     ``delta = dout . a - dlse``, and with THROUGH_LSE ``+ dg``, which ``dout . base`` always has. T: rows of
@@ -167,21 +134,11 @@ def attention_shift_bwd_kernel(
 
 @triton.jit(do_not_specialize=["H", "N", "NT", "s_ids"])
 def attention_shift_reduce_kernel(
-    dweight_part,
-    dbias_part,
-    dshift_part,
-    adapter_ids,
-    dweight,
-    dbias,
-    dshift,
+    dweight_part, dbias_part, dshift_part, adapter_ids, dweight, dbias, dshift,
     s_ids,
-    H,
-    N,
-    NT,
-    D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
+    H, N, NT,
+    D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Sums the parts ``[N = B * NT, H, ...]`` that belong to one adapter, head and block of columns."""
     i_a, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     i_d = tl.program_id(1)
@@ -214,23 +171,11 @@ def attention_shift_reduce_kernel(
 
 @triton.jit(do_not_specialize=["H", "T", "s_dg_b", "s_dg_h", "s_ids"])
 def add_gate_grad_kernel(
-    dq,
-    dg,
-    weight,
-    adapter_ids,
-    s_dq_b,
-    s_dq_h,
-    s_dq_t,
-    s_dg_b,
-    s_dg_h,
-    s_dg_t,
-    s_ids,
-    H,
-    T,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
+    dq, dg, weight, adapter_ids,
+    s_dq_b, s_dq_h, s_dq_t, s_dg_b, s_dg_h, s_dg_t, s_ids,
+    H, T,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i_b, i_h, i_t = position(H, T, BT)
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     m_t, m_d = o_t < T, o_d < D

@@ -18,33 +18,12 @@ from mmicl_kernels.ops.attention_shift._triton.tiles import (
 
 @triton.jit(do_not_specialize=["H", "T", "s_lse_b", "s_lse_h", "s_ids"])
 def attention_shift_fwd_kernel(
-    out,
-    lse,
-    q,
-    weight,
-    bias,
-    shift,
-    adapter_ids,
-    shifted,
-    s_out_b,
-    s_out_h,
-    s_out_t,
-    s_lse_b,
-    s_lse_h,
-    s_lse_t,
-    s_q_b,
-    s_q_h,
-    s_q_t,
-    s_ids,
-    s_shifted_b,
-    s_shifted_h,
-    s_shifted_t,
-    H,
-    T,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
+    out, lse, q, weight, bias, shift, adapter_ids, shifted,
+    s_out_b, s_out_h, s_out_t, s_lse_b, s_lse_h, s_lse_t, s_q_b, s_q_h, s_q_t, s_ids, s_shifted_b,
+    s_shifted_h, s_shifted_t,
+    H, T,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     i_b, i_h, i_t = position(H, T, BT)
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     m_t, m_d = o_t < T, o_d < D

@@ -24,33 +24,12 @@ def first_above(values, b_x, n):
 
 @triton.jit(do_not_specialize=["R", "M", "N", "K", "T", "L", "COPIES", "NB", "NT"])
 def prefix_splice_bwd_kernel(
-    dout,
-    offsets,
-    sorted_ids,
-    order,
-    demo_places,
-    prompt_places,
-    prompt_start,
-    prompt_end,
-    cu_prompt,
-    dbank,
+    dout, offsets, sorted_ids, order, demo_places, prompt_places, prompt_start, prompt_end, cu_prompt, dbank,
     dprompt,
-    s_dout_b,
-    s_dout_t,
-    R,
-    M,
-    N,
-    K,
-    T,
-    L,
-    COPIES,
-    NB,
-    NT,
-    C: tl.constexpr,
-    acc: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-):
+    s_dout_b, s_dout_t,
+    R, M, N, K, T, L, COPIES, NB, NT,
+    C: tl.constexpr, acc: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """The first NB programs sum BT rows of ``dbank`` over their uses, the others copy rows of ``dprompt``."""
     i_p = tl.program_id(0)
     if i_p < NB:
