@@ -16,9 +16,8 @@ triton = pytest.importorskip("triton")
 from triton_process import compiles  # noqa: E402
 
 from mmicl_kernels.ops.attention_shift._triton import bwd as shift_bwd  # noqa: E402
-from mmicl_kernels.ops.shifted_attention import _triton as kernels  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
-from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
+from mmicl_kernels.ops.shifted_attention.options import Options, new_results  # noqa: E402
 from mmicl_kernels.testing.cross_compile import (  # noqa: E402
     SHARED_MEMORY,
     compiling_for,
@@ -88,10 +87,10 @@ def compiled(row, options, monkeypatch):
     others = [x for x in ALL if x not in wanted]
     with compiling_for(generation, wanted, others) as done:
         if kernel in ("dq", "dkdv"):
-            saved = (q, lse, lse, kernels.new_results(q, options)[3])
-            kernels.backward(q, None, saved, True, (q, k, k), (weight, bias, weight), options)
+            saved = (q, lse, lse, new_results(q, options)[3])
+            bwd.backward(q, None, saved, True, (q, k, k), (weight, bias, weight), options)
         else:
-            kernels.forward(q, k, k, (weight, bias, weight), options)
+            fwd.forward(q, k, k, (weight, bias, weight), options)
     return [machine_code(x) for x in done]
 
 
