@@ -17,7 +17,7 @@ from mmicl_kernels.data import Demonstration, content_digest
 from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import is_plain
 from mmicl_kernels.methods.sites import FusedTokens
-from mmicl_kernels.ops._checks import FLOAT_DTYPES
+from mmicl_kernels.ops._core.checks import FLOAT_DTYPES
 from mmicl_kernels.store.bank_files import (
     INDEX,
     LOCK,

@@ -1,23 +1,18 @@
-"""Where every fused token and every prompt goes, and the copies, in plain PyTorch.
+"""Where every fused token and every prompt goes, and the copies: the kernels in plain PyTorch.
 
-A set of kernels is any namespace with ``prefix_splice_fwd``, ``prefix_splice_place_`` and
-``prefix_splice_bwd`` below: this module, ``torch.ops.mmicl_cpu`` (csrc/cpu) and ``_triton``, which CUDA
-tensors take.
+C++ (csrc/cpu) and ``_triton`` have the same ``prefix_splice_fwd``, ``prefix_splice_place_`` and
+``prefix_splice_bwd``.
 
 A place is a batch row's first row in the flat batch and a position in that batch row; a token of it is
 there if its position lies in ``[0, L)``. A packed batch is one batch row. What is dropped is at DROPPED.
 """
 
-import sys
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels import _extension
-from mmicl_kernels.ops._impl import uses_triton
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops._core.layout import accumulation_dtype
 from mmicl_kernels.ops.prefix_splice.reference import IGNORED
 
 NO_LIMIT = 2**62  # tokens of a request
@@ -36,22 +31,6 @@ class Spans(NamedTuple):
     fused: list[int]
     own: list[int]
     padding: list[tuple[int, int]]
-
-
-def kernels(impl: str, device: torch.device) -> ModuleType:
-    """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if uses_triton(impl, device):
-        from mmicl_kernels.ops.prefix_splice import _triton
-
-        return _triton
-    if device.type == "cpu" and _extension.load():
-        return torch.ops.mmicl_cpu
-    return sys.modules[__name__]
-
-
-def checks_values(impl: str, device: torch.device) -> bool:
-    """Whether the kernels check ids and bounds themselves, as those in C++ do with the same messages."""
-    return kernels(impl, device) is torch.ops.mmicl_cpu
 
 
 def prompt_bounds(

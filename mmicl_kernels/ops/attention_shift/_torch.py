@@ -1,56 +1,17 @@
-"""The shift's kernels: which set of them runs, and the set in plain PyTorch.
+"""The shift's kernels in plain PyTorch, four functions; C++ (csrc/cpu) and ``_triton`` have the same.
 
-A set is any namespace with the four functions below: this module, ``torch.ops.mmicl_cpu`` (csrc/cpu)
-and ``_triton``. Shapes are normalised before they are called: ``weight, shift [A, H, D]`` and
-``bias [A, H]`` contiguous in the accumulation dtype, ``A = 1`` where there are no ``adapter_ids``.
+They take ``weight, shift [A, H, D]`` and ``bias [A, H]`` contiguous in the accumulation dtype, ``A = 1``
+where there are no ``adapter_ids``.
 """
-
-import sys
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels import _extension
-from mmicl_kernels.ops._impl import uses_triton
-from mmicl_kernels.ops._sums import sum_rows
+from mmicl_kernels.ops._core.layout import new_heads
+from mmicl_kernels.ops._core.rows import sum_rows
 
 # Of a rounded row: two of them keep a product to 18 bits in bf16 and 22 in fp16, three to those of fp32.
 CARRYING_COLUMNS = 3
-
-
-def kernels(impl: str, device: torch.device) -> ModuleType:
-    """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if uses_triton(impl, device):
-        from mmicl_kernels.ops.attention_shift import _triton
-
-        return _triton
-    if device.type == "cpu" and _extension.load():
-        return torch.ops.mmicl_cpu
-    return sys.modules[__name__]
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def stacked_parameters(
-    q: Tensor, weight: Tensor, bias: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parameters as the kernels take them: ``[A, H, D]``, ``[A, H]``, ``[A, H, D]``, contiguous."""
-    acc = accumulation_dtype(q)
-    if weight.dim() == 2:
-        weight, bias, shift = weight[None], bias[None], shift[None]
-    # Asked first: six calls that change nothing cost more than a decoded token's shift.
-    if all(x.dtype == acc and x.is_contiguous() for x in (weight, bias, shift)):
-        return weight, bias, shift
-    return tuple(x.to(acc).contiguous() for x in (weight, bias, shift))
-
-
-def new_output(q: Tensor) -> Tensor:
-    """An uninitialised ``[B, H, T, D]`` whose ``transpose(1, 2)`` is contiguous, as o_proj reads it."""
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
 def attention_shift_fwd(
@@ -62,7 +23,7 @@ def attention_shift_fwd(
     shift: Tensor,
     adapter_ids: Tensor | None,
 ) -> Tensor:
-    shifted = new_output(out).copy_(out)
+    shifted = new_heads(out).copy_(out)
     attention_shift_fwd_(shifted, lse, q, weight, bias, shift, adapter_ids)
     return shifted
 
@@ -111,12 +72,12 @@ def attention_shift_bwd(
 
     dq, base = dout.new_empty(0), dout.new_empty(0)
     if need_dq:
-        dq = new_output(dout).zero_()
+        dq = new_heads(dout).zero_()
         add_gate_grad_(dq, dg, weight, adapter_ids)
     if a is not None:
         exact = a + dmu[..., None] * row_shift
         base = torch.where(is_shifted[..., None], _rounded_for(dout_acc, exact, a.dtype), a)
-        base = new_output(a).copy_(base)
+        base = new_heads(a).copy_(base)
     return dg, dq, base, dweight, dbias, dshift
 
 

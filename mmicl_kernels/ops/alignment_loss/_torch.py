@@ -1,33 +1,15 @@
-"""The squares' kernels: which set of them runs, and the set in plain PyTorch.
+"""The squares' kernels in plain PyTorch; C++ (csrc/cpu) and ``_triton`` have the same two functions.
 
-A set is any namespace with the two functions below: this module, ``torch.ops.mmicl_cpu`` (csrc/cpu) and
-``_triton``. An index outside of the ``B * T`` rows is none.
+An index outside of the ``B * T`` rows is none.
 """
-
-import sys
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels import _extension
-from mmicl_kernels.ops._impl import uses_triton
-from mmicl_kernels.ops._sums import sum_rows
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
-from mmicl_kernels.ops.row_projection._composed import gather_rows
+from mmicl_kernels.ops._core.layout import accumulation_dtype
+from mmicl_kernels.ops._core.rows import gather_rows, scatter_rows
 
 BLOCK_ROWS = 64  # that are wide at a time
-
-
-def kernels(impl: str, device: torch.device) -> ModuleType:
-    """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if uses_triton(impl, device):
-        from mmicl_kernels.ops.alignment_loss import _triton
-
-        return _triton
-    if device.type == "cpu" and _extension.load():
-        return torch.ops.mmicl_cpu
-    return sys.modules[__name__]
 
 
 def alignment_squares_fwd(states: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,4 +42,4 @@ def alignment_squares_bwd(
         of_d, of_s = 2 * dd[uses, None], 2 * ds[uses, None]
         off = (of_d == 0) & (of_s == 0)
         grads[block] = (of_d * (x - y) + of_s * x).masked_fill(off, 0.0)
-    return sum_rows(grads, rows, B * T).view(B, T, C)
+    return scatter_rows(grads, rows, B, T)

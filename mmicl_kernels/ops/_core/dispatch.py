@@ -1,4 +1,8 @@
-"""Which implementation of an op runs. A named one runs or raises; only ``auto`` chooses."""
+"""From a public op to its kernels: which run, and what autograd, autocast and vmap are told of them.
+
+The implementation is what a caller names: it runs or raises, and only ``auto`` chooses. The backend is whose
+kernels it runs: Triton's, C++ on CPU, or PyTorch's.
+"""
 
 import functools
 import importlib.util
@@ -11,17 +15,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmicl_kernels.ops._checks import check_choice
+from mmicl_kernels import _extension
+from mmicl_kernels.ops._core.checks import check_choice
 
 # Whether Triton can be imported, asked once and without importing it: a search takes longer than a launch.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-IMPLS = ("auto", "reference", "composed", "triton", "cuda")
+IMPLS = ("reference", "composed", "triton", "cuda")
 
 
-def uses_triton(impl: str, device: torch.device) -> bool:
-    """Whether ``impl`` runs Triton kernels on ``device``: where named, and on CUDA if they can be had."""
-    return impl == "triton" or (device.type == "cuda" and HAS_TRITON)
+def backend(impl: str, device: torch.device) -> str:
+    """Whose kernels ``impl`` runs on ``device``: "triton", "cpp" or "torch".
+
+    Triton's where it is named, and on CUDA if it can be had; C++ on CPU if it was built.
+    """
+    if impl == "triton" or (device.type == "cuda" and HAS_TRITON):
+        return "triton"
+    return "cpp" if device.type == "cpu" and _extension.load() else "torch"
 
 
 def require_triton(device: torch.device) -> None:
@@ -44,11 +54,10 @@ def resolve(impl: str, available: tuple[str, ...], auto: str, op: str) -> str:
     Raises:
         ValueError: unknown name. NotImplementedError: known, but ``op`` does not have it.
     """
-    check_choice("impl", impl, IMPLS)
-    chosen = auto if impl == "auto" else impl
-    if chosen not in available:
-        raise NotImplementedError(f"{op} has no impl={chosen!r}, only {', '.join(available)}")
-    return chosen
+    if impl in IMPLS and impl not in available:
+        raise NotImplementedError(f"{op} has no impl={impl!r}, only {', '.join(available)}")
+    check_choice("impl", impl, ("auto", *available))
+    return auto if impl == "auto" else impl
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
