@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.measure import DeviceLost, measure_case
-from benchmarks.registry import OPS, OpSpec
-from benchmarks.report import rich_tables
-from benchmarks.shapes import Case
-from benchmarks.supervisor import LOST, Worker, supervise
-from benchmarks.timing import CLOCKS, machine
-from benchmarks.verify import is_green, is_right
+from benchmarks.harness.case import Case
+from benchmarks.harness.measure import DeviceLost, measure_case
+from benchmarks.harness.registry import OPS
+from benchmarks.harness.spec import Spec
+from benchmarks.harness.supervisor import LOST, Worker, supervise
+from benchmarks.harness.tables import rich_tables
+from benchmarks.harness.timing import CLOCKS, machine
+from benchmarks.harness.verify import is_green, is_right
 
 SCHEMA = 2
 # For timing one case, all its providers together. A GPU settles sooner, and has more cases.
@@ -82,7 +83,7 @@ def _deadlines(names: list[str], start: float, budget: float) -> dict[str, float
     return deadlines
 
 
-def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
+def _new_result(spec: Spec, options: argparse.Namespace) -> dict:
     lineup = spec.lineups[options.device]
     return {
         "schema": SCHEMA,
@@ -101,7 +102,7 @@ def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
 
 
 def _measure_op(
-    spec: OpSpec,
+    spec: Spec,
     options: argparse.Namespace,
     results: list[dict],
     result: dict,
@@ -135,7 +136,7 @@ def _measure_op(
     _save(results, result, options)
 
 
-def _cases(spec: OpSpec, options: argparse.Namespace) -> list[Case]:
+def _cases(spec: Spec, options: argparse.Namespace) -> list[Case]:
     cases = spec.lineups[options.device].cases
     shortest = min(case.S for case in cases)
     return [case for case in cases if not options.quick or shortest == case.S]
@@ -191,7 +192,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="compare values with fp64 in every case; on cuda by default, where it stands for the op's tests",
     )
     parser.add_argument("--quick", action="store_true", help="shortest sequences only, few rounds")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of benchmarks.supervisor
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of the supervisor
     options = parser.parse_args(arguments)
     # The supervisor appends four words of its own.
     options.command = " ".join([parser.prog, *(arguments[:-4] if options.worker else arguments)])
