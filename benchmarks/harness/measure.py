@@ -41,7 +41,7 @@ def measure_case(
     Raises:
         DeviceLost: a provider made the device unusable.
     """
-    measurement = _Measurement(spec, case, device, dict(lost or {}), started)
+    measurement = Measurement(spec, case, device, dict(lost or {}), started)
     with _compiling_for_good():
         if measurement.prepare(check):
             measurement.time(seconds, clock)
@@ -51,7 +51,7 @@ def measure_case(
     return rows
 
 
-class _Measurement:
+class Measurement:
     """Functions and what is known of them, by provider."""
 
     def __init__(self, spec: Spec, case: Case, device: str, errors: dict[str, str], started) -> None:
