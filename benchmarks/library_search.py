@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import mmicl_kernels as mk
-from benchmarks.timing import machine
+from benchmarks.harness.timing import machine
 from mmicl_kernels.methods import Backbone, LIVEAdapter, LIVEConfig
 from mmicl_kernels.store.entry_file import Entry, file_name, pack
 from mmicl_kernels.store.index import Row

@@ -10,9 +10,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 Function = Callable[[], object]
 Clock = Callable[[], float]
+Name = TypeVar("Name", bound=Hashable)
 
 # Where other processes want the same cores, wall time measures them. Processor time does not; but it
 # adds up threads, and counts those that spin at a barrier, so use it with one thread.
@@ -34,7 +36,7 @@ COPY_BYTES, MATMUL_SIZE = 2**30, 8192
 
 @dataclass(frozen=True)
 class Samples:
-    """Milliseconds of one provider, one per round; ``graph``: replayed as a CUDA graph."""
+    """Milliseconds of one provider, or ratios of them, one per round; ``graph``: replayed as a CUDA graph."""
 
     ms: tuple[float, ...]
     graph: bool = False
@@ -53,7 +55,11 @@ class Samples:
 
     def ratio(self, peer: "Samples") -> float:
         """Median over the rounds of own time over the peer's."""
-        return statistics.median(a / b for a, b in zip(self.ms, peer.ms, strict=True))
+        return self.over(peer).median
+
+    def over(self, peer: "Samples") -> "Samples":
+        """The ratios within the rounds."""
+        return Samples(tuple(a / b for a, b in zip(self.ms, peer.ms, strict=True)))
 
 
 class ProviderError(Exception):
@@ -80,6 +86,15 @@ def time_interleaved(
     Raises:
         ProviderError: a function raised; it names which.
     """
+    sample, graphs = sampler(functions, device, clock)
+    times = take_turns(list(functions), sample, seconds, label)
+    return {name: Samples(tuple(ms), name in graphs) for name, ms in times.items()}
+
+
+def sampler(
+    functions: Mapping[str, Function], device: str, clock: Clock = time.perf_counter
+) -> tuple[Callable[[str], float], set[str]]:
+    """What calls a function by its name, to milliseconds, and the names that are replayed as CUDA graphs."""
     graphs: set[str] = set()
     if device == "cuda":
         functions, graphs, sample = *_cuda_ready(functions), _cuda_sampler()
@@ -92,22 +107,28 @@ def time_interleaved(
         except Exception as error:
             raise ProviderError(name) from error
 
-    names = list(functions)
+    return one, graphs
+
+
+def take_turns(
+    names: Sequence[Name], sample: Callable[[Name], float], seconds: float, label: str = ""
+) -> dict[Name, list[float]]:
+    """What ``sample`` says of each name once a round, for about ``seconds``, each round in another order."""
     for number in range(WARM_UPS):
         start = time.perf_counter()
         for name in names:
-            one(name)
+            sample(name)
         round_seconds = time.perf_counter() - start
         if number > 0 and round_seconds > seconds / MIN_ROUNDS:
             break  # long work has settled by now; the first round says nothing, it may have compiled
     rounds = min(max(round(seconds / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
 
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[Name, list[float]] = {name: [] for name in names}
     for number in tqdm(range(rounds), desc=label or "timing", unit="round", leave=False, disable=None):
         first = number % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(one(name))
-    return {name: Samples(tuple(ms), name in graphs) for name, ms in times.items()}
+        for name in (*names[first:], *names[:first]):
+            times[name].append(sample(name))
+    return times
 
 
 def peak_allocated_bytes(fn: Function, device: str = "cpu") -> int:

@@ -7,10 +7,10 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.registry import Lineup, OpSpec
-from benchmarks.shapes import Case
-from benchmarks.timing import CLOCKS, Function, ProviderError, peak_allocated_bytes, time_interleaved
-from benchmarks.values import Part, find_fault
+from benchmarks.harness.case import Case
+from benchmarks.harness.spec import Spec
+from benchmarks.harness.timing import CLOCKS, Function, ProviderError, peak_allocated_bytes, time_interleaved
+from benchmarks.harness.values import Part, find_fault
 
 LONGEST_REASON = 160  # characters
 STAGES = {"inputs", "timing"}  # what all providers need
@@ -21,7 +21,7 @@ class DeviceLost(Exception):
 
 
 def measure_case(
-    spec: OpSpec,
+    spec: Spec,
     case: Case,
     device: str,
     seconds: float,
@@ -41,7 +41,7 @@ def measure_case(
     Raises:
         DeviceLost: a provider made the device unusable.
     """
-    measurement = _Measurement(spec, case, device, dict(lost or {}), started)
+    measurement = Measurement(spec, case, device, dict(lost or {}), started)
     with _compiling_for_good():
         if measurement.prepare(check):
             measurement.time(seconds, clock)
@@ -51,12 +51,12 @@ def measure_case(
     return rows
 
 
-class _Measurement:
+class Measurement:
     """Functions and what is known of them, by provider."""
 
-    def __init__(self, spec: OpSpec, case: Case, device: str, errors: dict[str, str], started) -> None:
+    def __init__(self, spec: Spec, case: Case, device: str, errors: dict[str, str], started) -> None:
         self.spec, self.case, self.device, self.errors, self.started = spec, case, device, errors, started
-        self.lineup: Lineup = spec.lineups[device]
+        self.lineup = spec.lineups[device]
         self.functions: dict[str, Function] = {}
         self.peak_bytes: dict[str, int] = {}
         self.faults: dict[str, str | None] = {}

@@ -1,9 +1,8 @@
-"""The tables and plots of a GPU's results: one of each per section, "forward", "training", "decode"."""
+"""The tables of a GPU's results: one per section, "forward", "training", "decode"."""
 
 import statistics
-from pathlib import Path
 
-from matplotlib.figure import Figure
+from benchmarks.harness.verify import why_not
 
 SECTIONS = ("forward", "training", "decode")
 KEY = ("model", "dtype", "B", "T", "S")  # what a line is named by
@@ -12,11 +11,6 @@ NAMES_SHOWN = 4  # of the cases that share a reason
 DASH = "-"
 
 Case = tuple
-
-
-def why_not(row: dict) -> str | None:
-    """Why a row gets no ratio, or None."""
-    return row.get("error") or row.get("fault")
 
 
 def section_of(row: dict) -> str:
@@ -151,38 +145,6 @@ def cuda_machine_line(result: dict) -> str:
         f"medians of interleaved rounds, {runs} run{'s' if runs > 1 else ''}; values checked against fp64; "
         f"`{result['command']}`"
     )
-
-
-def plot_section(result: dict, section_name: str, path: Path) -> None:
-    """Time as a ratio to the floor, against T or the keys of a decode; one panel per model and batch."""
-    section, floor = Section(result, section_name), result["floors"][0]
-    lengths: dict[tuple, list[int]] = {}
-    for model, dtype, B, _, S in section.cases:
-        lengths.setdefault((model, dtype, B), []).append(S)
-    panels = [panel for panel, found in lengths.items() if len(found) > 1] or list(lengths)
-    figure = Figure(figsize=(max(3.4 * len(panels), 6), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for ax, panel in zip(axes, panels, strict=True):
-        for number, provider in enumerate(name for name in section.providers if name != floor):
-            cases = [case for case in section.cases if case[:3] == panel]
-            points = sorted((case[4], section.ratio(case, provider, floor)) for case in cases)
-            points = [(length, ratio) for length, ratio in points if ratio is not None]
-            style = "-" if provider in section.ours else ":"
-            color = f"C{number}"  # the same provider has the same colour in every panel
-            if points:
-                ax.loglog(
-                    *zip(*points, strict=True), style, color=color, label=provider, marker="o", markersize=4
-                )
-        ax.axhline(1.0, color="black", linewidth=0.8)
-        ticks = sorted(lengths[panel])
-        ax.set(title=f"{panel[0]}, B={panel[2]}", xticks=ticks, xticklabels=ticks)
-        ax.set_xlabel("keys" if section_name == "decode" else "T")
-        ax.minorticks_off()
-        ax.tick_params(axis="x", labelrotation=45)
-    axes[0].set_ylabel(f"time / {floor}")
-    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
-    figure.savefig(path, dpi=120)
 
 
 def _mib(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""What ``row_projection`` is measured on and compared with: boolean indexing and ``nn.Linear``.
+"""``row_projection``: beside the product alone, and boolean indexing with ``nn.Linear``.
 
 A case has B demonstrations of T positions, of which about the last eighth is text. The floor is the product
 of rows that are packed already; a backward is of the weight and the bias, as when AIM trains.
@@ -11,27 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.shapes import DTYPES, Case
-from benchmarks.values import ROWS, Part
-from mmicl_kernels.ops.row_projection import row_projection
+from benchmarks.harness.case import DTYPES, Case, square
+from benchmarks.harness.spec import Inputs, Provider, Spec, bound, compiled, on_both
+from benchmarks.harness.timing import Function
+from benchmarks.harness.values import ROWS, Part
+from mmicl_kernels.ops import row_projection
 from mmicl_kernels.testing.budgets import gradients
 
-Inputs = tuple[Tensor, ...]
-Function = Callable[[], Tensor | tuple[Tensor, ...]]
-
-
-def _case(
-    B: int, T: int, H: int, D: int = 128, dtype: str = "bfloat16", backward: bool = False, model: str = ""
-) -> Case:
-    return Case(B=B, H=H, G=H, T=T, S=T, D=D, dtype=dtype, backward=backward, model=model)
-
-
 CPU_CASES = tuple(
-    _case(4, 256, H, dtype=dtype, backward=backward)
+    square(4, 256, H, dtype=dtype, backward=backward)
     for backward, dtype, H in product((False, True), DTYPES, (8, 32))
 )
 CUDA_CASES = tuple(
-    _case(B, T, 32, backward=backward, model="Idefics2-8b")
+    square(B, T, 32, backward=backward, model="Idefics2-8b")
     for backward, (B, T) in product((False, True), ((16, 256), (64, 1024), (1, 256)))
 )
 
@@ -54,49 +46,34 @@ def make_inputs(case: Case, device: str) -> Inputs:
     return hidden, mask, *parameters, torch.randn(sum(text_tokens(case)), C, **options)
 
 
-def count_bytes(case: Case) -> int:
+def num_bytes(case: Case) -> int:
     """Rows and weight read, the result written; backward: rows and dout read, dweight written."""
     N, C = sum(text_tokens(case)), case.H * case.D
     return (2 * N * C + C * C) * case.torch_dtype.itemsize * (2 if case.backward else 1)
 
 
-def count_flops(case: Case) -> int:
+def num_flops(case: Case) -> int:
     """One product forward, one backward."""
     return 2 * sum(text_tokens(case)) * (case.H * case.D) ** 2 * (2 if case.backward else 1)
 
 
-def _bound(case: Case, inputs: Inputs, fn: Callable[..., Tensor]) -> Function:
-    hidden, mask, weight, bias, dout = inputs
-    if not case.backward:
-        return lambda: fn(hidden, mask, weight, bias)
-    return lambda: torch.autograd.grad(fn(hidden, mask, weight, bias), (weight, bias), dout)
-
-
-def ours(impl: str) -> Callable[[Case, Inputs], Function]:
+def _ours(impl: str) -> Provider:
     def bind(case: Case, inputs: Inputs) -> Function:
         num_rows = sum(text_tokens(case))
-        return _bound(case, inputs, lambda *x: row_projection(*x, num_rows=num_rows, impl=impl))
+        return bound(lambda *x: row_projection(*x, num_rows=num_rows, impl=impl), 4)(case, inputs)
 
     return bind
 
 
-def packed(case: Case, inputs: Inputs) -> Function:
+def _packed(case: Case, inputs: Inputs) -> Function:
     """The product alone, of as many other rows."""
     x = torch.randn_like(inputs[-1])
-    return _bound(case, inputs, lambda hidden, mask, weight, bias: F.linear(x, weight, bias))
+    return bound(lambda hidden, mask, weight, bias: F.linear(x, weight, bias), 4)(case, inputs)
 
 
 def _indexed_linear(hidden: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(hidden[mask], weight, bias)
-
-
-def indexed(case: Case, inputs: Inputs) -> Function:
     """As one would write it; on CUDA the host waits for the number of rows."""
-    return _bound(case, inputs, _indexed_linear)
-
-
-def compiled(case: Case, inputs: Inputs) -> Function:
-    return _bound(case, inputs, torch.compile(_indexed_linear, dynamic=False))
+    return F.linear(hidden[mask], weight, bias)
 
 
 def parts(case: Case, inputs: Inputs) -> list[Part]:
@@ -125,5 +102,20 @@ def parts(case: Case, inputs: Inputs) -> list[Part]:
     ]
 
 
-FLOORS = {"packed": packed}
-PEERS = {"indexed": indexed, "compiled": compiled}
+SPEC = Spec(
+    name="row_projection",
+    tests=("tests/ops/test_row_projection.py",),
+    make_inputs=make_inputs,
+    bytes=num_bytes,
+    flops=num_flops,
+    parts=parts,
+    lineups=on_both(
+        cpu=CPU_CASES,
+        cuda=CUDA_CASES,
+        floors={"packed": _packed},
+        others={"indexed": bound(_indexed_linear, 4), "compiled": compiled(_indexed_linear, 4)},
+        stock=("indexed", "compiled"),
+        ours=_ours,
+    ),
+    share=0.04,
+)

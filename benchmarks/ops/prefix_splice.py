@@ -1,11 +1,10 @@
-"""What ``prefix_splice`` is measured on and compared with: a Python loop, cat and pad, masked_scatter.
+"""``prefix_splice``: beside a copy of as many bytes, a Python loop, cat and pad, masked_scatter.
 
 A case has B requests of 16 demonstrations each, padded left to T tokens of C = H * D numbers. The peers get
 every id and length as Python numbers, for nothing; the op reads them from tensors.
 """
 
 import random
-from collections.abc import Callable
 from itertools import accumulate, product
 from typing import NamedTuple
 
@@ -14,26 +13,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.shapes import DTYPES, Case
-from benchmarks.values import Part
+from benchmarks.harness.case import DTYPES, Case, square
+from benchmarks.harness.spec import Inputs, Provider, Spec, memcpy, on_both
+from benchmarks.harness.timing import Function
+from benchmarks.harness.values import Part
 from mmicl_kernels.ops import prefix_splice
 
 DEMONSTRATIONS = 16  # of a request
 BANKED = 512
 
-Inputs = tuple[Tensor, ...]
-
-
-def _case(B: int, T: int, H: int, D: int = 128, dtype: str = "bfloat16", model: str = "") -> Case:
-    return Case(B=B, H=H, G=H, T=T, S=T, D=D, dtype=dtype, model=model)
-
-
-CPU_CASES = tuple(_case(32, T, 8, dtype=dtype) for dtype, T in product(DTYPES, (128, 224, 512)))
+CPU_CASES = tuple(square(32, T, 8, dtype=dtype) for dtype, T in product(DTYPES, (128, 224, 512)))
 CUDA_CASES = (
-    *(_case(32, T, 32, model="Idefics2-8b") for T in (512, 2048)),
-    _case(8, 4096, 32, model="Idefics2-8b"),
-    _case(64, 1024, 32, 64, model="SmolVLM"),
-    _case(1, 1024, 32, model="Idefics2-8b"),
+    *(square(32, T, 32, model="Idefics2-8b") for T in (512, 2048)),
+    square(8, 4096, 32, model="Idefics2-8b"),
+    square(64, 1024, 32, 64, model="SmolVLM"),
+    square(1, 1024, 32, model="Idefics2-8b"),
 )
 
 
@@ -84,20 +78,15 @@ def make_inputs(case: Case, device: str) -> Inputs:
     )
 
 
-def count_bytes(case: Case) -> int:
+def num_bytes(case: Case) -> int:
     """Every row of the batch written, and what is not padding read, once."""
     lengths = ragged(case)
     tokens = sum(lengths.fused(r) + lengths.prompts[r] for r in range(case.B))
     return (tokens + case.B * case.T) * case.H * case.D * case.torch_dtype.itemsize
 
 
-def count_flops(case: Case) -> int:
-    """Copies alone."""
-    return 0
-
-
-def ours(impl: str) -> Callable[[Case, Inputs], Callable[[], Tensor]]:
-    def bind(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+def _ours(impl: str) -> Provider:
+    def bind(case: Case, inputs: Inputs) -> Function:
         *spliced, start = inputs
         return lambda: _heads(
             case, prefix_splice(*spliced, prompt_start=start, length=case.T, impl=impl).embeddings
@@ -106,13 +95,7 @@ def ours(impl: str) -> Callable[[Case, Inputs], Callable[[], Tensor]]:
     return bind
 
 
-def memcpy(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    """As many bytes moved, half of them read and half written, into memory that is there already."""
-    half = torch.zeros(2, count_bytes(case) // 2, dtype=torch.uint8, device=inputs[0].device)
-    return lambda: half[1].copy_(half[0])
-
-
-def python_loop(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+def python_loop(case: Case, inputs: Inputs) -> Function:
     """One copy per demonstration into a batch of zeros."""
     bank, *_, prompt, _ = inputs
     lengths, T = ragged(case), case.T
@@ -136,7 +119,7 @@ def python_loop(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     return run
 
 
-def cat_and_pad(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+def cat_and_pad(case: Case, inputs: Inputs) -> Function:
     """``torch.cat`` per request, then ``pad_sequence``."""
     bank, *_, prompt, _ = inputs
     lengths, T = ragged(case), case.T
@@ -156,7 +139,7 @@ def cat_and_pad(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     return run
 
 
-def masked_scatter(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
+def masked_scatter(case: Case, inputs: Inputs) -> Function:
     """As models place image features; the batch with the prompts in place, mask and rows are given."""
     bank, *_, prompt, _ = inputs
     lengths, T = ragged(case), case.T
@@ -194,5 +177,20 @@ def _heads(case: Case, embeddings: Tensor) -> Tensor:
     return embeddings.unflatten(2, (case.H, case.D)).transpose(1, 2)
 
 
-FLOORS = {"memcpy": memcpy}
-PEERS = {"loop": python_loop, "pad_sequence": cat_and_pad, "masked_scatter": masked_scatter}
+SPEC = Spec(
+    name="prefix_splice",
+    tests=("tests/ops/test_prefix_splice.py",),
+    make_inputs=make_inputs,
+    bytes=num_bytes,
+    flops=lambda case: 0,  # copies alone
+    parts=parts,
+    lineups=on_both(
+        cpu=CPU_CASES,
+        cuda=CUDA_CASES,
+        floors={"memcpy": memcpy(num_bytes)},
+        others={"loop": python_loop, "pad_sequence": cat_and_pad, "masked_scatter": masked_scatter},
+        stock=("loop", "pad_sequence", "masked_scatter"),
+        ours=_ours,
+    ),
+    share=0.04,
+)
