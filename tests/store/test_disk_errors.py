@@ -16,7 +16,8 @@ from vectors import BACKBONE, MAKERS, assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
-from mmicl_kernels.store import locking, read_adapter, read_official
+from mmicl_kernels.methods.mimic.official import read_official
+from mmicl_kernels.store import locking, read_adapter
 
 ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)
 named = pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
