@@ -346,7 +346,7 @@ def test_create(tmp_path):
     (folder / "bank.json").unlink()
     with pytest.raises(FileExistsError, match="index.bin is there already"):
         mk.DemonstrationBank.create(folder, adapter())
-    with pytest.raises(TypeError, match="adapter is a LIVEAdapter, expected an AIMAdapter"):
+    with pytest.raises(TypeError, match="adapter is a LIVEAdapter, expected one that fuses"):
         mk.DemonstrationBank.create(tmp_path / "b", live())
     for dtype in (torch.float64, torch.uint8, "bfloat16"):
         with pytest.raises(ValueError, match="dtype is .*, expected one of float32"):
