@@ -6,7 +6,6 @@ read is not damaged, what could not be looked at is not missing.
 """
 
 import errno
-import functools
 import os
 import secrets
 import shutil
@@ -149,7 +148,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """
     if fcntl is None:
         raise OSError("writing needs flock, which this platform lacks; reading does not")
-    _watch_forks()
     owner = os.getpid()
     with no_fork:
         handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
@@ -182,20 +180,8 @@ def _flock(handle: int, path: Path, operation: int) -> None:
 
 def close_before_forks(opened: Any) -> None:
     """Have ``opened.close()`` called before this process forks, not while another thread has ``no_fork``."""
-    _watch_forks()
     with no_fork:
         _CLOSED_BEFORE_FORKS.add(opened)
-
-
-@functools.cache
-def _watch_forks() -> None:
-    """Once, when the first lock is made."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_before_fork,
-            after_in_parent=no_fork.release,
-            after_in_child=_in_child,
-        )
 
 
 def _before_fork() -> None:
@@ -211,3 +197,7 @@ def _in_child() -> None:
             os.close(handle)
     _LOCK_FILES.clear()
     no_fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=no_fork.release, after_in_child=_in_child)

@@ -14,15 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmicl_kernels.durable import (
-    append,
-    clear_away,
-    is_file,
-    is_folder,
-    locked,
-    replacing,
-    sync_folder,
-)  # fmt: skip
+from mmicl_kernels.durable import append, clear_away, is_file, is_folder, locked, replacing, sync_folder
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors, is_plain
 from mmicl_kernels.store.combine import combine_adapters
@@ -39,7 +31,7 @@ from mmicl_kernels.store.entry_file import (
     read_entry,
 )  # fmt: skip
 from mmicl_kernels.store.hub import huggingface_hub
-from mmicl_kernels.store.index import Index, conditions, row_of
+from mmicl_kernels.store.index import PENDING, Index, check_dimension, conditions, row_of
 from mmicl_kernels.store.mapped import is_hub_link
 from mmicl_kernels.store.vectors import unit
 
@@ -245,7 +237,7 @@ class VLibrary:
         alone = is_file(lock) or os.access(self.folder, os.W_OK)
         with locked(lock) if alone else nullcontext():
             if alone:
-                with suppress(CheckpointError):
+                with suppress(CheckpointError, OSError):
                     self._index.settle()
             rows = self._index.rows()
             problems = [f"index: {self._index.damage}"] if self._index.damage else []
@@ -255,7 +247,7 @@ class VLibrary:
                 problem = self._problem_of(path, rows.pop(path.name, None))
                 if problem:
                     problems.append(problem)
-            return problems + [f"index: {row[1]!r} has no file" for row in rows.values()]
+            return problems + [f"index: {row[1]!r} has no file" for row in rows.values() if row]
 
     def rebuild(self) -> None:
         """Write the index anew from the entries. Damaged files are left out, and left where they are.
@@ -333,7 +325,7 @@ class VLibrary:
             if not is_new and not overwrite:
                 raise FileExistsError(f"{self.folder} has an entry {entry.name!r}; overwrite replaces it")
             if embedding is not None:
-                index.check_dimension(path.name, len(embedding))
+                index.read(lambda x: check_dimension(x, len(embedding), path.name), complete=False)
             temporary = index.temporary / uuid.uuid4().hex
             append(temporary, data)
             index.announce(path.name)
@@ -389,6 +381,8 @@ class VLibrary:
         if row is None:
             return f"index: {entry.name!r} is not in it"
         expected = row_of(entry, digest, embedding)
+        if row == PENDING:
+            return None
         if row[:-2] != expected[:-2]:
             return f"index: {entry.name!r} is described otherwise than in its file"
         if row != expected:

@@ -85,7 +85,8 @@ class Vectors:
         for cosine, id in zip(cosines[near].tolist(), self._ids[places][near].tolist(), strict=True):
             row = index.execute("SELECT name, digest FROM entries WHERE id = ?", (id,)).fetchone()
             if row is None:
-                alive = _tensor(index.execute("SELECT id FROM entries WHERE dimension IS NOT NULL"))
+                ids = index.execute("SELECT id FROM entries WHERE dimension IS NOT NULL").fetchall()
+                alive = torch.tensor(ids, dtype=torch.int64, device="cpu")
                 self._alive[: self._count] = torch.isin(self._ids[: self._count], alive)
                 return self.nearest(index, query, limit, None)
             found.append((cosine, *row))
@@ -130,7 +131,3 @@ class Vectors:
             vectors = self._vectors[part].double()
             cosines.append((vectors * query).sum(-1) / vectors.norm(dim=-1))
         return torch.cat(cosines).nan_to_num(-math.inf, -math.inf, -math.inf)
-
-
-def _tensor(ids: sqlite3.Cursor) -> Tensor:
-    return torch.tensor([id for (id,) in ids], dtype=torch.int64, device="cpu")
