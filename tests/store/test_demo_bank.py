@@ -374,7 +374,7 @@ def test_a_bank_made_anew_is_seen(tmp_path, bank):
 def test_without_flock(bank, monkeypatch):
 
     add(bank, 1)
-    monkeypatch.setattr("mmicl_kernels.store.locking.fcntl", None)
+    monkeypatch.setattr("mmicl_kernels.durable.fcntl", None)
     with pytest.raises(OSError, match="needs flock"):
         add(bank, 2)
     assert_holds(mk.DemonstrationBank(bank.folder), 0, 1)
