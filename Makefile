@@ -1,4 +1,4 @@
-# make demo | test | lint : set up .venv on first use, then run. make gpu : any python with torch, no set-up.
+# make demo | test | lint | bench-quick : set up .venv on first use, then run. make gpu : any python with torch, no set-up.
 # make gpu STAGE=test|ops|e2e : one of its stages, each under nine minutes; results go to OUT.
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -19,7 +19,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SITE    := import sysconfig; print(sysconfig.get_path('purelib'))
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-families test-lmms lint gpu gpu-test gpu-ops gpu-e2e bench clean
+.PHONY: demo test test-families test-lmms lint gpu gpu-test gpu-ops gpu-e2e bench bench-quick clean
 
 demo: $(STAMP)
 	@$(MAKE) --no-print-directory $(WEIGHTS) || echo "The real model was not installed, for the reason above."
@@ -46,6 +46,13 @@ lint: $(STAMP)
 bench: $(WEIGHTS)
 	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --runs 3 --out $(OUT)
 	$(BIN)/python -m benchmarks.experiments.smolvl.speed --out $(OUT)
+
+# Beside the stored run; with QUICK="--benchmark-json=$(STORED)" it is stored anew.
+STORED := benchmarks/results/cpu-amd-epyc/quick/stored.json
+QUICK  ?= --benchmark-compare=$(STORED)
+
+bench-quick: $(STAMP)
+	$(BIN)/python -m pytest -o addopts= -q --benchmark-columns=min,median,iqr,rounds $(QUICK) benchmarks/quick
 
 STAGE ?= test ops e2e
 FIRST := tests/ops/test_stock_attention.py

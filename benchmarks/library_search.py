@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import mmicl_kernels as mk
-from benchmarks.timing import machine
+from benchmarks.harness.timing import machine
 from mmicl_kernels.methods import Backbone, LIVEAdapter, LIVEConfig
 from mmicl_kernels.store.entry_file import Entry, file_name, pack
-from mmicl_kernels.store.index import Row
+from mmicl_kernels.store.index import COLUMNS, row_of
 
 TAGS, LIMIT, REPEATS = 100, 10, 15
 BACKBONE = Backbone("M", "m", "t", 8, "org/model", "main", {0: (2, 4)})
@@ -84,18 +84,17 @@ def _name(number: int) -> str:
 def _fill(library: mk.VLibrary, embeddings: Tensor, with_files: set[int]) -> None:
     """Past ``put``, which waits for the disk at every entry."""
     adapter = LIVEAdapter(LIVEConfig(), BACKBONE)
-    rows = []
-    with library._writing() as index:
+    marks = ", ".join("?" * len(COLUMNS.split(", ")))
+    with library._writing() as writer, writer._transaction("IMMEDIATE") as index:
         for number in range(len(embeddings)):
             entry, digest = Entry(_name(number), "live", vars(adapter.config), BACKBONE, f"task {number % 7}",
                                   (f"tag{number % TAGS}",), {}, None, "2026-01-01"), ""  # fmt: skip
             if number in with_files:
                 entry, digest, data = pack(entry, adapter.state_dict(), embeddings[number])
                 (library.folder / "entries" / file_name(entry.name)).write_bytes(data)
-            rows.append(Row.of(entry, digest, number))
-        index.vectors = embeddings / embeddings.norm(dim=1, keepdim=True)
-        index.dimension = embeddings.shape[1]
-        index._write_anew(rows)
+            *columns, vector = row_of(entry, digest, embeddings[number])
+            id = index.execute(f"INSERT INTO entries ({COLUMNS}) VALUES ({marks})", columns).lastrowid
+            index.execute("INSERT INTO vectors VALUES (?, ?)", (id, vector))
 
 
 def _timed(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict]:

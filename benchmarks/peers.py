@@ -1,4 +1,4 @@
-"""What the ops are compared with: attention without any shift, and MimIC as its authors published it."""
+"""MimIC as its authors published it: the op, and a whole model."""
 
 import copy
 from collections.abc import Iterator
@@ -10,11 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PUBLISHED_NAME = "mimic_published"
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
-    """Stock attention without a shift: the floor. ``q [B, H, T, D]``, ``k, v [B, G, S, D]``."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def published_shifted_attention(

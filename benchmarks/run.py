@@ -1,4 +1,7 @@
-"""Measure ops beside their peers: ``python -m benchmarks.run --op all --device cpu --json FILE``."""
+"""Measure ops beside their peers: ``python -m benchmarks.run --op all --device cpu --json FILE``.
+
+With ``--base REV`` beside another commit of this library: the ratio is printed, and nothing is saved.
+"""
 
 import argparse
 import json
@@ -13,13 +16,15 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.measure import DeviceLost, measure_case
-from benchmarks.registry import OPS, OpSpec
-from benchmarks.report import rich_tables
-from benchmarks.shapes import Case
-from benchmarks.supervisor import LOST, Worker, supervise
-from benchmarks.timing import CLOCKS, machine
-from benchmarks.verify import is_green, is_right
+from benchmarks.harness.case import Case
+from benchmarks.harness.compare import BaseError, Settings, compare_op, unpacked
+from benchmarks.harness.measure import DeviceLost, measure_case
+from benchmarks.harness.registry import OPS
+from benchmarks.harness.spec import Spec
+from benchmarks.harness.supervisor import LOST, Worker, supervise
+from benchmarks.harness.tables import rich_tables
+from benchmarks.harness.timing import CLOCKS, machine
+from benchmarks.harness.verify import is_green, is_right
 
 SCHEMA = 2
 # For timing one case, all its providers together. A GPU settles sooner, and has more cases.
@@ -34,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(arguments)
+    if options.base:
+        return _compare(options)
     if options.device == "cuda" and options.worker is None:
         return supervise(arguments, options.budget)
     try:
@@ -47,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     start, worker, console = time.monotonic(), Worker(options.worker), _console()
-    names = list(OPS) if options.op == "all" else [options.op]
+    names = _names(options)
     deadlines = _deadlines(names, start, options.budget)
     # Another process measured before this one if it lost something; its results are continued.
     results = _load(names, options) if worker.lost else []
@@ -68,6 +75,36 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if good else 1
 
 
+def _compare(options: argparse.Namespace) -> int:
+    """This tree beside ``--base``. Returns 1 if either side failed, or was wrong."""
+    start, console, names = time.monotonic(), _console(), _names(options)
+    deadlines = _deadlines(names, start, options.budget)
+    settings = Settings(options.device, options.clock, options.threads or 0, _seconds(options), options.check)
+    good = True
+    try:
+        with unpacked(options.base, options.device) as trees:
+            console.print(f"this tree beside {options.base}, {trees.kernels}")
+            for name in names:
+                cases = _cases(OPS[name], options)
+                found = compare_op(OPS[name], cases, trees, settings, options.runs, deadlines[name])
+                console.print(found.table(f"{name}-{options.device}"))
+                for error in found.errors:
+                    console.print(error)
+                good = good and not found.errors
+    except BaseError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0 if good else 1
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return list(OPS) if options.op == "all" else [options.op]
+
+
+def _seconds(options: argparse.Namespace) -> float:
+    return QUICK_SECONDS if options.quick else SECONDS[options.device]
+
+
 def _console() -> Console:
     """As wide as the tables where nobody set a width."""
     return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDTH)
@@ -82,7 +119,7 @@ def _deadlines(names: list[str], start: float, budget: float) -> dict[str, float
     return deadlines
 
 
-def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
+def _new_result(spec: Spec, options: argparse.Namespace) -> dict:
     lineup = spec.lineups[options.device]
     return {
         "schema": SCHEMA,
@@ -101,7 +138,7 @@ def _new_result(spec: OpSpec, options: argparse.Namespace) -> dict:
 
 
 def _measure_op(
-    spec: OpSpec,
+    spec: Spec,
     options: argparse.Namespace,
     results: list[dict],
     result: dict,
@@ -110,7 +147,6 @@ def _measure_op(
 ) -> None:
     """Fill ``result``, one of ``results``; saved after every case, so that an interruption loses little."""
     cases = _cases(spec, options)
-    seconds = QUICK_SECONDS if options.quick else SECONDS[options.device]
     todo = [(run, case) for run in range(options.runs) for case in cases]
     done = [(row["run"], *(row[key] for key in asdict(cases[0]))) for row in result["rows"]]
     todo = [(run, case) for run, case in todo if (run, *asdict(case).values()) not in done]
@@ -123,7 +159,7 @@ def _measure_op(
             spec,
             case,
             options.device,
-            seconds,
+            _seconds(options),
             options.clock,
             check=options.check,
             lost=worker.lost_in(spec.name, case.section, case.label),
@@ -135,7 +171,7 @@ def _measure_op(
     _save(results, result, options)
 
 
-def _cases(spec: OpSpec, options: argparse.Namespace) -> list[Case]:
+def _cases(spec: Spec, options: argparse.Namespace) -> list[Case]:
     cases = spec.lineups[options.device].cases
     shortest = min(case.S for case in cases)
     return [case for case in cases if not options.quick or shortest == case.S]
@@ -175,6 +211,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--op", choices=(*OPS, "all"), default="all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--base", metavar="REV", help="measure beside this commit of the library, and print")
     target.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     target.add_argument("--out", type=Path, metavar="FOLDER", help="write to FOLDER/<device>/<op>.json")
     parser.add_argument("--runs", type=int, default=1, help="measure everything so often")
@@ -188,14 +225,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action=argparse.BooleanOptionalAction,
-        help="compare values with fp64 in every case; on cuda by default, where it stands for the op's tests",
+        help="compare values with fp64 in every case; by default where it stands for the op's tests, "
+        "on cuda and with --base",
     )
     parser.add_argument("--quick", action="store_true", help="shortest sequences only, few rounds")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of benchmarks.supervisor
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of the supervisor
     options = parser.parse_args(arguments)
     # The supervisor appends four words of its own.
     options.command = " ".join([parser.prog, *(arguments[:-4] if options.worker else arguments)])
-    options.check = options.device == "cuda" if options.check is None else options.check
+    if options.check is None:
+        options.check = options.device == "cuda" or options.base is not None
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA device")
     if options.clock == "processor" and (options.device, options.threads) != ("cpu", 1):

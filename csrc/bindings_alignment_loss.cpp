@@ -1,5 +1,5 @@
 // alignment_loss: schemas, checks, tensors to params. The arguments are those of the functions of the same
-// names in mmicl_kernels/ops/alignment_loss/_composed.py.
+// names in mmicl_kernels/ops/alignment_loss/_torch.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,5 @@
 // prefix_splice: schemas, checks, tensors to params. The arguments are those of the functions of the same
-// names in mmicl_kernels/ops/prefix_splice/_composed.py.
+// names in mmicl_kernels/ops/prefix_splice/_torch.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

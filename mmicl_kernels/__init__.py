@@ -19,7 +19,7 @@ _LAZY = {
     "AdaptedModel": "mmicl_kernels.patch",
     "PromptBuilder": "mmicl_kernels.data.prompts",
     "UnsupportedModelError": "mmicl_kernels.models.anchors",
-    "save_official": "mmicl_kernels.store",
+    "save_official": "mmicl_kernels.methods.mimic.official",
     "VLibrary": "mmicl_kernels.store",
     "MimICConfig": "mmicl_kernels.methods",
     "MimICAdapter": "mmicl_kernels.methods",

@@ -1,7 +1,8 @@
 """Files that survive a crash: what saving an adapter, libraries and banks have in common.
 
-An error of the file system is never taken for something else: what could not be read is not damaged, what
-could not be looked at is not missing.
+They are written, waited for and put in place. One process writes at a time, and one thread of it; a forked
+child holds no lock. An error of the file system is never taken for something else: what could not be
+read is not damaged, what could not be looked at is not missing.
 """
 
 import errno
@@ -9,10 +10,17 @@ import os
 import secrets
 import shutil
 import stat
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: what is stored can be read there, not written
+    fcntl = None
 
 # What is answered where a folder cannot be opened, or not be waited for: by CIFS, FUSE, Windows.
 NO_FOLDER_SYNC = {
@@ -20,6 +28,7 @@ NO_FOLDER_SYNC = {
     errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR,
 }  # fmt: skip
 NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
 def append(path: Path, data: bytes) -> None:
@@ -122,3 +131,73 @@ def _mode(path: Path) -> int:
         if error.errno in NOTHING_THERE:
             return 0
         raise
+
+
+# Held by who forks, and by who changes or opens what a child must not get half changed, or not get at all.
+no_fork = threading.RLock()
+_LOCK_FILES: set[int] = set()  # descriptors
+_CLOSED_BEFORE_FORKS: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """The one writer's turn, by an advisory lock that the kernel takes from a process that dies.
+
+    Raises:
+        BlockingIOError: another has it, and this one does not ``wait``. OSError: there are no locks here.
+    """
+    if fcntl is None:
+        raise OSError("writing needs flock, which this platform lacks; reading does not")
+    owner = os.getpid()
+    with no_fork:
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+        _LOCK_FILES.add(handle)
+    try:
+        _flock(handle, path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            # Closing alone would leave it locked while a process lives that C code forked meanwhile. To a
+            # child that comes by here neither the lock nor, any more, the descriptor belongs.
+            if os.getpid() == owner:
+                fcntl.flock(handle, fcntl.LOCK_UN)
+    finally:
+        if os.getpid() == owner:
+            with no_fork:
+                _LOCK_FILES.discard(handle)
+                os.close(handle)
+
+
+def _flock(handle: int, path: Path, operation: int) -> None:
+    try:
+        fcntl.flock(handle, operation)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        reason = "writing needs flock, which this file system lacks; reading does not"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def close_before_forks(opened: Any) -> None:
+    """Have ``opened.close()`` called before this process forks, not while another thread has ``no_fork``."""
+    with no_fork:
+        _CLOSED_BEFORE_FORKS.add(opened)
+
+
+def _before_fork() -> None:
+    no_fork.acquire()
+    for opened in _CLOSED_BEFORE_FORKS:
+        opened.close()
+
+
+def _in_child() -> None:
+    """An inherited descriptor would keep the parent's lock alive when the parent is killed."""
+    for handle in _LOCK_FILES:
+        with suppress(OSError):
+            os.close(handle)
+    _LOCK_FILES.clear()
+    no_fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=no_fork.release, after_in_child=_in_child)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mmicl_kernels import _extension
-from mmicl_kernels.ops._rows import uses_of
-from mmicl_kernels.ops.alignment_loss import _composed as alignment_loss_composed
-from mmicl_kernels.ops.prefix_splice import _composed as prefix_splice_composed
+from mmicl_kernels.ops._core.rows import uses_of
+from mmicl_kernels.ops.alignment_loss import _torch as alignment_loss_torch
+from mmicl_kernels.ops.prefix_splice import _torch as prefix_splice_torch
 from mmicl_kernels.testing.budgets import assert_base
 
 B, H, T, A = 3, 5, 63, 2  # T is odd and no multiple of the kernel's eight lanes
@@ -387,7 +387,7 @@ def test_formula_splice_converts_as_pytorch_does(ops, bank_dtype, prompt_dtype, 
     arguments = make_splice(bank_dtype, prompt_dtype, C)
     bank, _, offsets, ids, _, prompt, *_ = arguments
     results = []
-    for kernels in (ops, prefix_splice_composed):
+    for kernels in (ops, prefix_splice_torch):
         outputs = kernels.prefix_splice_fwd(*arguments, "left", 60, 60)
         grads = splice_gradients(kernels, outputs[0], outputs, bank, offsets, ids, prompt)
         results.append([*outputs, *grads])
@@ -400,7 +400,7 @@ def test_formula_splice_dequantises_as_pytorch_does(ops, scale_dtype, prompt_dty
     arguments = make_splice(torch.float32, prompt_dtype, 13)
     arguments[0] = torch.randint(-128, 128, (30, 13), dtype=torch.int8)
     arguments[1] = torch.randn(60, dtype=torch.float64).to(scale_dtype)[::2]
-    a, b = (k.prefix_splice_fwd(*arguments, "packed", 200, 60)[0] for k in (ops, prefix_splice_composed))
+    a, b = (k.prefix_splice_fwd(*arguments, "packed", 200, 60)[0] for k in (ops, prefix_splice_torch))
     assert torch.equal(a, b)
 
 
@@ -518,9 +518,9 @@ def test_formula_alignment(ops, dtype, target_dtype, C):
     rows, wide = (states, targets), (states.double(), targets.to(acc).double())
     results = [*ops.alignment_squares_fwd(*rows, index)]
     results.append(ops.alignment_squares_bwd(*squares, *rows, order, starts))
-    exact = [*alignment_loss_composed.alignment_squares_fwd(*wide, index)]
+    exact = [*alignment_loss_torch.alignment_squares_fwd(*wide, index)]
     squares = [x.double() for x in squares]
-    exact.append(alignment_loss_composed.alignment_squares_bwd(*squares, *wide, order, starts))
+    exact.append(alignment_loss_torch.alignment_squares_bwd(*squares, *wide, order, starts))
     for actual, expected in zip(results, exact, strict=True):
         bound = torch.finfo(actual.dtype).eps / 2 + 8 * torch.finfo(acc).eps / 2
         assert relative_error(actual, expected) <= bound

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.report import fill_tables
@@ -79,6 +78,8 @@ def machine_line(result: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Time to the first token, and of each further one, against demonstrations, in eager mode, as PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for (variant, has_images), points in _series(result).items():

@@ -33,8 +33,8 @@ from benchmarks.e2e.check import Checks, make_checks
 from benchmarks.e2e.decoding import MODES, NEW_TOKENS, Beams, Decoder, Stopwatch
 from benchmarks.e2e.models import SIZES, Prompt, Size, Subject, build_model, prompt_inputs, random_adapter
 from benchmarks.e2e.report import plot, rich_table
+from benchmarks.harness.timing import Samples, machine, peak_allocated_bytes
 from benchmarks.run import device_folder
-from benchmarks.timing import Samples, machine, peak_allocated_bytes
 
 SCHEMA = 1
 SECONDS = 15.0  # of timing for one block, all its variants together

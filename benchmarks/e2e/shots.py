@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.e2e.models import SIZES, Prompt, Size, build_model, prompt_inputs
 from benchmarks.e2e.run import parsed
+from benchmarks.harness.timing import Samples, machine, peak_allocated_bytes
 from benchmarks.run import device_folder
-from benchmarks.timing import Samples, machine, peak_allocated_bytes
 from mmicl_kernels.methods.sites import FusedTokens
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
@@ -116,6 +115,8 @@ def _milliseconds(call: Callable[[], object], device: str) -> Samples:
 
 def plot(result: dict, path: Path) -> None:
     """Time to the first token and peak memory against demonstrations."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     panels = figure.subplots(1, 2)
     columns = (("first_token_ms", 1.0, "first token (ms)"), ("peak_bytes", 2**20, "peak (MiB)"))

@@ -22,7 +22,7 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-// The messages are those of mmicl_kernels/ops/_checks.py and api.py, which leave these checks out.
+// The messages are those of mmicl_kernels/ops/_core/checks.py and api.py, which leave these checks out.
 void check_range(const char* name, const Integers& x, int64_t low, int64_t high) {
   if (x.size == 0) return;
   int64_t smallest = x[0], largest = x[0];

@@ -68,7 +68,7 @@ def _extension() -> str:
 def _triton() -> str:
     import torch
 
-    from mmicl_kernels.ops._impl import require_triton
+    from mmicl_kernels.ops._core.dispatch import require_triton
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

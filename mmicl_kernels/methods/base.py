@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmicl_kernels.durable import is_file, replacing
 from mmicl_kernels.methods.sites import AttentionSite, EmbeddingSite, ResidualSite
-from mmicl_kernels.ops._checks import FLOAT_DTYPES
+from mmicl_kernels.ops._core.checks import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from mmicl_kernels.methods.objective import Objective

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import find_anchors, unwrap
-from mmicl_kernels.ops._impl import resolve
+from mmicl_kernels.ops._core.dispatch import resolve
 from mmicl_kernels.ops.shifted_attention.api import IMPLEMENTATIONS
 from mmicl_kernels.patch.handle import Handle
 from mmicl_kernels.patch.patches import Patches, is_patched, patches_of

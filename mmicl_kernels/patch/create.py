@@ -11,6 +11,7 @@ from mmicl_kernels.methods import (
     ADAPTERS,
     Adapter,
 )
+from mmicl_kernels.methods.mimic.official import read_official
 from mmicl_kernels.models.anchors import (
     Anchor,
     check_backbone,
@@ -20,7 +21,7 @@ from mmicl_kernels.models.anchors import (
     refuse_adapter,
     unwrap,
 )
-from mmicl_kernels.store import adapter_folder, read_adapter, read_official
+from mmicl_kernels.store import adapter_folder, read_adapter
 
 
 def create(model: nn.Module, config: Any) -> Adapter:

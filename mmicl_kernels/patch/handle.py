@@ -25,8 +25,7 @@ class Handle:
 
     The model stays patched when its handle is dropped; :func:`handle_of` makes another.
 
-    ``model`` is the patched model, without what wraps it, and ``anchors`` are those of its decoder layers
-    that a method may touch.
+    ``model`` is the model without what wraps it, ``anchors`` are the decoder layers that may be touched.
     """
 
     def __init__(self, patches: Patches) -> None:

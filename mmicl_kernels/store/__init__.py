@@ -1,6 +1,6 @@
 """What is stored: adapters on disk, libraries of them, and banks of demonstrations' fused tokens."""
 
-from mmicl_kernels.store.checkpoint import read_adapter, read_official, save_official
+from mmicl_kernels.store.checkpoint import read_adapter
 from mmicl_kernels.store.demo_bank import DemonstrationBank
 from mmicl_kernels.store.entry_file import Entry
 from mmicl_kernels.store.hub import adapter_folder
@@ -12,6 +12,4 @@ __all__ = [
     "VLibrary",
     "adapter_folder",
     "read_adapter",
-    "read_official",
-    "save_official",
 ]

@@ -21,11 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.durable import append, clear_away, flush, sync_folder
+from mmicl_kernels.durable import append, clear_away, flush, locked, sync_folder
 from mmicl_kernels.methods import Backbone, CheckpointError
 from mmicl_kernels.store.entry_file import BAD_VALUES, MAX_DIMENSION, MAX_HEADER_BYTES, parse_json
-from mmicl_kernels.store.index import RETRIES
-from mmicl_kernels.store.locking import locked
 from mmicl_kernels.store.mapped import opened
 
 FORMAT = "mmicl-demonstration-bank-1"
@@ -33,6 +31,7 @@ DESCRIPTION, INDEX, LOCK = "bank.json", "index.bin", "lock"
 ROWS, SCALES, MEANS, TEXTS = "rows.bin", "scales.bin", "means.bin", "texts.bin"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 RECORD = struct.Struct("<4q32s4I")  # the fields of Record, and the CRC-32 of these bytes
+RETRIES = 3  # of a look that a writer may have come between
 RECORDS_AT_ONCE = 2**16  # read
 RECORDS_OF_A_PAGE = 2**10  # in memory
 MAX_EXPECTED = 2**24  # records that room is made for because a file is so long

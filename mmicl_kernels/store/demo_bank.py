@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.data import Demonstration, content_digest
+from mmicl_kernels.durable import locked, no_fork
 from mmicl_kernels.methods import Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import is_plain
 from mmicl_kernels.methods.sites import FusedTokens
-from mmicl_kernels.ops._checks import FLOAT_DTYPES
+from mmicl_kernels.ops._core.checks import FLOAT_DTYPES
 from mmicl_kernels.store.bank_files import (
     INDEX,
     LOCK,
@@ -35,9 +36,8 @@ from mmicl_kernels.store.bank_files import (
     read_records,
     write_after,
 )
-from mmicl_kernels.store.index import NUMBERS_AT_ONCE, unit
-from mmicl_kernels.store.locking import Mutex, locked
 from mmicl_kernels.store.mapped import Mapped
+from mmicl_kernels.store.vectors import NUMBERS_AT_ONCE, unit
 from mmicl_kernels.store.working_set import WorkingSet
 
 
@@ -85,7 +85,6 @@ class DemonstrationBank:
         self.digest: str = self._description.digest
         self.backbone: Backbone = self._description.backbone
         self.prompt: str = self._description.prompt
-        self._mutex = Mutex()
         self._norms = torch.empty(0, dtype=torch.float64, device="cpu")  # of the means, as far as compared
         self._at_once = max(1, NUMBERS_AT_ONCE // self.hidden_size)  # means, compared
         self._state = self._mapped(read_records(self.folder))
@@ -123,7 +122,7 @@ class DemonstrationBank:
 
     def refresh(self) -> None:
         """See what other processes have added. Raises CheckpointError: damage, or a bank made anew."""
-        with self._mutex:
+        with no_fork:
             if read_description(self.folder) != self._description:
                 raise CheckpointError(f"{self.folder} holds another bank than when it was opened")
             records = read_records(self.folder, self._state.records)
@@ -132,9 +131,7 @@ class DemonstrationBank:
 
     def find(self, demonstration: Demonstration) -> int | None:
         """The id of this demonstration, by its content and the bank's adapter; None if it is not there."""
-        digest = self._digest_of(demonstration)
-        with self._mutex:
-            return self._id_of(digest)
+        return self._id_of(self._digest_of(demonstration))
 
     def add(self, demonstrations: Sequence[Demonstration], tokens: Sequence[Tensor]) -> list[int]:
         """Store fused tokens; when this returns, the disk has them.
@@ -161,7 +158,7 @@ class DemonstrationBank:
         columns = [self._columns(i, x) for i, x in enumerate(tokens)]
         if not columns:
             return []
-        with self._mutex, locked(self.folder / LOCK):
+        with locked(self.folder / LOCK):
             self.refresh()
             new: dict[bytes, int] = {}
             for i, digest in enumerate(digests):
@@ -305,10 +302,10 @@ class DemonstrationBank:
         return content_digest((*demonstration.images, *texts), self.digest.encode())
 
     def _id_of(self, digest: bytes) -> int | None:
-        """For who holds the mutex."""
-        records = self._state.records
-        self._contents.follow(records)
-        return self._contents.find(digest, records)
+        with no_fork:
+            records = self._state.records
+            self._contents.follow(records)
+            return self._contents.find(digest, records)
 
     def _columns(self, i: int, x: Tensor) -> dict[str, Tensor]:
         """What each file gets of ``tokens[i]``: rows ``[n, C]``, scales ``[n]``, mean ``[C]``."""
@@ -382,10 +379,10 @@ class DemonstrationBank:
 
     def _norms_of(self, means: Tensor) -> Tensor:
         """Euclidean norms of ``means [M, C]``, fp64; those computed before are kept."""
-        with self._mutex:
-            new = means[len(self._norms) :].split(self._at_once)
-            self._norms = torch.cat([self._norms, *(part.double().norm(dim=-1) for part in new)])
-            return self._norms[: len(means)]
+        norms = self._norms
+        new = means[len(norms) :].split(self._at_once)
+        self._norms = norms = torch.cat([norms, *(part.double().norm(dim=-1) for part in new)])
+        return norms[: len(means)]
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:

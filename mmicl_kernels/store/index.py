@@ -1,500 +1,428 @@
-"""The index of a VLibrary: a log beside a memory-mapped matrix, both derived from the entries' files.
+"""The index of a VLibrary: a sqlite database of what is searched, derived from the entries' files.
 
-Every operation is a line of the log, written before the file is touched; a second line says that the file
-followed. After a crash the last operation may lack that second line: whether it happened is then asked of
-the file. So readers need no lock, and what a crash interrupted either happened or did not.
+The files are the truth. Before one of them changes, its name is written down as pending; afterwards the index
+is made to say what the file says. If a crash came between, whoever comes next does that.
 """
 
-import json
-import math
+import functools
 import os
 import re
+import secrets
+import sqlite3
 import uuid
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.durable import append, clear_away, flush, is_file, is_folder, sync_folder
+from mmicl_kernels import durable
+from mmicl_kernels.durable import clear_away, is_file, is_folder, locked, no_fork, sync_folder
 from mmicl_kernels.methods import CheckpointError
-from mmicl_kernels.store.entry_file import (
-    BAD_VALUES,
-    MAX_DIMENSION,
-    SUFFIX,
-    Entry,
-    file_name,
-    parse_json,
-    read_embedding,
-    read_entry,
-)  # fmt: skip
-from mmicl_kernels.store.mapped import Mapped
+from mmicl_kernels.store.entry_file import SUFFIX, Entry, file_name, read_embedding, read_entry
+from mmicl_kernels.store.mapped import check_regular, opened
+from mmicl_kernels.store.vectors import Vectors, scaled
 
-LOG = "log.jsonl"
-FORMAT_VERSION = 2
-MAX_LINE_BYTES = 2**18
-RETRIES = 3  # a writer may replace log and matrix between a reader's looks at the two
-ROWS_AT_ONCE = 2**13  # copied
-NUMBERS_AT_ONCE = 2**15 - 1  # scored in fp64: torch divides more among threads, see ``Index.nearest``
-CROWD = 2**10  # rows that fp16 cannot tell apart: with more, fp32 looks at them before fp64 does
-SPARE_OPERATIONS = 256  # before a log is written anew, beside twice its live rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the index has of an entry: what is searched, where its vector lies, and what it described."""
-
-    name: str
-    method: str
-    task: str | None
-    tags: tuple[str, ...]
-    digest: str
-    slot: int | None
-
-    @classmethod
-    def of(cls, entry: Entry, digest: str, slot: int | None) -> "Row":
-        return cls(entry.name, entry.method, entry.task, entry.tags, digest, slot)
-
-    @property
-    def text(self) -> str:
-        # Kept by hand: a cached_property has a lock until Python 3.12, which a forked child may find held.
-        kept = self.__dict__
-        if "_text" not in kept:
-            kept["_text"] = "\n".join([self.name, self.task or "", *self.tags]).casefold()
-        return kept["_text"]
+T = TypeVar("T")
+DATABASE = "index.sqlite3"
+OLD_LOG = "log.jsonl"  # of the format before this one, beside vectors-*.f32
+# The last bytes of a journal that names another file, which sqlite would delete. No transaction here has one.
+NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+SECONDS = 60  # to wait for another process's transaction
+FILE = re.compile(r"[a-z0-9-]{1,80}" + re.escape(SUFFIX), re.ASCII)
+# Ids are never used again. ``tags`` has a newline before and after each, ``text`` is for words: case folded.
+# ``pending`` names files that may have changed, or that could not be read.
+SCHEMA = """
+CREATE TABLE entries (id INTEGER PRIMARY KEY AUTOINCREMENT, file TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL UNIQUE, method TEXT NOT NULL, task TEXT, tags TEXT NOT NULL, text TEXT NOT NULL,
+    digest TEXT NOT NULL, dimension INTEGER);
+CREATE INDEX embedded ON entries (dimension);
+CREATE TABLE vectors (id INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+CREATE TABLE pending (file TEXT PRIMARY KEY)
+"""
+COLUMNS = "file, name, method, task, tags, text, digest, dimension"
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A line of the log that changes it: ``row`` is put, or without one ``name`` is removed."""
+PENDING = ()  # in the place of a row that may not say what the file says
 
-    name: str
-    row: Row | None
 
-    def happened(self, entries: Path) -> bool:
-        """Whether the file says so."""
-        try:
-            digest = read_entry(entries / file_name(self.name))[1]
-        except FileNotFoundError:
-            return self.row is None
-        except CheckpointError:
-            return False
-        return self.row is not None and digest == self.row.digest
+class UnusableError(CheckpointError):
+    """The database may be sound, but cannot be read here and now."""
+
+
+def row_of(entry: Entry, digest: str, embedding: Tensor | None) -> tuple:
+    """What the index has of an entry: ``COLUMNS``, and the scaled embedding ``[D]`` fp32 as bytes, if any."""
+    tags = "".join(f"\n{tag}" for tag in entry.tags) + "\n"
+    text = "\n".join([entry.name, entry.task or "", *entry.tags]).casefold()
+    columns = file_name(entry.name), entry.name, entry.method, entry.task, tags, text, digest
+    if embedding is None:
+        return *columns, None, None
+    return *columns, len(embedding), scaled(embedding).numpy().tobytes()
+
+
+def conditions(
+    words: Sequence[str], tags: Sequence[str], task: str | None, method: str | None
+) -> list[tuple[str, str]]:
+    """SQL and its value, of each of the conditions."""
+    found = [("instr(text, ?)", word) for word in words] + [("instr(tags, ?)", f"\n{tag}\n") for tag in tags]
+    return found + [(f"{x} = ?", y) for x, y in (("task", task), ("method", method)) if y is not None]
 
 
 class Index:
-    """The rows of one library's entries, and their embeddings ``[slots, D]`` fp32, as ``scaled`` has them.
+    """What is known of the entries in ``folder``.
 
-    The vectors lie in a mapped file; the first search by embedding keeps unit vectors in fp16 beside them.
-
-    ``refresh`` reads what was written since. The methods below ``recover`` are for who holds the lock.
-    ``damage`` says why the log could not be used; the rows are then those of a scan of all entries.
-    ``unreadable`` is the error with which an entry could not be read that is needed to know all rows.
+    ``damage`` says why the database could not be used for the last ``read``, which asked all the files then.
+    What is said to be for who holds the lock is for the one writer.
     """
 
     def __init__(self, folder: Path) -> None:
         self.entries, self.folder, self.temporary = folder / "entries", folder / "index", folder / "tmp"
-        self.clear()
-
-    def clear(self) -> None:
-        """Know nothing, so that the next ``refresh`` reads all."""
-        self.rows: dict[str, Row] = {}
-        # "cpu", here and below: a caller may have set another default device.
-        self.vectors = torch.empty(0, 0, dtype=torch.float32, device="cpu")
-        self._norms = torch.empty(0, dtype=torch.float32, device="cpu")  # of ``vectors``, with room for more
-        self._halves = torch.empty(0, 0, dtype=torch.float16, device="cpu")  # ``vectors`` over ``_norms``
-        self._rounded = 0
+        self.path, self._lock = self.folder / DATABASE, folder / "lock"
+        self._beside = [self.folder / (DATABASE + suffix) for suffix in ("-journal", "-wal", "-shm")]
         self.damage: str | None = None
-        self.unreadable: OSError | None = None
-        self._generation: str | None = None
-        self._offset = self._operations = self._slots = 0
-        self.dimension: int | None = None
-        self._pending: Operation | None = None
-        self._sorted: list[Row] | None = None
-        self._sorted_embedded: tuple[list[Row], Tensor] | None = None
+        self.vectors = Vectors()
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None  # of the file that is connected to
+        durable.close_before_forks(self)
 
-    @property
-    def logged(self) -> bool:
-        """Whether there is a log that must follow what is done. Without one, all ask the entries' files."""
-        return self._generation is not None
+    def close(self) -> None:
+        """Close the database until it is needed again: no other process may inherit what is open."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
-    def refresh(self) -> None:
-        """Bring the rows up to date. Raises OSError: an entry that may be one of them could not be read."""
-        self.look()
-        if self.unreadable is not None:
-            raise self.unreadable
+    def __del__(self) -> None:
+        self.close()
 
-    def look(self) -> None:
-        """As ``refresh``, without the rows that are not known because of an error, which is kept.
-
-        Scans the entries' files where the log is missing or damaged.
-        """
-        reason, self.unreadable = "", None
-        for _ in range(RETRIES):
-            try:
-                self._read_log()
-                return
-            except (CheckpointError, FileNotFoundError, IsADirectoryError) as error:
-                reason = str(error)
-                self.clear()
-        self._scan(reason)
-
-    def sorted_rows(self) -> list[Row]:
-        """All rows by name."""
-        if self._sorted is None:
-            self._sorted = sorted(self.rows.values(), key=lambda row: row.name)
-        return self._sorted
-
-    def nearest(self, rows: list[Row], query: Tensor, limit: int) -> list[tuple[float, str]]:
-        """``(cosine, name)`` of the best of ``rows``, best first, ties by name.
-
-        fp16 finds who may be among the best, fp32 too where these are many, and fp64 decides. ``query`` is
-        a unit vector ``[D]`` fp64.
-
-        On a busy machine every step that torch divides among threads waits until each of them had its turn,
-        milliseconds. Of the usual steps for all rows only the product is divided; comparisons would be.
-        """
-        rows, slots = self._embedded(rows)
-        if not rows:
-            return []
-        limit = min(limit, len(rows))
-        chosen = _within(self._scores(query).index_select(0, slots), limit, query.numel())
-        if len(chosen) > CROWD:
-            lengths = self._norms[: len(self.vectors)]
-            scores = (self.vectors.mv(query.float()) / lengths).index_select(0, slots)
-            # No cosine is above 2, nor is NaN one: the row is damaged, and nowhere near.
-            chosen = _within(scores.where(scores < 2, -torch.inf), limit, query.numel())
-        cosines = self._cosines(slots[chosen], query)
-        near = cosines >= cosines.topk(limit).values[-1]
-        names = (rows[i].name for i in chosen[near].tolist())
-        best = zip(cosines[near].tolist(), names, strict=True)
-        return sorted(best, key=lambda pair: (-pair[0], pair[1]))[:limit]
-
-    @torch.inference_mode(False)  # what was made in that mode could not be changed outside
-    def _scores(self, query: Tensor) -> Tensor:
-        """Cosines with all ``vectors``, ``[slots]`` fp16, within ``score_error``: half the bytes to read.
-
-        ``mv``, because ``@`` would follow the caller's autocast to bf16.
-        """
-        known, count = self._rounded, len(self.vectors)
-        if count > len(self._halves):
-            known, room = 0, count + count // 4
-            self._norms = self.vectors.new_empty(room)
-            self._halves = self.vectors.new_empty(room, self.vectors.shape[1], dtype=torch.float16)
-        for start in range(known, count, ROWS_AT_ONCE):
-            part = slice(start, min(start + ROWS_AT_ONCE, count))
-            vectors = self.vectors[part]
-            self._norms[part] = vectors.double().norm(dim=-1)
-            self._halves[part] = vectors / self._norms[part, None]
-            # What is not finite is damage: that it not hide the others.
-            self._halves[part].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        self._rounded = count
-        return self._halves[:count].mv(query.half())
-
-    def _embedded(self, rows: list[Row]) -> tuple[list[Row], Tensor]:
-        """Those of ``rows`` that have a vector, and where; kept for all rows, because that takes as long."""
-        if rows is self._sorted and self._sorted_embedded is not None:
-            return self._sorted_embedded
-        embedded = [row for row in rows if row.slot is not None]
-        found = embedded, _slots(embedded)
-        if rows is self._sorted:
-            self._sorted_embedded = found
-        return found
-
-    def _cosines(self, slots: Tensor, query: Tensor) -> Tensor:
-        """Cosines with the vectors in ``slots``, fp64; -inf with NaN, which only damage can bring about."""
-        cosines = []
-        for part in slots.split(max(1, NUMBERS_AT_ONCE // query.numel())):
-            vectors = self.vectors[part].double()
-            cosines.append((vectors * query).sum(-1) / vectors.norm(dim=-1))
-        return torch.cat(cosines).nan_to_num(nan=-torch.inf)
-
-    def recover(self) -> None:
-        """Clear away what a crash left, and settle what it interrupted. Before every write."""
-        clear_away(self.temporary.iterdir())
-        self.look()
-        if self.damage or self.unreadable or not self.logged:
-            self.restore()
-        if not self.logged:
-            return
-        with open(self.folder / LOG, "r+b") as log:
-            log.truncate(self._offset)
-        if self._pending is not None:
-            self.settle(self._pending.happened(self.entries))
-            self.refresh()
-        if self._operations > 2 * len(self.rows) + SPARE_OPERATIONS:
-            self._write_anew(self.sorted_rows())
-        self._truncate_matrix()
-        keep = {LOG, self._matrix().name}
-        clear_away(path for path in self.folder.iterdir() if path.name not in keep)
-
-    def rebuild(self) -> None:
-        """Write log and matrix anew from the entries' files. Raises OSError: one could not be read."""
-        self._scan("")
-        if self.unreadable is not None:
-            raise self.unreadable
-        self._write_anew(self.sorted_rows())
-
-    def restore(self) -> None:
-        """As ``rebuild``; where an entry cannot be read, by who writes at least, there is no log then."""
-        self._scan("")
-        if self.unreadable is None:
-            self._write_anew(self.sorted_rows())
-        else:
-            self.forget()
-
-    def takes(self, name: str, dimension: int) -> bool:
-        """Whether an embedding of ``dimension`` can be put beside the others; if not, only ``name`` has one.
+    def read(self, query: Callable[[sqlite3.Connection], T], complete: bool = True) -> T:
+        """What ``query`` finds in one state of the index, or of all files where it is missing or damaged.
 
         Raises:
-            ValueError: other entries have embeddings of another dimension.
+            OSError: an entry that may be part of it could not be read, and it is to be ``complete``.
         """
-        if self.dimension in (None, dimension):
-            return True
-        embedded = {row.name for row in self.rows.values() if row.slot is not None}
-        if embedded - {name}:
-            raise ValueError(f"embedding has dimension {dimension}, the library has {self.dimension}")
-        if not embedded and self.logged:
-            self._write_anew(self.sorted_rows())
-        return not embedded
 
-    def forget(self) -> None:
-        """Remove the log. Until ``restore`` makes another, readers and writers ask the entries' files."""
-        (self.folder / LOG).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        def found(index: sqlite3.Connection) -> T:
+            if complete:
+                self._raise_for_pending(index)
+            return query(index)
 
-    def announce_put(self, entry: Entry, digest: str, embedding: Tensor | None) -> None:
-        """Write down that the entry's file is about to be put into place."""
-        slot = None
-        if embedding is not None:
-            slot = self._slots
-            append(self._matrix(), scaled(embedding).numpy().tobytes())
-        append(self.folder / LOG, _line(_put(Row.of(entry, digest, slot), entry.embedding_dim)))
-
-    def announce_remove(self, name: str) -> None:
-        """Write down that the entry's file is about to be removed."""
-        append(self.folder / LOG, _line({"op": "remove", "name": name}))
-
-    def settle(self, happened: bool = True) -> None:
-        """Write down whether the last operation happened. If this is lost, the file tells as much."""
-        with open(self.folder / LOG, "ab") as log:
-            log.write(_line({"op": "done" if happened else "dropped"}))
-
-    def _matrix(self) -> Path:
-        return self.folder / f"vectors-{self._generation}.f32"
-
-    def _truncate_matrix(self) -> None:
-        """Cut what was appended for an operation that never reached the log."""
-        size = self._slots * (self.dimension or 0) * 4
-        if is_file(self._matrix()) and self._matrix().stat().st_size > size:
-            os.truncate(self._matrix(), size)
-
-    def _read_log(self) -> None:
-        path = self.folder / LOG
-        if not is_file(path):
-            if not any(_entry_files(self.entries)):
-                return self.clear()
-            # Opened, a pipe would wait for ever.
-            raise CheckpointError(f"{path} does not exist, or is no regular file")
-        with open(path, "rb") as log:
-            first = log.readline(MAX_LINE_BYTES)
-            generation = _generation(first)
-            if generation != self._generation:
-                self.clear()
-                self._generation, self._offset = generation, len(first)
-            log.seek(self._offset)
-            new = log.read()
-        # A line without its end is being written, or a crash ended it.
-        end = new.rfind(b"\n") + 1
-        for line in new[:end].split(b"\n")[:-1]:
-            self._follow(_parsed(line))
-        self._offset += end
         try:
-            if self._pending is not None and self._pending.happened(self.entries):
-                self._apply(self._pending)
-        except OSError as error:
-            self.unreadable = error
-        self._map()
+            self._finish()
+            with self._transaction() as index:
+                result = found(index)
+            self.damage = None
+            return result
+        except CheckpointError as error:
+            expected = self._is_old() or not any(_entry_files(self.entries))
+            self.damage = None if expected else str(error)
+        with no_fork, closing(sqlite3.connect(":memory:", isolation_level=None)) as index:
+            self._fill(index)
+            return found(index)
 
-    def _follow(self, data: dict[str, Any]) -> None:
-        """One line of the log."""
+    def names(self) -> list[str]:
+        """All names, in order. Raises as ``read``."""
+        # As one text: to make a string of each row takes ten times as long.
+        sql = "SELECT group_concat(name, char(10)) FROM entries"
+
+        def found(index: sqlite3.Connection) -> list[str]:
+            names = (index.execute(sql).fetchone()[0] or "").splitlines()
+            _label("".join(names))
+            return sorted(names)
+
+        return self.read(found)
+
+    def search(
+        self, meeting: list[tuple[str, str]], query: Tensor | None, limit: int
+    ) -> list[tuple[float | None, str, str]]:
+        """``(cosine, name, digest)`` of what meets the conditions, best first; by name without a query.
+
+        Raises:
+            ValueError: ``query``, a unit vector ``[D]`` fp64, has another dimension. Else as ``read``.
+        """
+        where = " AND ".join(["true", *(condition for condition, _ in meeting)])
+        values = [value for _, value in meeting]
+
+        def found(index: sqlite3.Connection) -> list[tuple[float | None, str, str]]:
+            if query is None:
+                sql = f"SELECT NULL, name, digest FROM entries WHERE {where} ORDER BY name LIMIT ?"
+                return index.execute(sql, (*values, min(limit, 2**62))).fetchall()
+            check_dimension(index, len(query))
+            sql = f"SELECT group_concat(id) FROM entries WHERE +dimension IS NOT NULL AND {where}"
+            ids = (index.execute(sql, values).fetchone()[0] or "") if meeting else None
+            if ids is not None:
+                ids = torch.tensor([int(id) for id in ids.split(",") if id], dtype=torch.int64, device="cpu")
+            return self.vectors.nearest(index, query, limit, ids)
+
+        return self.read(lambda index: [(x, _label(name), digest) for x, name, digest in found(index)])
+
+    def rows(self) -> dict[str, tuple]:
+        """All rows by file, as ``row_of`` has them, or ``PENDING``; the database is checked."""
+
+        def found(index: sqlite3.Connection) -> dict[str, tuple]:
+            problem = index.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if problem != "ok":
+                raise CheckpointError(f"{self.path} is damaged: {problem!r:.200}")
+            sql = f"SELECT {COLUMNS}, vector FROM entries LEFT JOIN vectors USING (id)"
+            return {row[0]: row for row in index.execute(sql)} | dict.fromkeys(_pending(index), PENDING)
+
+        return self.read(found, complete=False)
+
+    def recover(self) -> None:
+        """Clear away and finish what a crash left, and write the index anew if it is missing or damaged.
+
+        Before every write, for who holds the lock.
+        """
+        clear_away(self.temporary.iterdir())
         try:
-            kind = data["op"]
-            if kind in ("done", "dropped"):
-                if self._pending is None:
-                    raise ValueError("it settles nothing")
-                if kind == "done":
-                    self._apply(self._pending)
-                self._pending = None
-                return
-            if self._pending is not None:
-                raise ValueError("the operation before it was not settled")
-            operation = Operation(_text(data["name"]), self._row(data) if kind == "put" else None)
-            if kind not in ("put", "remove"):
-                raise ValueError(f"unknown operation {kind!r:.80}")
-        except BAD_VALUES as error:
-            raise CheckpointError(f"{self.folder / LOG} has a bad line: {error!r:.200}") from error
-        self._operations += 1
-        if data.get("settled"):
-            self._apply(operation)
-        else:
-            self._pending = operation
+            self.settle()
+        except UnusableError as error:
+            raise OSError(str(error)) from error
+        except CheckpointError:
+            self._renew()
+        if not self._is_old():
+            own = {self.path, *self._beside}
+            clear_away(path for path in self.folder.iterdir() if path not in own)
 
-    def _row(self, data: dict[str, Any]) -> Row:
-        slot, dimension = data["slot"], data["dimension"]
-        if slot is not None:
-            if type(slot) is not int or slot != self._slots:
-                raise ValueError(f"slot is {slot!r:.80}, expected {self._slots}")
-            if type(dimension) is not int or not 1 <= dimension <= MAX_DIMENSION:
-                raise ValueError(f"dimension is {dimension!r:.80}, expected a size")
-            if dimension != (self.dimension or dimension):
-                raise ValueError(f"dimension is {dimension}, expected {self.dimension}")
-            self._slots, self.dimension = slot + 1, dimension
-        task = data["task"]
-        return Row(
-            name=_text(data["name"]),
-            method=_text(data["method"]),
-            task=None if task is None else _text(task),
-            tags=tuple(_text(tag) for tag in data["tags"]),
-            digest=_text(data["digest"]),
-            slot=slot,
-        )
+    def announce(self, file: str) -> None:
+        """Write down that ``file`` is about to change. For who holds the lock."""
+        with self._transaction("IMMEDIATE") as index:
+            index.execute("INSERT OR IGNORE INTO pending VALUES (?)", (file,))
 
-    def _apply(self, operation: Operation) -> None:
-        if operation.row is None:
-            self.rows.pop(operation.name, None)
-        else:
-            self.rows[operation.name] = operation.row
-        self._sorted = self._sorted_embedded = None
+    def settle(self) -> None:
+        """Have the index say what the files say that were pending. For who holds the lock.
 
-    def _map(self) -> None:
-        """Map the matrix as far as the log speaks of it. Rows are only ever appended to a mapped file."""
-        if self._slots == len(self.vectors):
-            return
-        self.vectors = Mapped(self._matrix(), (self._slots, self.dimension), torch.float32).tensor
+        Raises:
+            CheckpointError: the database is missing, damaged, or of another version.
+        """
+        with self._transaction("IMMEDIATE") as index:
+            for file in _pending(index):
+                self._follow(index, self.entries / file)
 
-    def _scan(self, reason: str) -> None:
-        """Rows and vectors from the entries' files, all in memory. What is no entry is passed by."""
-        self.clear()
-        self.damage = reason
-        vectors = []
-        for path in _entry_files(self.entries):
-            try:
-                entry, digest, embedding = read_embedding(path)
-            except (CheckpointError, FileNotFoundError):
-                continue  # damaged, which `verify` tells, or removed meanwhile
-            except OSError as error:  # of another user, or on a disk that fails: none the less an entry
-                self.unreadable = error
-                continue
-            if path.name != file_name(entry.name):
-                continue
-            slot = None
-            if embedding is not None and self.dimension in (None, entry.embedding_dim):
-                slot, self.dimension = len(vectors), entry.embedding_dim
-                vectors.append(scaled(embedding))
-            self.rows[entry.name] = Row.of(entry, digest, slot)
-        if vectors:
-            self.vectors, self._slots = torch.stack(vectors), len(vectors)
+    def rebuild(self) -> None:
+        """Write all anew from the entries' files. For who holds the lock and has recovered.
 
-    def _write_anew(self, rows: list[Row]) -> None:
-        """Another generation of log and matrix, holding ``rows`` alone; the log's rename makes it valid."""
-        generation, vectors, dimension = uuid.uuid4().hex, self.vectors, self.dimension
-        slots = _slots([row for row in rows if row.slot is not None])
-        numbers = iter(range(len(slots)))
-        lines = [_line({"generation": generation, "format_version": FORMAT_VERSION})]
-        for row in rows:
-            fresh = Row(row.name, row.method, row.task, row.tags, row.digest,
-                        None if row.slot is None else next(numbers))  # fmt: skip
-            lines.append(_line({**_put(fresh, dimension), "settled": True}))
-        with open(self.folder / f"vectors-{generation}.f32", "wb") as matrix:
-            for part in slots.split(ROWS_AT_ONCE):
-                matrix.write(vectors[part].numpy().tobytes())
-            flush(matrix)
+        Raises:
+            OSError: one could not be read; the index is as it was.
+        """
+        with self._transaction("IMMEDIATE") as index:
+            for table in ("entries", "vectors", "pending"):
+                index.execute(f"DELETE FROM {table}")
+            self._follow_all(index)
+            self._raise_for_pending(index)
+
+    def _renew(self) -> None:
+        """Another database in the place of whatever is there; entries that cannot be read stay pending."""
         temporary = self.temporary / uuid.uuid4().hex
-        append(temporary, b"".join(lines))
-        if is_folder(self.folder / LOG):  # somebody's: nothing takes a folder's place
-            (self.folder / LOG).rename(self.temporary / uuid.uuid4().hex)
-        temporary.replace(self.folder / LOG)
+        with no_fork, _errors(temporary), closing(_connect(temporary, "mode=rwc")) as index:
+            index.execute("PRAGMA page_size = 16384")  # or a vector would leave half of its page unused
+            index.execute("BEGIN")
+            self._fill(index)
+            index.execute("COMMIT")
+            # Needs memory that all processes share, which a file system over a network, one without a device,
+            # only seems to have.
+            if os.major(self.folder.stat().st_dev):
+                index.execute("PRAGMA journal_mode = WAL")
+        with no_fork:
+            self.close()
+            for path in (self.path, *self._beside):
+                if os.path.lexists(path):
+                    path.rename(self.temporary / uuid.uuid4().hex)
+            temporary.replace(self.path)
         sync_folder(self.folder)
-        self.refresh()
+        if self._is_old():
+            (self.folder / OLD_LOG).unlink()
+
+    def _fill(self, index: sqlite3.Connection) -> None:
+        for statement in SCHEMA.split(";"):
+            index.execute(statement)
+        index.execute(f"PRAGMA user_version = {secrets.randbelow(2**31)}")  # tells one database from another
+        self._follow_all(index)
+
+    def _follow_all(self, index: sqlite3.Connection) -> None:
+        for path in _entry_files(self.entries):
+            self._follow(index, path)
+
+    def _follow(self, index: sqlite3.Connection, path: Path) -> None:
+        """Have ``index`` say what the file at ``path`` says, or that it could not be read."""
+        index.execute("DELETE FROM vectors WHERE id IN (SELECT id FROM entries WHERE file = ?)", (path.name,))
+        for table in ("entries", "pending"):
+            index.execute(f"DELETE FROM {table} WHERE file = ?", (path.name,))
+        try:
+            entry, digest, embedding = read_embedding(path)
+        except (CheckpointError, FileNotFoundError):
+            return  # damaged, which ``verify`` tells, or removed
+        except OSError:  # of another user, or on a disk that fails: none the less an entry
+            index.execute("INSERT INTO pending VALUES (?)", (path.name,))
+            return
+        if file_name(entry.name) != path.name:
+            return
+        if embedding is not None:
+            try:
+                check_dimension(index, len(embedding))
+            except ValueError:  # a file that was put here by hand
+                embedding = None
+        *columns, vector = row_of(entry, digest, embedding)
+        marks = ", ".join("?" * len(columns))
+        id = index.execute(f"INSERT INTO entries ({COLUMNS}) VALUES ({marks})", columns).lastrowid
+        if vector is not None:
+            index.execute("INSERT INTO vectors VALUES (?, ?)", (id, vector))
+
+    def _finish(self) -> None:
+        """Settle what a killed writer left, and take over from an older version.
+
+        A writer that is at work does so itself; till then its operation has not happened.
+
+        Raises:
+            CheckpointError: the database cannot be used.
+        """
+        if not self._is_old():
+            with self._transaction() as index:
+                if not _pending(index):
+                    return
+        try:
+            with locked(self._lock, wait=False):
+                self.temporary.mkdir(exist_ok=True)
+                self._renew() if self._is_old() else self.settle()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise CheckpointError(f"{self.path} could not be brought up to date: {error}") from error
+
+    def _is_old(self) -> bool:
+        return is_file(self.folder / OLD_LOG)
+
+    def _raise_for_pending(self, index: sqlite3.Connection) -> None:
+        """Raise the OSError with which an entry cannot be read that may be one of those in question."""
+        for file in _pending(index):
+            with suppress(CheckpointError, FileNotFoundError):
+                read_entry(self.entries / file)
+
+    @contextmanager
+    def _transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+        """The database, in one state, to which all that is done in the block is added, or nothing.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of another version. OSError: the disk.
+        """
+        with no_fork, _errors(self.path):
+            index = self._connected()
+            try:
+                index.execute(f"BEGIN {kind}")
+                yield index
+                index.execute("COMMIT")
+            except BaseException:
+                if index.in_transaction:
+                    index.execute("ROLLBACK")
+                raise
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._is_old():
+            raise CheckpointError(f"{self.folder} has the index of an older version")
+        found = check_regular(self.path)
+        if self._connection is None or (found.st_dev, found.st_ino) != self._identity:
+            self.close()
+            self._identity = found.st_dev, found.st_ino
+            self._connection = self._opened()
+            if not os.path.samestat(found, check_regular(self.path)):
+                raise CheckpointError(f"{self.path} was replaced while it was opened")
+        return self._connection
+
+    def _opened(self) -> sqlite3.Connection:
+        """Raises CheckpointError: what is there is not an index of this version, or not only one."""
+        beside = [path for path in self._beside if os.path.lexists(path)]
+        for path in beside:
+            check_regular(path)
+            if path == self._beside[0] and _names_another(path):
+                raise CheckpointError(f"{path} names another file")
+        # Where nothing can be written beside it, and nobody is writing, it is read as it lies.
+        ways = ["mode=rw"] if os.access(self.folder, os.W_OK) and not self.path.is_symlink() else []
+        ways.append("mode=ro" if beside else "immutable=1")
+        for how in ways:
+            try:
+                index = _connect(self.path, how)
+                break
+            except sqlite3.OperationalError as error:
+                if how == "mode=ro":
+                    raise UnusableError(f"{self.path} is in use and cannot be read: {error}") from error
+                if how == ways[-1]:
+                    raise
+        if how == "immutable=1":
+            self._identity = None  # to be opened again the next time
+        if _schema(index) != _our_schema():
+            index.close()
+            raise CheckpointError(f"{self.path} has other tables than an index of this version")
+        return index
 
 
-def unit(embedding: Tensor) -> Tensor:
-    """``embedding`` in fp64, with length one."""
-    embedding = embedding.double()
-    embedding = embedding / embedding.abs().max()  # or the squares of the largest overflow
-    return embedding / embedding.norm()
+def _connect(path: Path, how: str) -> sqlite3.Connection:
+    """A connection on which nothing in the database is run, and that has read from it."""
+    index = sqlite3.connect(
+        f"{path.as_uri()}?{how}", SECONDS, isolation_level=None, check_same_thread=False, uri=True
+    )
+    # What is not UTF-8 is not printable then, and refused.
+    index.text_factory = lambda raw: raw.decode(errors="surrogateescape")
+    try:
+        for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = FULL"):
+            index.execute(f"PRAGMA {pragma}")
+        _schema(index)
+    except BaseException:
+        index.close()
+        raise
+    return index
 
 
-def scaled(embedding: Tensor) -> Tensor:
-    """``embedding`` fp32 times the power of two that brings its length to between 1/2 and 1.
-
-    No bit is lost but in elements below 2^-126 of the length, which change no cosine by 2^-126.
-    """
-    exponent = math.frexp(float(embedding.double().norm()))[1]
-    return (embedding.double() * 2.0**-exponent).float()
+def _schema(index: sqlite3.Connection) -> list[tuple]:
+    return index.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
 
 
-def score_error(dtype: torch.dtype, dimension: int) -> float:
-    """Bound on the error of a cosine of vectors rounded to ``dtype``, summed in fp32.
-
-    Each rounding to ``dtype``, of either vector and of the sum, costs half an eps; another half covers what
-    these do to each other. A sum of D products in fp32 costs at most D halves of its eps, in any order. As
-    many cover numbers below the normal range of fp16, which are rounded by up to 2^-25 each.
-    """
-    return 2 * torch.finfo(dtype).eps + (dimension + 2) * torch.finfo(torch.float32).eps
+@functools.cache
+def _our_schema() -> list[tuple]:
+    with closing(sqlite3.connect(":memory:")) as index:
+        index.executescript(SCHEMA)
+        return _schema(index)
 
 
-def _slots(rows: list[Row]) -> Tensor:
-    return torch.tensor([row.slot for row in rows], dtype=torch.int64, device="cpu")
+def _names_another(journal: Path) -> bool:
+    with opened(journal) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(NAMES_ANOTHER)))
+        return file.read() == NAMES_ANOTHER
 
 
-def _within(scores: Tensor, limit: int, dimension: int) -> Tensor:
-    """Where the ``scores`` are that may be among the best ``limit``, for all their errors."""
-    found = scores.topk(min(limit + CROWD, len(scores)))
-    bound = float(found.values[limit - 1]) - 2 * score_error(scores.dtype, dimension)
-    if float(found.values[-1]) >= bound:  # there may be more
-        return (scores.float() >= bound).nonzero().view(-1)
-    return found.indices[found.values.float() >= bound]
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Those of sqlite as others have them: what could not be read or written, and what is damaged."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(f"{path} could not be used: {error}") from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the second where sqlite quotes what is not UTF-8
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _entry_files(entries: Path) -> Iterable[Path]:
+def _pending(index: sqlite3.Connection) -> list[str]:
+    files = [file for (file,) in index.execute("SELECT file FROM pending")]
+    if not all(isinstance(file, str) and FILE.fullmatch(file) for file in files):
+        raise CheckpointError(f"the index has pending files {files[:3]!s:.80}, expected those of entries")
+    return files
+
+
+def check_dimension(index: sqlite3.Connection, dimension: int, file: str = "") -> None:
+    """Raise ValueError where others than ``file`` have embeddings of another dimension."""
+    sql = "SELECT dimension FROM entries WHERE dimension IS NOT NULL AND file != ? LIMIT 1"
+    found = index.execute(sql, (file,)).fetchone()
+    if found not in (None, (dimension,)):
+        raise ValueError(f"embedding has dimension {dimension}, the library has {found[0]}")
+
+
+def _label(name: Any) -> str:
+    if not isinstance(name, str) or not name.isprintable():
+        raise CheckpointError(f"the index has the name {name!r:.80}, expected a printable text")
+    return name
+
+
+def _entry_files(entries: Path) -> Iterator[Path]:
     if is_folder(entries):
-        yield from (path for path in sorted(entries.iterdir()) if path.name.endswith(SUFFIX))
-
-
-def _put(row: Row, dimension: int | None) -> dict[str, Any]:
-    return {"op": "put", "name": row.name, "method": row.method, "task": row.task, "tags": row.tags,
-            "digest": row.digest, "slot": row.slot, "dimension": dimension}  # fmt: skip
-
-
-def _line(data: dict[str, Any]) -> bytes:
-    text = json.dumps(data).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES or line[:9] != b"%08x " % zlib.crc32(line[9:]):
-        raise CheckpointError(f"the index has a damaged line: {line[:40]!r}")
-    data = parse_json(line[9:], "a line of the index")
-    if not isinstance(data, dict):
-        raise CheckpointError(f"the index has a bad line: {line[:40]!r}")
-    return data
-
-
-def _generation(first: bytes) -> str:
-    data = _parsed(first.removesuffix(b"\n")) if first.endswith(b"\n") else {}
-    generation = str(data.get("generation"))
-    # It is part of a file's name.
-    if data.get("format_version") != FORMAT_VERSION or not re.fullmatch("[0-9a-f]{32}", generation):
-        raise CheckpointError(f"the index starts with {first[:40]!r}, expected format {FORMAT_VERSION}")
-    return generation
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.isprintable():
-        raise TypeError(f"{value!r:.80} is not a printable text")
-    return value
+        yield from (path for path in sorted(entries.iterdir()) if FILE.fullmatch(path.name))

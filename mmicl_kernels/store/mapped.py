@@ -66,20 +66,26 @@ if sys.platform == "linux":
 
 
 def opened(path: Path, mode: str = "rb") -> BinaryIO:
-    """Open a regular file, for reading also one behind a link of the hub's cache.
+    """Open a regular file. Raises as ``check_regular``."""
+    check_regular(path, mode == "rb")
+    return open(path, mode)
+
+
+def check_regular(path: Path, reading: bool = True) -> os.stat_result:
+    """What is known of a regular file; for reading also of one behind a link of the hub's cache.
 
     Raises:
         CheckpointError: there is none. A pipe would block, any other link lead elsewhere.
     """
     try:
-        found = path.lstat().st_mode
-        if mode == "rb" and stat.S_ISLNK(found) and is_hub_link(path):
-            found = path.stat().st_mode
+        found = path.lstat()
+        if reading and stat.S_ISLNK(found.st_mode) and is_hub_link(path):
+            found = path.stat()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist, expected a regular file") from error
-    if not stat.S_ISREG(found):
+    if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file")
-    return open(path, mode)
+    return found
 
 
 def is_hub_link(path: Path) -> bool:

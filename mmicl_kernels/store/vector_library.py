@@ -4,8 +4,8 @@ from __future__ import annotations  # a method is called list, as the built-in t
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmicl_kernels.durable import append, clear_away, is_file, is_folder, replacing, sync_folder
+from mmicl_kernels.durable import append, clear_away, is_file, is_folder, locked, replacing, sync_folder
 from mmicl_kernels.methods import ADAPTERS, Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.base import check_tensors, is_plain
 from mmicl_kernels.store.combine import combine_adapters
@@ -31,10 +31,11 @@ from mmicl_kernels.store.entry_file import (
     read_entry,
 )  # fmt: skip
 from mmicl_kernels.store.hub import huggingface_hub
-from mmicl_kernels.store.index import RETRIES, Index, Row, scaled, unit
-from mmicl_kernels.store.locking import Mutex, locked
+from mmicl_kernels.store.index import PENDING, Index, check_dimension, conditions, row_of
 from mmicl_kernels.store.mapped import is_hub_link
+from mmicl_kernels.store.vectors import unit
 
+RETRIES = 3  # of a search that met an entry while it was replaced
 REMOVED_IN_USE = ".nfs"  # what NFS calls a file that was removed or replaced while somebody reads it
 
 
@@ -56,7 +57,6 @@ class VLibrary:
             raise NotADirectoryError(f"{self.folder} is not a folder, expected a library")
         self._entries = self.folder / "entries"
         self._index = Index(self.folder)
-        self._mutex = Mutex(forget=self._index.clear)
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         """Copies and pickles open the folder again."""
@@ -147,9 +147,7 @@ class VLibrary:
 
     def list(self) -> list[str]:
         """All names, in order."""
-        with self._mutex:
-            self._index.refresh()
-            return [row.name for row in self._index.sorted_rows()]
+        return self._index.names()
 
     def __len__(self) -> int:
         return len(self.list())
@@ -164,17 +162,12 @@ class VLibrary:
         if not is_folder(self._entries):
             raise KeyError(f"no entry {name!r} in {self.folder}")
         with self._writing() as index:
-            if not is_file(path) and name not in index.rows:
+            if not is_file(path) and path.name not in index.rows():
                 raise KeyError(f"no entry {name!r} in {self.folder}")
-            logged = index.logged
-            if logged:
-                index.announce_remove(name)
+            index.announce(path.name)
             path.unlink(missing_ok=True)
             sync_folder(self._entries)
-            if logged:
-                index.settle()
-            else:
-                index.restore()
+            index.settle()
 
     def search(
         self,
@@ -206,20 +199,13 @@ class VLibrary:
             if not isinstance(value, str | None):
                 raise TypeError(f"{kind} is {value!r:.80}, expected a string")
         words = normal_form(text or "").casefold().split()
-        task, wanted = normal_form(task), {normal_form(tag) for tag in tags or ()}
+        task, wanted = normal_form(task), [normal_form(tag) for tag in tags or ()]
         query = None if embedding is None else unit(_embedding(embedding))
 
-        def meeting(rows: list[Row]) -> list[Row]:
-            if task is not None:
-                rows = [row for row in rows if row.task == task]
-            if method is not None:
-                rows = [row for row in rows if row.method == method]
-            if wanted:
-                rows = [row for row in rows if wanted.issubset(row.tags)]
-            for word in words:
-                rows = [row for row in rows if word in row.text]
-            return rows
-
+        labels = [*words, *wanted, task or "", method or ""]
+        if not all(label.isprintable() for label in labels):
+            return []  # nobody's: all that are stored are
+        meeting = conditions(words, wanted, task, method)
         found: list[Entry] = []
         for _ in range(RETRIES):
             found, stale = self._search(meeting, query, limit)
@@ -249,17 +235,19 @@ class VLibrary:
         lock = self.folder / "lock"
         # Where a lock cannot even be made, in a snapshot of the hub or on a read-only disk, nobody writes.
         alone = is_file(lock) or os.access(self.folder, os.W_OK)
-        with self._mutex, locked(lock) if alone else nullcontext():
-            self._index.look()
+        with locked(lock) if alone else nullcontext():
+            if alone:
+                with suppress(CheckpointError, OSError):
+                    self._index.settle()
+            rows = self._index.rows()
             problems = [f"index: {self._index.damage}"] if self._index.damage else []
-            missing = {file_name(row.name): row for row in self._index.sorted_rows()}
             for path in sorted(self._entries.iterdir()):
                 if path.name.startswith(REMOVED_IN_USE):
                     continue
-                problem = self._problem_of(path, missing.pop(path.name, None))
+                problem = self._problem_of(path, rows.pop(path.name, None))
                 if problem:
                     problems.append(problem)
-            return problems + [f"index: {row.name!r} has no file" for row in missing.values()]
+            return problems + [f"index: {row[1]!r} has no file" for row in rows.values() if row]
 
     def rebuild(self) -> None:
         """Write the index anew from the entries. Damaged files are left out, and left where they are.
@@ -336,23 +324,18 @@ class VLibrary:
             is_new = not is_file(path)
             if not is_new and not overwrite:
                 raise FileExistsError(f"{self.folder} has an entry {entry.name!r}; overwrite replaces it")
-            in_place = (embedding is None or index.takes(entry.name, len(embedding))) and index.logged
+            if embedding is not None:
+                index.read(lambda x: check_dimension(x, len(embedding), path.name), complete=False)
             temporary = index.temporary / uuid.uuid4().hex
             append(temporary, data)
-            if in_place:
-                index.announce_put(entry, digest, embedding)
-            else:  # there is no log, or no matrix that holds both the old embedding and the new one
-                index.forget()
+            index.announce(path.name)
             temporary.replace(path)
             try:
                 sync_folder(self._entries)
             except OSError:
                 clear_away([path] if is_new else [])
                 raise
-            if in_place:
-                index.settle()
-            else:
-                index.restore()
+            index.settle()
         return entry
 
     def _read(self, name: str, reader: Any) -> tuple:
@@ -366,32 +349,22 @@ class VLibrary:
         return found
 
     def _search(
-        self, meeting: Callable[[list[Row]], list[Row]], query: Tensor | None, limit: int
+        self, meeting: list[tuple[str, str]], query: Tensor | None, limit: int
     ) -> tuple[list[Entry], bool]:
         """Found entries, and whether one of them was replaced or removed meanwhile."""
-        with self._mutex:
-            index = self._index
-            index.refresh()
-            if query is not None and index.dimension not in (None, len(query)):
-                raise ValueError(f"embedding has dimension {len(query)}, the library has {index.dimension}")
-            rows = meeting(index.sorted_rows())
-            if query is None:
-                best = [(None, row.name) for row in rows[:limit]]
-            else:
-                best = index.nearest(rows, query, limit)
-            digests = {name: index.rows[name].digest for _, name in best}
+        best = self._index.search(meeting, query, limit)
         found, stale = [], False
-        for score, name in best:
+        for score, name, known in best:
             try:
                 entry, digest = self._read(name, read_entry)
             except KeyError:
                 stale = True
                 continue
-            stale |= digest != digests[name]
+            stale |= digest != known
             found.append(replace(entry, score=score))
         return found, stale
 
-    def _problem_of(self, path: Path, row: Row | None) -> str | None:
+    def _problem_of(self, path: Path, row: tuple | None) -> str | None:
         """What is wrong with a file in ``entries``, or with the ``row`` the index has of it."""
         try:
             linked = path.is_symlink() and not is_hub_link(path)
@@ -407,11 +380,12 @@ class VLibrary:
             return f"{path} holds the entry {entry.name!r}, expected in {file_name(entry.name)}"
         if row is None:
             return f"index: {entry.name!r} is not in it"
-        if row != Row.of(entry, digest, row.slot):
+        expected = row_of(entry, digest, embedding)
+        if row == PENDING:
+            return None
+        if row[:-2] != expected[:-2]:
             return f"index: {entry.name!r} is described otherwise than in its file"
-        if (row.slot is None) != (embedding is None) or (
-            embedding is not None and not torch.equal(scaled(embedding), self._index.vectors[row.slot])
-        ):
+        if row != expected:
             return f"index: {entry.name!r} has another vector than in its file"
         return None
 
@@ -423,7 +397,7 @@ class VLibrary:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder)
-        with self._mutex, locked(self.folder / "lock"):
+        with locked(self.folder / "lock"):
             self._index.recover()
             yield self._index
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmicl_kernels.methods.sites import FusedTokens
 
-if TYPE_CHECKING:
-    from mmicl_kernels.store.demo_bank import DemonstrationBank
-
 MOVED_BYTES = 2**24  # at once, beside the buffer, when it is compacted
+
+
+class Bank(Protocol):
+    """What a working set asks of a DemonstrationBank."""
+
+    hidden_size: int
+    dtype: torch.dtype
+    fused: FusedTokens
+
+    def prefetch(self, ids: Iterable[int]) -> None: ...
 
 
 class WorkingSet:
@@ -33,7 +40,7 @@ class WorkingSet:
     """
 
     @torch.inference_mode(False)  # what was made in that mode could not be used outside, here and in ``load``
-    def __init__(self, bank: DemonstrationBank, device: torch.device | str, max_bytes: int) -> None:
+    def __init__(self, bank: Bank, device: torch.device | str, max_bytes: int) -> None:
         C, quantised = bank.hidden_size, bank.dtype == torch.int8
         self._row_bytes = C * bank.dtype.itemsize + (torch.float32.itemsize if quantised else 0)
         if type(max_bytes) is not int or max_bytes < self._row_bytes:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,13 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import attention_peers, registry, report, run, shapes, timing
-from benchmarks.peers import plain_attention, published, published_shifted_attention
-from benchmarks.values import find_fault
+from benchmarks import report, run
+from benchmarks.harness import registry, timing
+from benchmarks.harness.case import Case
+from benchmarks.harness.values import find_fault
+from benchmarks.ops.attention_shift import shift_formula
+from benchmarks.ops.shifted_attention import plain_attention
+from benchmarks.peers import published, published_shifted_attention
 from mmicl_kernels.ops import alignment_loss, attention_shift, shifted_attention
 from mmicl_kernels.testing.budgets import assert_within_budget, eager_shifted_attention, gradients
 from mmicl_kernels.testing.inputs import (
@@ -21,6 +28,8 @@ from mmicl_kernels.testing.inputs import (
     shifted_attention_inputs,
 )
 
+ROOT = Path(__file__).parents[2]
+RESIDUAL = [name for name in registry.OPS if name.startswith("residual")]
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias", "dshift")
 
 
@@ -143,7 +152,7 @@ def test_interleaved_samples():
     assert (slow.low, slow.high) == pytest.approx((2.8, 33.2))
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in registry.RESIDUAL_SHIFT])
+@pytest.mark.parametrize("name", RESIDUAL)
 def test_work_of_the_residual_ops_is_counted(name):
     """A forward reads and writes what comes in and goes out; dx is dout where the norm is not preserved."""
     spec = registry.OPS[name]
@@ -161,11 +170,11 @@ def test_work_of_the_residual_ops_is_counted(name):
     assert spec.flops(case) == 2 * inputs[0].numel()
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in registry.RESIDUAL_SHIFT])
+@pytest.mark.parametrize("name", RESIDUAL)
 @pytest.mark.parametrize("backward", (False, True))
 def test_residual_providers_have_no_fault(name, backward):
     spec, lineup = registry.OPS[name], registry.OPS[name].lineups["cpu"]
-    case = shapes.Case(B=2, H=2, G=2, T=40, S=40, D=32, dtype="float32", backward=backward)
+    case = Case(B=2, H=2, G=2, T=40, S=40, D=32, dtype="float32", backward=backward)
     inputs = spec.make_inputs(case, "cpu")
     parts = spec.parts(case, inputs)
     assert len(parts) >= (3 if backward else 2)
@@ -179,8 +188,8 @@ def test_residual_providers_have_no_fault(name, backward):
 @pytest.mark.parametrize("backward", (False, True))
 def test_alignment_providers_have_no_fault(backward):
     """Of peers and ours; what is read and written is counted."""
-    spec, lineup = registry.ALIGNMENT_LOSS, registry.ALIGNMENT_LOSS.lineups["cpu"]
-    case = shapes.Case(B=2, H=2, G=2, T=40, S=40, D=32, dtype="float32", backward=backward)
+    spec, lineup = registry.OPS["alignment_loss"], registry.OPS["alignment_loss"].lineups["cpu"]
+    case = Case(B=2, H=2, G=2, T=40, S=40, D=32, dtype="float32", backward=backward)
     mask, *layers = inputs = spec.make_inputs(case, "cpu")
     states, targets = layers[: len(layers) // 2], layers[len(layers) // 2 :]
     read = 2 * sum(y.nbytes for y in targets)
@@ -221,7 +230,7 @@ def test_the_formula_of_the_epilogue_is_the_op():
     inputs = attention_shift_inputs(dtype=torch.float32, layout="heads_last")
     exact = attention_shift(*(x.double() for x in inputs), impl="reference")
     low = attention_shift(*inputs, impl="reference")
-    assert_within_budget("out", attention_peers.shift_formula(*inputs), low, exact)
+    assert_within_budget("out", shift_formula(*inputs), low, exact)
 
 
 @pytest.fixture
@@ -230,12 +239,13 @@ def small_op(monkeypatch, tmp_path):
     test = tmp_path / "test_op.py"
     test.write_text("def test_op():\n    pass\n")
     cases = tuple(
-        shapes.Case(B=1, H=2, G=2, T=T, S=T, D=16, dtype="float32", backward=backward)
+        Case(B=1, H=2, G=2, T=T, S=T, D=16, dtype="float32", backward=backward)
         for backward in (False, True)
         for T in (16, 32)
     )
-    lineup = dataclasses.replace(registry.SHIFTED_ATTENTION.lineups["cpu"], cases=cases)
-    spec = dataclasses.replace(registry.SHIFTED_ATTENTION, tests=(str(test),), lineups={"cpu": lineup})
+    spec = registry.OPS["shifted_attention"]
+    lineup = dataclasses.replace(spec.lineups["cpu"], cases=cases)
+    spec = dataclasses.replace(spec, tests=(str(test),), lineups={"cpu": lineup})
     monkeypatch.setitem(run.OPS, spec.name, spec)
     return test
 
@@ -257,6 +267,12 @@ def test_a_quick_run_writes_valid_json(small_op, tmp_path, capsys, monkeypatch):
         assert row["gb_per_s"] > 0 and row["gflop_per_s"] > 0 and row["peak_bytes"] > 0
         assert row["ratio"].get(row["provider"], 1.0) == 1.0 and set(row["ratio"]) == {"plain", "published"}
     assert "composed / plain" in capsys.readouterr().out
+
+
+def test_measuring_needs_no_matplotlib():
+    modules = "benchmarks.run, benchmarks.report, benchmarks.e2e.run, benchmarks.e2e.shots"
+    script = f"import sys; sys.modules['matplotlib'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_a_red_op_is_not_measured(small_op, tmp_path, capsys):

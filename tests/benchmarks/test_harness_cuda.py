@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,25 +14,18 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import (
-    alignment_peers,
-    attention_peers,
-    measure,
-    registry,
-    run,
-    shapes,
-    supervisor,
-    timing,
-    values,
-)
-from benchmarks.peers import plain_attention
-from benchmarks.shapes import IDEFICS2, SMOLVLM, decode, prefill, training
+from benchmarks import run
+from benchmarks.harness import measure, registry, supervisor, timing, values
+from benchmarks.harness.case import Case
+from benchmarks.harness.spec import bound
+from benchmarks.ops import attention_shift as shift_op
+from benchmarks.ops import shifted_attention as attention_op
 from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.testing.budgets import assert_within_budget, eager_shifted_attention
 from mmicl_kernels.testing.inputs import attention_shift_inputs, shifted_attention_inputs
 
-ATTENTION, SHIFT = registry.SHIFTED_ATTENTION, registry.ATTENTION_SHIFT
-SMALL = shapes.Case(B=2, H=4, G=2, T=48, S=48, D=16, dtype="bfloat16", model="small")
+ATTENTION, SHIFT = attention_op.SPEC, shift_op.SPEC
+SMALL = Case(B=2, H=4, G=2, T=48, S=48, D=16, dtype="bfloat16", model="small")
 SMALL_CASES = (
     SMALL,
     dataclasses.replace(SMALL, backward=True),
@@ -39,110 +33,64 @@ SMALL_CASES = (
 )
 
 
+COMPOSED = attention_op.OURS["composed"]
+
 # ---- cases and providers ----
 
 
-def test_cases_of_the_targets_come_first():
-    cases = shapes.CUDA_ATTENTION
-    K = 1024
-    assert cases[:5] == tuple(prefill(IDEFICS2, T) for T in (K, 2 * K, 4 * K, 8 * K, 16 * K))
-    targets = [decode(IDEFICS2, S, B=8) for S in (16 * K, 64 * K)]
-    targets += [training(IDEFICS2, T) for T in (2 * K, 4 * K, 8 * K)]
-    targets += [prefill(SMOLVLM, T) for T in (K, 2 * K, 4 * K, 8 * K, 16 * K)]
-    assert set(cases[5:15]) == set(targets)
-
-
-def test_cases_cover_what_is_to_be_measured():
-    cases = shapes.CUDA_ATTENTION
-    assert len(set(cases)) == len(cases) and set(cases) >= shapes.WITH_FLEX
-    for section in ("forward", "training", "decode"):
-        assert {case.model for case in cases if case.section == section} == set(shapes.MODELS)
-    assert {case.T for case in cases if case.section == "forward"} >= {128, 16384}
-    assert {case.B for case in cases if case.section == "forward"} >= {1, 8, 32}
-    cached = {(case.B, case.S) for case in cases if case.section == "decode"}
-    assert cached >= {(B, S) for B in (1, 8, 64) for S in (1024, 16384, 65536)}
-    assert all(not case.causal and case.T == 1 for case in cases if case.section == "decode")
-
-
 @pytest.mark.parametrize("name", registry.OPS)
-def test_lineups_name_providers_that_exist(name):
+def test_cases_and_providers_have_one_place_each(name):
     for lineup in registry.OPS[name].lineups.values():
-        assert len(set(lineup.peers + lineup.ours)) == len(lineup.peers + lineup.ours)
-        assert set(lineup.peers) | set(lineup.ours) == set(lineup.providers)
-        assert set(lineup.stock) <= set(lineup.peers)
+        assert len(set(lineup.cases)) == len(lineup.cases)
+        assert len(lineup.providers) == len(lineup.floors) + len(lineup.others) + len(lineup.ours)
+        assert set(lineup.stock) <= set(lineup.others)
 
 
-BY_A_MASK = {
-    "row_projection": ("indexed", "compiled"),
-    "alignment_loss": ("mse", "formula", "compiled"),
+UNKNOWN_ON_META = {
+    "row_projection": ("indexed", "compiled"),  # the number of a mask's rows
+    "alignment_loss": ("formula", "compiled", "mse"),
+    "shifted_attention": ("flex + epilogue",),
+    "residual_shift": ("compiled",),
+    "residual_shift_preserve_norm": ("compiled",),
+    "residual_shift_rms_norm": ("compiled", "liger"),
 }
 
 
 @pytest.mark.parametrize("name", registry.OPS)
 def test_every_provider_of_every_cuda_case_runs_on_meta_tensors(name, monkeypatch):
-    monkeypatch.setattr(attention_peers, "_compiled_formula", attention_peers.shift_formula)
-    spec = registry.OPS[name]
-    for case in spec.lineups["cuda"].cases:
+    """To the shapes of the op's results, or of as many as it has."""
+    monkeypatch.setattr(shift_op, "_compiled_formula", shift_op.shift_formula)
+    spec, lineup = registry.OPS[name], registry.OPS[name].lineups["cuda"]
+    for case in lineup.cases:
         inputs = spec.make_inputs(case, "meta")
-        for provider, bind in spec.lineups["cuda"].providers.items():
-            if provider in ("flex + epilogue", "liger"):
-                continue  # not on meta, not installed
-            if provider in BY_A_MASK.get(name, ()):
-                continue  # a mask on meta has no number of rows
-            fn = bind(case, inputs)
-            if provider == "compiled" and name.startswith("residual"):
-                continue  # meta tensors do not compile
-            if case.backward and provider in ("cudnn + epilogue", "flash + epilogue"):
-                assert fn is None
-                continue
-            result = fn()
-            if name == "alignment_loss" and provider != "memcpy":
-                expected = (
-                    [x.shape for x in inputs[1 : 1 + alignment_peers.LAYERS]] if case.backward else [()]
-                )
-                assert [x.shape for x in (result if case.backward else [result])] == expected, provider
-            elif name == "row_projection":
-                expected = inputs[2:4] if case.backward else inputs[4:]
-                result = result if case.backward else (result,)
-                assert [x.shape for x in result] == [x.shape for x in expected], provider
-            elif case.backward and name.startswith("residual") and provider != "memcpy":
-                assert [x.shape for x in result] == [x.shape for x in inputs[: len(result)]], provider
-            elif case.backward and provider != "memcpy":
-                differentiated = inputs[:3] if provider in attention_peers.BACKENDS else inputs[:6]
-                assert [x.shape for x in result] == [x.shape for x in differentiated], provider
-            elif name.startswith("residual") and provider != "memcpy":
-                outputs = result if isinstance(result, tuple) else (result,)
-                assert {x.shape for x in outputs} == {(case.B, case.T, case.H * case.D)}, provider
-            elif provider != "memcpy":
-                assert result.shape == (case.B, case.H, case.T, case.D), provider
+        expected = _shapes(lineup.ours["composed"](case, inputs)())
+        for provider in lineup.providers.keys() - {"memcpy", *UNKNOWN_ON_META.get(name, ())}:
+            fn = lineup.providers[provider](case, inputs)
+            if fn is None:
+                assert case.backward and "epilogue" in provider
+            else:
+                found = _shapes(fn())
+                assert found == expected[: len(found)], provider
+        if case.backward:
+            leaves = [x.shape for x in inputs if x.requires_grad]
+            assert expected == leaves
 
 
-def test_flex_takes_part_where_it_is_compiled(monkeypatch):
-    """Its block mask is lower triangular in blocks, and a decode has none."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled.append(options) or fn)
-    monkeypatch.setattr(registry, "flex_shifted_attention", lambda *arguments: arguments)
-    for case in shapes.WITH_FLEX:
-        small = dataclasses.replace(case, T=min(case.T, 256), S=min(case.S, 256), backward=False)
-        monkeypatch.setattr(shapes, "WITH_FLEX", {small})
-        inputs = ATTENTION.make_inputs(small, "cpu")
-        *_, block_mask = registry._flex(small, inputs)()
-        if case.section == "decode":
-            assert block_mask is None
-        else:
-            assert block_mask.shape[-2:] == (small.T, small.T)
-            assert torch.equal(block_mask.to_dense()[0, 0], torch.ones(2, 2).tril().int()[: small.T // 128])
-    assert registry._flex(SMALL, ()) is None
-    assert {options["dynamic"] for options in compiled} == {False}
+def _shapes(outputs):
+    return [x.shape for x in values.as_tuple(outputs)]
 
 
 @pytest.mark.parametrize("T", (1, 200))
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_and_epilogue_is_the_op(T):
-    inputs = shifted_attention_inputs(2, 4, 2, T, 200, 32, layout="heads_last")
-    block_mask = attention_peers.causal_block_mask(200, "cpu") if T > 1 else None
-    actual = attention_peers.flex_shifted_attention(*inputs, block_mask)
-    _assert_is_the_op(actual, inputs, causal=T > 1)
+def test_flex_and_epilogue_is_the_op(T, monkeypatch):
+    """In the cases that it is compiled for; in others it takes no part."""
+    case = dataclasses.replace(SMALL, T=T, S=200, D=32, dtype="float32", causal=T > 1)
+    inputs = ATTENTION.make_inputs(case, "cpu")
+    flex = ATTENTION.lineups["cuda"].others["flex + epilogue"]
+    assert flex(case, inputs) is None
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    monkeypatch.setattr(attention_op, "WITH_FLEX", {case})
+    assert values.find_fault(ATTENTION.parts(case, inputs), flex(case, inputs)()) is None
 
 
 @pytest.mark.parametrize("G", (2, 4))
@@ -150,10 +98,10 @@ def test_stock_and_epilogue_is_the_op_and_has_no_gradient(G, monkeypatch):
     def cpu_flash(q, k, v, *, causal):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
-    monkeypatch.setitem(attention_peers.WITH_LSE, "flash", cpu_flash)
-    monkeypatch.setattr(attention_peers, "_compiled_formula", attention_peers.shift_formula)
+    monkeypatch.setitem(attention_op.WITH_LSE, "flash", cpu_flash)
+    monkeypatch.setattr(shift_op, "_compiled_formula", shift_op.shift_formula)
     inputs = [x.requires_grad_() for x in shifted_attention_inputs(G=G, layout="heads_last")]
-    actual = attention_peers.stock_and_epilogue("flash")(*inputs, causal=True)
+    actual = attention_op.stock_and_epilogue("flash")(*inputs, causal=True)
     assert not actual.requires_grad
     _assert_is_the_op(actual, inputs, causal=True)
 
@@ -166,10 +114,10 @@ def _assert_is_the_op(actual, inputs, causal):
 
 def test_a_forced_backend_runs_or_raises():
     q, k, v = shifted_attention_inputs(layout="heads_last")[:3]
-    flash = attention_peers.forced_attention("flash")(q, k, v, causal=True)
-    assert torch.equal(flash, plain_attention(q, k, v, causal=True))
+    flash = attention_op.forced_attention("flash")(q, k, v, causal=True)
+    assert torch.equal(flash, attention_op.plain_attention(q, k, v, causal=True))
     with pytest.raises(RuntimeError, match="No (viable|available)"):
-        attention_peers.forced_attention("cudnn")(q, k, v, causal=True)
+        attention_op.forced_attention("cudnn")(q, k, v, causal=True)
 
 
 def test_the_epilogue_is_compiled_once_for_all_lengths(monkeypatch):
@@ -179,12 +127,12 @@ def test_the_epilogue_is_compiled_once_for_all_lengths(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(attention_peers.shift_formula, dynamic=False, backend=backend)
-    monkeypatch.setattr(attention_peers, "_compiled_formula", compiled)
+    compiled = torch.compile(shift_op.shift_formula, dynamic=False, backend=backend)
+    monkeypatch.setattr(shift_op, "_compiled_formula", compiled)
     for number, (B, T, D) in enumerate(((2, 37, 16), (3, 50, 16), (2, 64, 16), (2, 64, 32))):
         inputs = attention_shift_inputs(B=B, T=T, D=D, layout="heads_last")
         torch.testing.assert_close(
-            attention_peers.compiled_shift(*inputs), attention_shift(*inputs, impl="reference")
+            shift_op.compiled_shift(*inputs), attention_shift(*inputs, impl="reference")
         )
         assert not hasattr(inputs[2], "_dynamo_weak_dynamic_indices")
         assert len(graphs) == (2 if number == 3 else 1)
@@ -193,28 +141,25 @@ def test_the_epilogue_is_compiled_once_for_all_lengths(monkeypatch):
 # ---- values ----
 
 
-def _outputs(case, inputs, impl="composed"):
-    return registry._ours(impl)(case, inputs)()
-
-
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.section)
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_right_values_have_no_fault(case, dtype, monkeypatch):
-    monkeypatch.setattr(values, "BLOCK_ELEMENTS", 2 * 2 * 48 * 20)  # 20 queries a block
+    monkeypatch.setattr(attention_op, "BLOCK_ELEMENTS", 2 * 2 * 48 * 20)  # 20 queries a block
     monkeypatch.setattr(values, "ROWS", 20)
     case = dataclasses.replace(case, dtype=dtype)
     inputs = ATTENTION.make_inputs(case, "cpu")
-    assert values.find_fault(values.attention_parts(case, inputs), _outputs(case, inputs)) is None
+    assert values.find_fault(ATTENTION.parts(case, inputs), COMPOSED(case, inputs)()) is None
 
 
 def test_blocks_of_queries_add_up(monkeypatch):
     case = dataclasses.replace(SMALL_CASES[1], dtype="float64")
     inputs = ATTENTION.make_inputs(case, "cpu")
-    whole = values.attention_parts(case, inputs)
-    monkeypatch.setattr(values, "BLOCK_ELEMENTS", 2 * 2 * 48 * 20)
-    for part, expected in zip(values.attention_parts(case, inputs), whole, strict=True):
+    whole = ATTENTION.parts(case, inputs)
+    reference = bound(partial(shifted_attention, causal=True, impl="reference"), 6)
+    monkeypatch.setattr(attention_op, "BLOCK_ELEMENTS", 2 * 2 * 48 * 20)
+    for part, expected in zip(ATTENTION.parts(case, inputs), whole, strict=True):
         torch.testing.assert_close(part.exact, expected.exact)
-        actual = _outputs(case, inputs, "reference")[part.output][part.index]
+        actual = reference(case, inputs)()[part.output][part.index]
         torch.testing.assert_close(actual, expected.exact)
 
 
@@ -229,18 +174,18 @@ def test_blocks_of_queries_add_up(monkeypatch):
 def test_a_wrong_output_has_a_fault(output, index, name, monkeypatch):
     monkeypatch.setattr(values, "ROWS", 20)
     inputs = ATTENTION.make_inputs(SMALL, "cpu")
-    out = _outputs(SMALL, inputs)
+    out = COMPOSED(SMALL, inputs)()
     out[index] *= 1.5
-    assert values.find_fault(values.attention_parts(SMALL, inputs), out).startswith(name)
+    assert values.find_fault(ATTENTION.parts(SMALL, inputs), out).startswith(name)
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_a_wrong_gradient_has_a_fault(number):
     case = SMALL_CASES[1]
     inputs = ATTENTION.make_inputs(case, "cpu")
-    grads = [x.clone() for x in _outputs(case, inputs)]
+    grads = [x.clone() for x in COMPOSED(case, inputs)()]
     (grads[number][-1] if number > 2 else grads[number][-1, -1]).mul_(1.1)
-    fault = values.find_fault(values.attention_parts(case, inputs), grads)
+    fault = values.find_fault(ATTENTION.parts(case, inputs), grads)
     assert fault.startswith(("dq", "dk", "dv", "dweight", "dbias", "dshift")[number] + " of key head 1")
 
 
@@ -253,14 +198,14 @@ def test_a_dropped_gradient_of_lse_is_a_fault():
                                  return_lse=True)  # fmt: skip
     wrong = attention_shift(out, lse.detach(), q, *parameters)
     grads = torch.autograd.grad(wrong, inputs, dout)
-    fault = values.find_fault(values.attention_parts(case, (*inputs, dout)), grads)
+    fault = values.find_fault(ATTENTION.parts(case, (*inputs, dout)), grads)
     assert fault.startswith(("dq", "dk"))
 
 
 @pytest.mark.parametrize("impl", ("composed", "reference"))
 def test_values_of_attention_shift(impl):
     inputs = SHIFT.make_inputs(SMALL, "cpu")
-    parts = values.shift_parts(SMALL, inputs)
+    parts = SHIFT.parts(SMALL, inputs)
     out = attention_shift(*inputs, impl=impl)
     assert values.find_fault(parts, out) is None
     out[1, 3] += 0.1
@@ -283,29 +228,32 @@ def as_cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "cuda_rates", lambda: {"copy_gb_per_s": 4e3, "matmul_tflop_per_s": 780.0})
     monkeypatch.setattr(timing, "MIN_ROUNDS", 2)
     monkeypatch.setitem(run.SECONDS, "cuda", 1e-9)
-    plain = ATTENTION.lineups["cpu"].providers["plain"]
-    providers = {
-        **ATTENTION.lineups["cuda"].providers,
-        "cudnn": plain,
-        "efficient": plain,
-        "triton": _refused,
-    }
-    for name in ("cudnn + epilogue", "flash + epilogue"):
-        providers[name] = registry._forward_only(registry._ours("composed"))
-    lineup = dataclasses.replace(ATTENTION.lineups["cuda"], cases=SMALL_CASES, providers=providers)
+    plain = ATTENTION.lineups["cpu"].floors["plain"]
+    on_cpu = {"cudnn": plain, "efficient": plain, "triton": _refused}
+    on_cpu |= {f"{name} + epilogue": _forward_only for name in attention_op.WITH_LSE}
+    lineup = ATTENTION.lineups["cuda"]
 
     def install(**changes):
-        small = dataclasses.replace(lineup, providers={**providers, **changes})
+        groups = {
+            group: {
+                name: {**on_cpu, **changes}.get(name, bind) for name, bind in getattr(lineup, group).items()
+            }
+            for group in ("floors", "others", "ours")
+        }
         spec = dataclasses.replace(
             ATTENTION,
-            lineups={"cuda": small},
-            make_inputs=lambda case, device: registry._cuda_attention_inputs(case, "cpu"),
+            lineups={"cuda": dataclasses.replace(lineup, cases=SMALL_CASES, **groups)},
+            make_inputs=lambda case, device: ATTENTION.make_inputs(case, "cpu"),
         )
         monkeypatch.setitem(run.OPS, spec.name, spec)
         return spec
 
     install()
     return install
+
+
+def _forward_only(case, inputs):
+    return None if case.backward else COMPOSED(case, inputs)
 
 
 def _refused(case, inputs):
@@ -360,10 +308,10 @@ def test_a_cuda_run(as_cuda, tmp_path, capsys):
 
 def test_only_our_errors_and_faults_count(as_cuda, tmp_path):
     def wrong(case, inputs):
-        right = registry._ours("composed")(case, inputs)
+        right = COMPOSED(case, inputs)
         return lambda: [x * 1.5 for x in right()] if case.backward else right() * 1.5
 
-    fine = registry._ours("composed")
+    fine = COMPOSED
     as_cuda(flash=_refused, triton=fine, **{"cudnn + epilogue": wrong})
     assert _work(*_worker(tmp_path)) == 0
     rows = _result(tmp_path)["rows"]
@@ -375,7 +323,7 @@ def test_only_our_errors_and_faults_count(as_cuda, tmp_path):
 
 
 def test_the_budget_is_kept_and_says_what_was_left_out(as_cuda, tmp_path, monkeypatch):
-    as_cuda(triton=registry._ours("composed"))
+    as_cuda(triton=COMPOSED)
     assert _work(*_worker(tmp_path, budget=0)) == 0
     result = _result(tmp_path)
     left_out = [(case["backward"], case["T"]) for case in result["left_out"]]
@@ -406,7 +354,7 @@ def test_a_provider_that_fails_while_timed_leaves_the_others(as_cuda):
             calls.append(case)
             if len(calls) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
-            return registry._ours("composed")(case, inputs)()
+            return COMPOSED(case, inputs)()
 
         return fn
 
@@ -466,7 +414,7 @@ def test_a_lost_device_ends_the_process_with_its_name_noted(as_cuda, tmp_path, m
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     (tmp_path / "lost.json").write_text(json.dumps([{**now, "error": "the device was lost"}]))
-    as_cuda(triton=registry._ours("composed"))
+    as_cuda(triton=COMPOSED)
     assert _work(*_worker(tmp_path)) == 1
     result = _result(tmp_path)
     errors = {
@@ -476,7 +424,7 @@ def test_a_lost_device_ends_the_process_with_its_name_noted(as_cuda, tmp_path, m
 
 
 def test_another_process_goes_on_where_one_was_lost(as_cuda, tmp_path, monkeypatch):
-    as_cuda(triton=registry._ours("composed"))
+    as_cuda(triton=COMPOSED)
     assert _work(*_worker(tmp_path)) == 0
     before = _result(tmp_path)
     path = tmp_path / "out" / "nvidia-h200" / "shifted_attention.json"

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import report, report_cuda, shapes
-from benchmarks.shapes import decode, prefill
+from benchmarks import report
+from benchmarks.harness import tables_cuda
+from benchmarks.harness.case import MODELS, decode, prefill
 
 
 def cuda_result():
@@ -46,7 +47,7 @@ def cuda_result():
 
 @pytest.fixture
 def model_m(monkeypatch):
-    monkeypatch.setitem(shapes.MODELS, "m", (32, 8, 128))
+    monkeypatch.setitem(MODELS, "m", (32, 8, 128))
 
 
 def test_cuda_tables(model_m):
@@ -84,5 +85,5 @@ def test_cuda_plots_and_readme(model_m, tmp_path):
 
 
 def test_many_cases_of_one_reason_are_counted():
-    assert report_cuda._some(list("abcdef")) == "a; b; c; d; and 2 more"
-    assert report_cuda._some(list("ab")) == "a; b"
+    assert tables_cuda._some(list("abcdef")) == "a; b; c; d; and 2 more"
+    assert tables_cuda._some(list("ab")) == "a; b"

@@ -282,7 +282,7 @@ def test_template_dtype_and_images(build, saved, tmp_path):
         (["--images", "none"], {}, "--images: none does not exist"),
         ([], {"model": "none"}, "expected a folder"),
         ([], {"adapter": "none"}, "none"),
-        ([], {"adapter": "live"}, "has a LIVEAdapter, expected an AIMAdapter"),
+        ([], {"adapter": "live"}, "has a LIVEAdapter, expected one that fuses demonstrations"),
         ([], {"adapter": "other"}, "projection"),
         (["--dtype", "float16"], {}, "--dtype is float16, expected torch.bfloat16"),
         (["--template", "{text}"], {}, "template is '{text}'"),

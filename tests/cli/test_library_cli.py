@@ -192,7 +192,7 @@ def test_verify(library, mmicl):
     assert mmicl("verify", "--json") == (0, "[]\n", "")
     path = library.path("a")
     path.write_bytes(path.read_bytes()[:-1])
-    (library.folder / "index" / "log.jsonl").unlink()
+    (library.folder / "index" / "index.sqlite3").unlink()
     code, out, err = mmicl("verify")
     assert code == 1 and err == "" and len(out.splitlines()) == 2 and path.name in out
     code, out, _ = mmicl("verify", "--repair", "--json")

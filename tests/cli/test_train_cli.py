@@ -149,7 +149,7 @@ def test_dry_run_of_aim_on_answers(run, positions, end):
         ([*SHORT, "--set", "report_to=no_such_logger", "--out", "unused"], "no_such_logger"),
         (["--method", "mimic", "--checkpointing", "--dry-run"], "gradient checkpointing is on"),
         ([*SHORT, "--shots", "two"], "--shots is 'two', expected a number, or LOW-HIGH"),
-        ([*SHORT, "--shots", "1-2", "--dry-run"], "shots is (1, 2), expected a number: pairs are AIM's"),
+        ([*SHORT, "--shots", "1-2", "--dry-run"], "shots is (1, 2), expected a number for method 'live'"),
         ([*SHORT, "--config", "ce_weight"], "--config is 'ce_weight', expected NAME=VALUE"),
         ([*SHORT, "--config", "rank=3"], "--config is 'rank=3', expected one of ce_weight, kl_weight"),
         ([*SHORT, "--config", "ce_weight=big"], "--config ce_weight is 'big', expected float"),

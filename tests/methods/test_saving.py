@@ -9,7 +9,8 @@ from torch import nn
 import mmicl_kernels as mk
 from mmicl_kernels.methods import AIMAdapter, AIMConfig, LIVEAdapter, M2IVAdapter, MimICAdapter
 from mmicl_kernels.methods.base import Backbone
-from mmicl_kernels.store import read_adapter, read_official
+from mmicl_kernels.methods.mimic.official import read_official
+from mmicl_kernels.store import read_adapter
 
 BACKBONE = Backbone("M", "m", "t", 8, "org/model", "r1", {i: (2, 4) for i in range(3)}, (1.0, 2.0, 3.0))
 # As a file of the official code is read.

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mmicl_kernels.ops.attention_shift import _triton as shift_kernels
-from mmicl_kernels.ops.shifted_attention import _triton
-from mmicl_kernels.ops.shifted_attention._triton import launch
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels
+from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch
 
 FORWARD, COMBINE = "shifted_attention_fwd_kernel", "shifted_attention_combine_kernel"
 DQ, DKDV = "shifted_attention_dq_kernel", "shifted_attention_dkdv_kernel"
@@ -40,7 +39,7 @@ class Spy:
 def note_launches(monkeypatch):
     """The list to which every launch is added from now on."""
     noted = []
-    for module, kernels in ((_triton, (FORWARD, COMBINE, DQ, DKDV)), (shift_kernels, DELTA)):
+    for module, kernels in ((fwd, (FORWARD, COMBINE)), (bwd, (DQ, DKDV)), (shift_kernels, DELTA)):
         for name in kernels:
             monkeypatch.setattr(module, name, Spy(getattr(module, name), noted))
     return noted

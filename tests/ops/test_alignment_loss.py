@@ -518,7 +518,7 @@ def test_layers_on_two_devices(impl):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_bytes(dtype):
     """Beside the gradient of the states no memory but a few numbers a row: nothing gathered, nothing wide."""
-    from benchmarks.timing import peak_allocated_bytes
+    from benchmarks.harness.timing import peak_allocated_bytes
     from mmicl_kernels import _extension
 
     if not _extension.load():

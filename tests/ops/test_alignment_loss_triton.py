@@ -25,8 +25,8 @@ from triton_process import (  # noqa: E402
     on_device,
 )
 
-from mmicl_kernels.ops._rows import uses_of  # noqa: E402
-from mmicl_kernels.ops.alignment_loss import _composed, _triton, alignment_loss  # noqa: E402
+from mmicl_kernels.ops._core.rows import uses_of  # noqa: E402
+from mmicl_kernels.ops.alignment_loss import _torch, _triton, alignment_loss  # noqa: E402
 from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
@@ -66,14 +66,14 @@ def test_squares_are_the_stock_ones(name, layout, device):
     states = hidden_states(B, T, C, dtype=torch.float32, device=device, layout=layout)
     index = torch.tensor(INDICES[name], dtype=torch.long, device=device)
     targets = normal(len(index), 2 * C, dtype=torch.float32, device=device)[:, :C]
-    results = (kernels.alignment_squares_fwd(states, targets, index) for kernels in (_triton, _composed))
+    results = (kernels.alignment_squares_fwd(states, targets, index) for kernels in (_triton, _torch))
     for ours, stock in zip(*results, strict=True):
         torch.testing.assert_close(ours, stock)
     dd = normal(len(index), dtype=torch.float32, device=device, seed=1)
     ds = normal(len(index), dtype=torch.float32, device=device, seed=2)
     dd[::3], ds[::6], ds[1::6] = 0, 0, 0  # one, the other, both
     arguments = (dd, ds, states, targets, *uses_of(index, B * T))
-    ours, stock = (kernels.alignment_squares_bwd(*arguments) for kernels in (_triton, _composed))
+    ours, stock = (kernels.alignment_squares_bwd(*arguments) for kernels in (_triton, _torch))
     torch.testing.assert_close(ours, stock)
     assert torch.equal(ours != 0, stock != 0)
 

@@ -23,7 +23,10 @@ from triton_process import (  # noqa: E402
 )
 
 from mmicl_kernels.ops import attention_shift  # noqa: E402
-from mmicl_kernels.ops.attention_shift import _composed, _triton  # noqa: E402
+from mmicl_kernels.ops._core.layout import new_heads  # noqa: E402
+from mmicl_kernels.ops.attention_shift import _triton  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import bwd, fwd  # noqa: E402
+from mmicl_kernels.ops.attention_shift.kernels import stacked_parameters  # noqa: E402
 from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference  # noqa: E402
 from mmicl_kernels.testing.budgets import (
     assert_base,  # noqa: E402
@@ -98,7 +101,7 @@ def double(tensors):
 def stacked(inputs):
     """Inputs with the parameters as the kernels take them."""
     out, lse, q, *parameters = inputs
-    return out, lse, q, *_composed.stacked_parameters(q, *parameters)
+    return out, lse, q, *stacked_parameters(q, *parameters)
 
 
 def eager(inputs, ids, dout, order):
@@ -190,7 +193,7 @@ def test_in_place(case, device):
 def test_add_gate_grad(case, dtype, device):
     inputs, ids = case.inputs(dtype, device)
     weight = inputs[3]
-    dq, dg = _composed.new_output(inputs[2]).copy_(inputs[0]), inputs[1].nan_to_num(0.0, 0.0, 0.0)
+    dq, dg = new_heads(inputs[2]).copy_(inputs[0]), inputs[1].nan_to_num(0.0, 0.0, 0.0)
     if ids is not None:
         dg = dg * (ids >= 0)[:, None, None]  # as the backward returns it
     exact, low = (
@@ -307,10 +310,10 @@ def test_opcheck(ids, device):
 
 
 KERNELS = (
-    _triton.attention_shift_fwd_kernel,
-    _triton.attention_shift_bwd_kernel,
-    _triton.attention_shift_reduce_kernel,
-    _triton.add_gate_grad_kernel,
+    fwd.attention_shift_fwd_kernel,
+    bwd.attention_shift_bwd_kernel,
+    bwd.attention_shift_reduce_kernel,
+    bwd.add_gate_grad_kernel,
 )
 
 

@@ -42,8 +42,7 @@ def op_arguments(name, dtype, impl, training=True):
     inputs = shifted_attention_inputs(
         adapters=2 if name == "ids" else None, dtype=dtype, layout="heads_last", **sizes
     )
-    defaults = dict.fromkeys(Options._fields) | {"scale": 0.25, "causal": False, "all_keys": False}
-    return inputs, Options(**{**defaults, **OPTIONS[name], "training": training, "impl": impl})
+    return inputs, Options(scale=0.25, training=training, impl=impl, **OPTIONS[name])
 
 
 # Tracing the backward operators under autograd is left to the compile tests: it is the slow part.

@@ -31,9 +31,7 @@ def chosen(training=False, *, dtype=BF16, D=128, T=100_000, S=None, device="cuda
         q = torch.empty(2, 4, T, D, dtype=dtype, device=device)
         k = torch.empty(2, 2, S, D, dtype=dtype, device=device)
         tensors = {name: make() if callable(make) else make for name, make in options.items()}
-        defaults = dict.fromkeys(Options._fields) | {"scale": 0.1, "causal": False, "all_keys": False}
-        options = Options(**{**defaults, **tensors, "training": training, "impl": "auto"})
-        return dispatch.choose(q, k, options)
+        return dispatch.choose(q, k, Options(scale=0.1, training=training, **tensors))
 
 
 def row_ints():

@@ -17,7 +17,7 @@ from mmicl_kernels.ops import (
     row_projection,
     shifted_attention,
 )
-from mmicl_kernels.ops._checks import overlaps
+from mmicl_kernels.ops._core.checks import overlaps
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
 
 # In the interpreter, which takes minutes.

@@ -503,7 +503,7 @@ def test_bad_values_in_a_compiled_graph():
 @pytest.mark.skipif(INTERPRETED, reason="allocations of the CPU's implementations")
 def test_bytes(composed):
     """What grows with C: the batch forward, the gradients backward; in plain PyTorch a block of padding."""
-    from benchmarks.timing import peak_allocated_bytes
+    from benchmarks.harness.timing import peak_allocated_bytes
 
     peaks, sizes = [], []
     for C in (1024, 2048):

@@ -25,11 +25,12 @@ from triton_process import (  # noqa: E402
 
 from mmicl_kernels.ops import prefix_splice, prefix_splice_  # noqa: E402
 from mmicl_kernels.ops.prefix_splice import _triton  # noqa: E402
+from mmicl_kernels.ops.prefix_splice._triton import bwd, fwd  # noqa: E402
 from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import normal  # noqa: E402
 
-FORWARD, BACKWARD = KERNELS = (_triton.prefix_splice_fwd_kernel, _triton.prefix_splice_bwd_kernel)
+FORWARD, BACKWARD = KERNELS = (fwd.prefix_splice_fwd_kernel, bwd.prefix_splice_bwd_kernel)
 LAYOUTS = ("left", "right", "packed")
 FOLDER = Path(__file__).parent
 COUNTS = {"prefix_splice": 120, "prefix_splice_in_place": 15, "prefix_splice_triton": 30}

@@ -506,7 +506,7 @@ def test_bad_input(name):
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
 def test_bytes(preserve_norm):
     """The only memory is the result's, and of a backward dx and a sum per 32 tokens: one pass each."""
-    from benchmarks.timing import peak_allocated_bytes
+    from benchmarks.harness.timing import peak_allocated_bytes
     from mmicl_kernels import _extension
 
     if not _extension.load():

@@ -391,7 +391,7 @@ def test_bad_input(name):
 @pytest.mark.skipif(INTERPRETED, reason="allocations of the compiled kernels")
 def test_bytes():
     """Two results and a number per token; a backward dx and two sums per 32 tokens: one pass each."""
-    from benchmarks.timing import peak_allocated_bytes
+    from benchmarks.harness.timing import peak_allocated_bytes
     from mmicl_kernels import _extension
 
     if not _extension.load():

@@ -24,6 +24,7 @@ from triton_process import (  # noqa: E402
 )
 
 from mmicl_kernels.ops import residual_shift, residual_shift_rms_norm  # noqa: E402
+from mmicl_kernels.ops._core._triton import MAX_ROW  # noqa: E402
 from mmicl_kernels.ops.residual_shift import _triton as shift  # noqa: E402
 from mmicl_kernels.ops.residual_shift_rms_norm import _triton as norm  # noqa: E402
 from mmicl_kernels.testing.budgets import gradients  # noqa: E402
@@ -102,7 +103,7 @@ def test_offsets_past_two_to_the_31(device):
 
 @on_device
 def test_rows_too_long_for_a_norm_are_refused(device):
-    x = torch.zeros(1, 1, shift.MAX_ROW + 1, device=device)
+    x = torch.zeros(1, 1, MAX_ROW + 1, device=device)
     vector = torch.zeros(x.shape[2], device=device)
     assert torch.equal(residual_shift(x, vector, impl="triton"), x)
     with pytest.raises(NotImplementedError, match="C is 32769, expected at most 32768"):

@@ -25,7 +25,8 @@ from triton_process import (  # noqa: E402
     on_device,
 )
 
-from mmicl_kernels.ops.row_projection import _composed, _triton, row_projection  # noqa: E402
+from mmicl_kernels.ops._core import rows as stock_rows  # noqa: E402
+from mmicl_kernels.ops.row_projection import _triton, row_projection  # noqa: E402
 from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
@@ -68,12 +69,12 @@ def test_copies_are_the_stock_ones(name, layout, device):
     B, T, C = 3, 30, 2500
     hidden = hidden_states(B, T, C, dtype=torch.float32, device=device, layout=layout)
     index = torch.tensor(INDICES[name], dtype=torch.long, device=device)
-    assert torch.equal(_triton.gather_rows(hidden, index), _composed.gather_rows(hidden, index))
+    assert torch.equal(_triton.gather_rows(hidden, index), stock_rows.gather_rows(hidden, index))
     dx = normal(len(index), C, dtype=torch.float32, device=device)
-    expected = _composed.scatter_rows(dx, index, B, T)
+    expected = stock_rows.scatter_rows(dx, index, B, T)
     for x in (dx, dx.t().contiguous().t()):
         assert torch.equal(_triton.scatter_rows(x, index, B, T), expected)
-    expected = _composed.clear_rows_(dx.clone(), index, B * T)
+    expected = stock_rows.clear_rows_(dx.clone(), index, B * T)
     assert torch.equal(_triton.clear_rows_(dx, index, B * T), expected)
 
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import shifted_attention
-from mmicl_kernels.ops.attention_shift._composed import stacked_parameters
+from mmicl_kernels.ops.attention_shift.kernels import stacked_parameters
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
-from mmicl_kernels.ops.shifted_attention.visibility import Visibility
+from mmicl_kernels.ops.shifted_attention.options import Visibility
 from mmicl_kernels.testing.budgets import (
     GATE_ROUNDINGS,
     assert_within_budget,

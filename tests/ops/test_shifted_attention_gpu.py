@@ -28,9 +28,8 @@ from torch.profiler import ProfilerActivity  # noqa: E402
 from triton_process import assert_no_synchronisation, captured, compiles  # noqa: E402
 
 from mmicl_kernels.ops import shifted_attention  # noqa: E402
-from mmicl_kernels.ops.attention_shift import _triton as shift_kernels  # noqa: E402
-from mmicl_kernels.ops.shifted_attention import _triton  # noqa: E402
-from mmicl_kernels.ops.shifted_attention._triton import launch  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels  # noqa: E402
+from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
 from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
 from mmicl_kernels.testing.cross_compile import SHARED_MEMORY, compiling_for  # noqa: E402
 from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs  # noqa: E402
@@ -341,7 +340,12 @@ def test_inductor(options, impl):
 # ---- machine code of all of these, without a GPU ----
 
 
-KERNELS = {name: getattr(_triton, name) for name in (FORWARD, COMBINE, DQ, DKDV)}
+KERNELS = (
+    fwd.shifted_attention_fwd_kernel,
+    fwd.shifted_attention_combine_kernel,
+    bwd.shifted_attention_dq_kernel,
+    bwd.shifted_attention_dkdv_kernel,
+)
 ALL_CASES = {
     **{f"prefill-{name}": given for name, given in PREFILLS.items()},
     **{f"decode-{name}": given for name, given in DECODES.items()},
@@ -358,7 +362,7 @@ def test_launches_compile(name, monkeypatch):
     inputs, arguments, douts = arguments_of(ALL_CASES[name], device="cpu")
     call = functools.partial(shifted_attention, *inputs, **arguments, return_lse=True, impl="triton")
     skipped = [getattr(shift_kernels, kernel) for kernel in DELTA]
-    with compiling_for(90, tuple(KERNELS.values()), skipped) as compiled:
+    with compiling_for(90, KERNELS, skipped) as compiled:
         if name.startswith("prefill"):
             run(inputs, arguments, douts, "triton")
         else:

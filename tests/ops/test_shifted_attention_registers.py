@@ -15,10 +15,9 @@ triton = pytest.importorskip("triton")
 
 from triton_process import compiles  # noqa: E402
 
-from mmicl_kernels.ops.attention_shift import _triton as attention_shift_triton  # noqa: E402
-from mmicl_kernels.ops.shifted_attention import _triton as kernels  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_bwd  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
-from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
+from mmicl_kernels.ops.shifted_attention.options import Options, new_results  # noqa: E402
 from mmicl_kernels.testing.cross_compile import (  # noqa: E402
     SHARED_MEMORY,
     compiling_for,
@@ -40,8 +39,8 @@ NAMES = {
 }
 ALL = (
     *dict.fromkeys(NAMES.values()),
-    attention_shift_triton.attention_shift_bwd_kernel,
-    attention_shift_triton.attention_shift_reduce_kernel,
+    shift_bwd.attention_shift_bwd_kernel,
+    shift_bwd.attention_shift_reduce_kernel,
 )
 # Rows of sm_89 are those of sm_80 that fit its shared memory; the code is the same.
 ROWS = [row for row in launch.CONFIGS if row[2] in (launch.SM_80, launch.SM_90)]
@@ -78,9 +77,7 @@ def compiled(row, options, monkeypatch):
     kernel, _, generation, itemsize, BD = row
     monkeypatch.setattr(launch, "generation", lambda device: generation)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    defaults = dict.fromkeys(Options._fields) | {"scale": 0.1, "causal": False, "all_keys": False}
-    defaults["training"] = False
-    options = Options(**{**defaults, "impl": "triton", **options})
+    options = Options(scale=0.1, impl="triton", **options)
     batch = B if options.cu_seqlens_q is None else 1
     (T, S), dtype = SIZES.get(kernel, (512, 512)), DTYPES[itemsize]
     q = torch.empty(batch, T, H, BD, dtype=dtype).transpose(1, 2)
@@ -90,10 +87,10 @@ def compiled(row, options, monkeypatch):
     others = [x for x in ALL if x not in wanted]
     with compiling_for(generation, wanted, others) as done:
         if kernel in ("dq", "dkdv"):
-            saved = (q, lse, lse, kernels.new_results(q, options)[3])
-            kernels.backward(q, None, saved, True, (q, k, k), (weight, bias, weight), options)
+            saved = (q, lse, lse, new_results(q, options)[3])
+            bwd.backward(q, None, saved, True, (q, k, k), (weight, bias, weight), options)
         else:
-            kernels.forward(q, k, k, (weight, bias, weight), options)
+            fwd.forward(q, k, k, (weight, bias, weight), options)
     return [machine_code(x) for x in done]
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmicl_kernels.ops.attention_shift._composed import attention_shift_bwd
+from mmicl_kernels.ops.attention_shift._torch import attention_shift_bwd
 from mmicl_kernels.ops.shifted_attention import _stock
-from mmicl_kernels.ops.shifted_attention._blockwise import BlockwiseAttention
-from mmicl_kernels.ops.shifted_attention.visibility import Visibility
+from mmicl_kernels.ops.shifted_attention._stock import BlockwiseAttention
+from mmicl_kernels.ops.shifted_attention.options import Visibility
 from mmicl_kernels.testing.budgets import (
     GATE_ROUNDINGS,
     assert_within_budget,

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from mmicl_kernels.ops.shifted_attention.visibility import Visibility, masked_softmax
+from mmicl_kernels.ops.shifted_attention.options import Visibility
+from mmicl_kernels.ops.shifted_attention.reference import masked_softmax
 
 
 def ints(*values):

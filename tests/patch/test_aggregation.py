@@ -178,9 +178,9 @@ def test_training_moves_the_projection_alone():
 def test_other_adapters_are_refused():
     model = tiny_model("llava-llama")
     with mk.attach(model, random_adapter(model)) as handle:
-        with pytest.raises(ValueError, match="expected a single AIM adapter"):
+        with pytest.raises(ValueError, match="expected a single adapter of method 'aim'"):
             AIMObjective(handle)
-        with pytest.raises(ValueError, match="no AIMAdapter"):
+        with pytest.raises(ValueError, match="none of the adapters .* fuses"):
             handle.aggregate(demonstrations(model))
 
 

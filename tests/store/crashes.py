@@ -1,4 +1,6 @@
-"""Power that is lost at a chosen moment."""
+"""Power that is lost at a chosen moment, and an index that lies still."""
+
+from mmicl_kernels import durable
 
 
 class Crash(BaseException):
@@ -32,3 +34,12 @@ class Steps:
         self.step += 1
         if self.step == self.at:
             raise Crash
+
+
+def index_at_rest(library):
+    """The database of ``library``, closed by all: it is this one file, which may be changed by hand."""
+    for opened in list(durable._CLOSED_BEFORE_FORKS):
+        opened.close()
+    path = library.folder / "index" / "index.sqlite3"
+    assert list(path.parent.iterdir()) == [path]
+    return path

@@ -346,7 +346,7 @@ def test_create(tmp_path):
     (folder / "bank.json").unlink()
     with pytest.raises(FileExistsError, match="index.bin is there already"):
         mk.DemonstrationBank.create(folder, adapter())
-    with pytest.raises(TypeError, match="adapter is a LIVEAdapter, expected an AIMAdapter"):
+    with pytest.raises(TypeError, match="adapter is a LIVEAdapter, expected one that fuses"):
         mk.DemonstrationBank.create(tmp_path / "b", live())
     for dtype in (torch.float64, torch.uint8, "bfloat16"):
         with pytest.raises(ValueError, match="dtype is .*, expected one of float32"):
@@ -374,7 +374,7 @@ def test_a_bank_made_anew_is_seen(tmp_path, bank):
 def test_without_flock(bank, monkeypatch):
 
     add(bank, 1)
-    monkeypatch.setattr("mmicl_kernels.store.locking.fcntl", None)
+    monkeypatch.setattr("mmicl_kernels.durable.fcntl", None)
     with pytest.raises(OSError, match="needs flock"):
         add(bank, 2)
     assert_holds(mk.DemonstrationBank(bank.folder), 0, 1)

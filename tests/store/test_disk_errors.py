@@ -5,6 +5,9 @@ import errno
 import fcntl
 import io
 import os
+import sqlite3
+import tempfile
+import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from banks import adapter, add, assert_holds, filled
+from crashes import index_at_rest
 from vectors import BACKBONE, MAKERS, assert_same, live
 
 import mmicl_kernels as mk
+from mmicl_kernels import durable
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
-from mmicl_kernels.store import locking, read_adapter, read_official
+from mmicl_kernels.methods.mimic.official import read_official
+from mmicl_kernels.store import read_adapter
 
 ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)
 named = pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
@@ -46,19 +52,19 @@ def failing(error, *paths, calls=("open", "stat")):
 
 
 BREAK = {
-    "log cut off": lambda folder: os.truncate(folder / "index" / "log.jsonl", 30),
-    "no log": lambda folder: os.unlink(folder / "index" / "log.jsonl"),
-    "matrix cut off": lambda folder: os.truncate(next((folder / "index").glob("*.f32")), 1),
+    "database cut off": lambda library: os.truncate(index_at_rest(library), 30),
+    "no database": lambda library: os.unlink(index_at_rest(library)),
+    "half a database": lambda library: os.truncate(index_at_rest(library), 2**15),
 }
 
 
 @pytest.mark.parametrize("call", ["open", "stat"])
 @pytest.mark.parametrize(
-    ("broken", "error"), [(x, errno.EACCES) for x in BREAK] + [("log cut off", x) for x in ERRORS[1:]]
+    ("broken", "error"), [(x, errno.EACCES) for x in BREAK] + [("database cut off", x) for x in ERRORS[1:]]
 )
 def test_an_entry_that_cannot_be_read_is_kept(library, broken, call, error):
     """Whoever writes meanwhile, and although the index must be made anew."""
-    BREAK[broken](library.folder)
+    BREAK[broken](library)
     path = library.path("a")
     with failing(error, path, calls=[call]):
         writer = mk.VLibrary(library.folder)
@@ -87,9 +93,10 @@ def test_an_entry_that_cannot_be_read_is_kept(library, broken, call, error):
 @named
 def test_an_entry_that_cannot_be_read_while_it_is_put(library, error):
     """Whether a put was done that a crash interrupted is not known then, and it is not decided."""
-    log = library.folder / "index" / "log.jsonl"
-    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))  # c's "done"
-    assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
+    for _ in range(2):
+        library._index.announce(library.path("c").name)
+        assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
+    library._index.announce(library.path("c").name)
     with failing(error, library.path("c")):
         with pytest.raises(OSError, match=os.strerror(error)):
             mk.VLibrary(library.folder).list()
@@ -114,22 +121,22 @@ def test_where_the_only_embedding_changes_its_dimension(tmp_path, error):
 
 @named
 def test_a_rebuild_that_fails_leaves_the_index(library, error):
-    before = {path.name: path.read_bytes() for path in (library.folder / "index").iterdir()}
+    before = index_at_rest(library).read_bytes()
     with failing(error, library.path("a")):
         with pytest.raises(OSError, match=os.strerror(error)):
             library.rebuild()
+        assert index_at_rest(library).read_bytes()[100:] == before[100:]  # but for the count of changes
         assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
         library.put("d", live())  # the index is sound, so nobody needs to read the others
         assert library.list() == ["a", "b", "c", "d"]
     library.remove("d")
-    names = [path.name for path in (library.folder / "index").iterdir()]
-    assert sorted(names) == sorted(before) and library.verify() == []
+    assert library.verify() == []
 
 
 @named
 @pytest.mark.parametrize("call", ["listdir", "stat"])
 def test_a_folder_that_cannot_be_read(library, call, error):
-    os.unlink(library.folder / "index" / "log.jsonl")
+    index_at_rest(library).unlink()
     with failing(error, library.folder / "entries", calls=[call]):
         for work in (library.list, lambda: library.put("d", live()), lambda: library.remove("a")):
             with pytest.raises(OSError, match=os.strerror(error)):
@@ -138,23 +145,142 @@ def test_a_folder_that_cannot_be_read(library, call, error):
 
 
 @named
-@pytest.mark.parametrize("call", ["open", "stat"])
-def test_index_files_that_cannot_be_read(library, call, error):
-    for path in (library.folder / "index").iterdir():
-        with failing(error, path, calls=[call]):
-            for work in (
-                mk.VLibrary(library.folder).list,
-                lambda: mk.VLibrary(library.folder).put("d", live()),
-            ):
-                with pytest.raises(OSError, match=os.strerror(error)):
-                    work()
+def test_an_index_that_cannot_be_looked_at(library, error):
+    with failing(error, index_at_rest(library), calls=["stat"]):
+        for work in (
+            mk.VLibrary(library.folder).list,
+            lambda: mk.VLibrary(library.folder).put("d", live()),
+        ):
+            with pytest.raises(OSError, match=os.strerror(error)):
+                work()
     assert mk.VLibrary(library.folder).list() == ["a", "b", "c"] and library.verify() == []
+
+
+SQLITE = {
+    "disk full": sqlite3.OperationalError("database or disk is full"),
+    "a disk that fails": sqlite3.OperationalError("disk I/O error"),
+    "never free": sqlite3.OperationalError("database is locked"),
+}
+
+
+@pytest.mark.parametrize("kind", SQLITE)
+@pytest.mark.parametrize("statement", ["INSERT OR IGNORE INTO pending", "DELETE FROM entries", "COMMIT"])
+def test_an_index_that_cannot_be_written(library, kind, statement, monkeypatch):
+    """Nothing is lost: what was to be written is written by whoever comes next."""
+
+    class Failing(sqlite3.Connection):
+        def execute(self, sql, *values):
+            if sql.startswith(statement):
+                raise SQLITE[kind]
+            return super().execute(sql, *values)
+
+    library._index.close()
+    with monkeypatch.context() as patch:
+        connect = sqlite3.connect
+        patch.setattr(sqlite3, "connect", lambda *x, **named: connect(*x, factory=Failing, **named))
+        for work in (lambda: library.put("d", live(4.0)), lambda: library.remove("a")):
+            with pytest.raises(OSError, match=f"could not be used: {SQLITE[kind]}"):
+                work()
+        library._index.close()
+    put = (
+        ["d"] if statement.startswith("DELETE") else []
+    )  # its file was there, and whoever removes settles first
+    assert library.list() == ["a", "b", "c", *put] and library.verify() == []
+
+
+def as_nobody(work):
+    """Run ``work`` in a process that has no rights but those of others."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+@pytest.mark.parametrize(
+    "beside", ["nothing", "a reader", "a killed writer", "a changed entry", "an old index"]
+)
+def test_reading_takes_no_right_to_write(beside, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        library = mk.VLibrary(f"{folder}/library")
+        for value, name in enumerate("abc", 1):
+            library.put(name, live(float(value)), embedding=[1.0, value])
+        path = index_at_rest(library)
+        if beside == "a reader":
+            other = sqlite3.connect(path)  # a fork would close ours
+            assert other.execute("SELECT count(*) FROM entries").fetchall() == [(3,)]
+        elif beside == "a killed writer":
+            kept = path, path.with_name(path.name + "-wal")
+            library.put("d", live())
+            contents = [x.read_bytes() for x in kept]
+            library._index.close()
+            for file, content in zip(kept, contents, strict=True):
+                file.write_bytes(content)
+        elif beside == "a changed entry":
+            library._index.announce(library.path("b").name)
+            index_at_rest(library)
+            library.path("b").unlink()
+        elif beside == "an old index":
+            (path.parent / "log.jsonl").write_text("")
+        expected = {"a killed writer": "abcd", "a changed entry": "ac"}.get(beside, "abc")
+
+        def work():
+            assert not os.access(folder, os.W_OK)
+            reader = mk.VLibrary(f"{folder}/library")
+            for _ in range(2):
+                assert reader.list() == list(expected)
+                assert reader.search(embedding=[1.0, 3.0], limit=1)[0].name == "c"
+            assert_same(reader.get("c"), live(3.0))
+            with pytest.raises(OSError):
+                reader.put("x", live())
+
+        before = sorted(os.walk(folder))
+        assert as_nobody(work) and sorted(os.walk(folder)) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+def test_an_index_of_another_user():
+    """That it cannot be read is the caller's to see."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        os.chmod(folder, 0o755)
+        library = mk.VLibrary(f"{folder}/library")
+        library.put("a", live(1.0))
+        os.chmod(index_at_rest(library), 0)
+
+        def work():
+            reader = mk.VLibrary(f"{folder}/library")
+            assert_same(reader.get("a"), live(1.0))
+            with pytest.raises(OSError, match="unable to open"):
+                reader.list()
+
+        assert as_nobody(work)
+
+
+def test_a_file_system_without_shared_memory(tmp_path, monkeypatch):
+    """As those over a network, which have no device."""
+    monkeypatch.setattr(os, "major", lambda device: 0)
+    library = mk.VLibrary(tmp_path)
+    library.put("a", live(1.0), embedding=[1.0])
+    other = mk.VLibrary(tmp_path)
+    other.put("b", live(2.0), embedding=[2.0])
+    assert library.list() == other.list() == ["a", "b"] and library.verify() == []
+    assert [x.name for x in (tmp_path / "index").iterdir()] == ["index.sqlite3"]
 
 
 def test_an_entry_removed_while_it_is_looked_for(library):
     """That one is gone, and is not missed."""
     path = library.path("b")
-    os.unlink(library.folder / "index" / "log.jsonl")
+    index_at_rest(library).unlink()
     with failing(errno.ENOENT, path, calls=["open"]):
         assert mk.VLibrary(library.folder).list() == ["a", "c"]
 
@@ -226,7 +352,7 @@ def test_leftovers_that_stay_are_in_nobodys_way(library, where, kind):
         library.put("d", live(5.0), overwrite=True)
         library.remove("a")
         library.rebuild()
-        os.truncate(library.folder / "index" / "log.jsonl", 30)
+        os.truncate(library.folder / "index" / "index.sqlite3", 30)
         library.put("e", live())
         assert library.list() == ["b", "c", "d", "e"] and library.verify() == []
         assert path.exists()
@@ -356,7 +482,6 @@ def test_folders_that_fail(tmp_path, monkeypatch, error):
     works = (
         lambda: library.put("d", live()),
         lambda: library.put("a", live(2.0), overwrite=True),
-        library.rebuild,
         lambda: library.export("a", tmp_path / "file"),
         lambda: live().save_pretrained(tmp_path / "saved"),
         lambda: mk.DemonstrationBank.create(tmp_path / "bank", adapter()),
@@ -444,7 +569,7 @@ def test_a_file_system_without_flock(library, bank, monkeypatch, error):
     ):
         with pytest.raises(OSError, match="writing needs flock, which this file system lacks.*lock'"):
             work()
-    assert set() == locking._HANDLES and len(os.listdir("/proc/self/fd")) <= len(handles)
+    assert set() == durable._LOCK_FILES and len(os.listdir("/proc/self/fd")) <= len(handles)
     assert (
         mk.VLibrary(library.folder).list() == ["a", "b", "c"] and len(mk.DemonstrationBank(bank.folder)) == 7
     )
@@ -507,16 +632,28 @@ def made_a_pipe(path):
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("make", [made_a_pipe, os.mkdir])
-def test_what_stands_in_the_place_of_the_log(library, make):
-    """No reader waits for a pipe, no writer fails for ever: the log is made anew."""
-    log = library.folder / "index" / "log.jsonl"
-    log.unlink()
-    make(log)
+PLACES = [
+    made_a_pipe,
+    os.mkdir,
+    lambda path: path.symlink_to("/dev/zero"),
+    lambda path: path.symlink_to(path.parent.parent / "lock"),
+    lambda path: path.write_bytes(b"SQLite format 3\0" * 4096),
+    lambda path: path.touch(),
+]
+
+
+@pytest.mark.parametrize("make", PLACES, ids=["pipe", "folder", "device", "link", "garbage", "nothing"])
+@pytest.mark.parametrize("suffix", ["", "-journal", "-wal", "-shm"])
+def test_what_stands_in_the_place_of_the_index(library, make, suffix):
+    """No reader waits for a pipe, no writer fails for ever: the index is made anew."""
+    path = index_at_rest(library)
+    place = path.with_name(path.name + suffix)
+    place.unlink(missing_ok=True)
+    make(place)
     assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
     mk.VLibrary(library.folder).put("d", live())
-    assert log.is_file()
+    assert path.is_file() and not path.is_symlink()
     assert mk.VLibrary(library.folder).list() == library.list() == ["a", "b", "c", "d"]
     library.remove("d")
     library.rebuild()
-    assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
+    assert mk.VLibrary(library.folder).list() == ["a", "b", "c"] and library.verify() == []

@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -17,34 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from vectors import live
 
 import mmicl_kernels as mk
-from mmicl_kernels.store import locking
-from mmicl_kernels.store.index import Row
+from mmicl_kernels import durable
 
 fcntl = pytest.importorskip("fcntl")
-
-
-@contextmanager
-def held(mutex, by_this_thread=False):
-    """``mutex`` in the hands of another thread, for as long as the block runs, or of this one."""
-    if by_this_thread:
-        with mutex:
-            yield
-        return
-    has_it, is_over = threading.Event(), threading.Event()
-
-    def hold():
-        with mutex:
-            has_it.set()
-            is_over.wait(60)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    has_it.wait()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def ends_well(child, seconds=30):
@@ -90,85 +65,82 @@ def bank_works(bank):
     return True
 
 
-@pytest.mark.parametrize("by_this_thread", [False, True], ids=["another thread", "the thread that forks"])
 @pytest.mark.parametrize("in_thread", [False, True], ids=["used by the child", "by a thread of the child"])
-def test_a_lock_that_was_held_when_the_process_forked(library, bank, by_this_thread, in_thread):
+def test_a_fork_while_a_thread_holds_the_lock(library, bank, in_thread):
+    """The fork waits for it, so that the child finds nothing half changed, and the lock free."""
     library.search(embedding=[1.0, 1.0])
-    for mutex, work in (
-        (library._mutex, lambda: library_works(library)),
-        (bank._mutex, lambda: bank_works(bank)),
-    ):
-        with held(mutex, by_this_thread):
-            child = in_child(in_a_thread(work) if in_thread else work)
-            assert ends_well(child)
+    for work in (lambda: library_works(library), lambda: bank_works(bank)):
+        has_it, done = threading.Event(), []
+
+        def hold(has_it=has_it, done=done):
+            with durable.no_fork:
+                has_it.set()
+                time.sleep(0.2)
+                done.append(True)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        has_it.wait()
+        child = in_child(in_a_thread(work) if in_thread else work)
+        assert done and ends_well(child)
+        thread.join()
     assert library_works(library)
     bank.refresh()
     assert len(bank) == 8
 
 
-def test_rows_have_no_lock_of_their_own(library):
-    """While a thread makes the text of one, the others' can be had."""
-    begun, is_over = threading.Event(), threading.Event()
+def test_no_child_inherits_an_open_database(library):
+    """Its locks are the parent's, and what sqlite remembers of them is not true of a child."""
+    path = library.folder / "index" / "index.sqlite3"
 
-    class Slow(tuple):
-        def __iter__(self):
-            begun.set()
-            is_over.wait(60)
-            return iter(())
+    def work():
+        assert not any(
+            os.path.realpath(f"/proc/self/fd/{x}").startswith(str(path)) for x in os.listdir("/proc/self/fd")
+        )
+        assert library_works(library)
 
-    thread = threading.Thread(target=lambda: Row("slow", "live", None, Slow(), "", None).text)
-    thread.start()
-    begun.wait()
-    child = in_child(lambda: [x.name for x in library.search("A")] == ["a"] or 1 / 0)
-    assert ends_well(child)
-    is_over.set()
-    thread.join()
+    for _ in range(3):
+        assert library.list() == ["a", "b", "c"] and library._index._connection is not None
+        assert ends_well(in_child(work))
 
 
-def test_what_a_thread_was_changing_is_read_again(library):
-    """A child gets the index as it was in the middle of a step."""
-    library.search(embedding=[1.0, 1.0])
-    index = library._index
-    with held(library._mutex):
-        index.rows, index._halves = {}, torch.full_like(index._halves, torch.nan)
-        child = in_child(lambda: library_works(library))
-        assert ends_well(child)
-    index.clear()
-    assert library_works(library)
+def test_forks_while_threads_read_and_write(library):
+    """No child finds the database in the middle of something."""
+    is_over, errors = threading.Event(), []
 
+    def use(name):
+        try:
+            while not is_over.is_set():
+                library.put(name, live(), embedding=[0.0, 1.0], overwrite=True)
+                assert len(library.search(embedding=[1.0, 1.0])) >= 4
+        except BaseException as error:
+            errors.append(error)
 
-def test_a_child_leaves_what_it_was_forked_in(library, bank):
-    """By the way of exceptions, say: what it gives back there is not what its threads hold now."""
-    for mutex, work in (
-        (library._mutex, lambda: library_works(library)),
-        (bank._mutex, lambda: bank_works(bank)),
-    ):
-        with ExitStack() as stack:
-            stack.enter_context(mutex)
-
-            def leave(stack=stack, mutex=mutex, work=work):
-                with held(mutex):
-                    stack.close()
-                work()
-                in_a_thread(work)()
-
-            child = in_child(leave)
-            assert ends_well(child)
-        work()
+    threads = [threading.Thread(target=use, args=(x,)) for x in "xy"]
+    for thread in threads:
+        thread.start()
+    try:
+        children = [in_child(lambda: set("abc") <= set(library.list()) or 1 / 0) for _ in range(20)]
+        assert all(ends_well(child) for child in children)
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+    assert errors == [] and library.verify() == []
 
 
 def test_a_child_does_not_give_back_its_parents_file_lock(tmp_path):
     """Both have the same open file, so an unlock by either would be one for both."""
     path, ends = tmp_path / "lock", os.pipe()
     with ExitStack() as stack:
-        stack.enter_context(locking.locked(path))
+        stack.enter_context(durable.locked(path))
 
         def leave():
             spare = os.open(path, os.O_RDONLY)  # gets the number that the lock's file had
             stack.close()
             os.fstat(spare)
             os.write(ends[1], b"x")
-            with locking.locked(path):  # waits for the parent
+            with durable.locked(path):  # waits for the parent
                 pass
 
         child = in_child(leave)
@@ -225,9 +197,9 @@ class Stored(Dataset):
 def test_workers_of_a_data_loader(library, bank, start):
     from banks import tokens
 
-    with held(library._mutex), held(bank._mutex):
-        loader = DataLoader(Stored(library, bank), num_workers=2, multiprocessing_context=start, timeout=60)
-        values = torch.cat(list(loader))
+    library.search(embedding=[1.0, 1.0])
+    loader = DataLoader(Stored(library, bank), num_workers=2, multiprocessing_context=start, timeout=60)
+    values = torch.cat(list(loader))
     assert torch.equal(values, torch.tensor([1.0, 2.0, 3.0, 1.0]) + tokens(4).sum())
 
 
@@ -236,7 +208,7 @@ def names_in_a_pool(library):
 
 
 def test_a_pool_of_forked_processes(library):
-    with held(library._mutex), multiprocessing.get_context("fork").Pool(1) as pool:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(names_in_a_pool, (library,)).get(60) == ["a", "b", "c"]
 
 
@@ -248,7 +220,7 @@ def test_copies_open_the_folder_again(library, bank, copied, tmp_path, monkeypat
     monkeypatch.chdir("/")
     for original in ((library, bank), here):
         other_library, other_bank = map(copied, original)
-        assert other_library._mutex is not original[0]._mutex and other_bank._mutex is not original[1]._mutex
+        assert other_library._index is not original[0]._index and other_bank._state is not original[1]._state
         assert library_works(other_library) and bank_works(other_bank)
         assert library_works(original[0])
     library.put("new", live())

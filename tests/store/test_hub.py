@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from banks import add, assert_holds, filled
+from crashes import index_at_rest
 from test_vector_library_crash import in_child
 from vectors import assert_same, live
 
@@ -270,7 +271,8 @@ def test_a_library_in_the_hubs_cache(tmp_path, indexed):
     library = mk.VLibrary(tmp_path / "repo")
     for value, name in enumerate("abc", 1):
         library.put(name, live(float(value)), embedding=[1.0, value], tags=[f"v{value}"])
-    for path in [library.folder / "lock"] + ([] if indexed else list((library.folder / "index").iterdir())):
+    database = index_at_rest(library)
+    for path in [library.folder / "lock"] + ([] if indexed else [database]):
         path.unlink()
     snapshot = cached(library.folder, tmp_path / "cache")
     with read_only(tmp_path / "cache"):
@@ -280,7 +282,7 @@ def test_a_library_in_the_hubs_cache(tmp_path, indexed):
         assert_same(reader.get("c"), live(3.0))
         assert_same(read_adapter(reader.path("c")), live(3.0))
         problems = reader.verify()
-        assert len(problems) == (0 if indexed else 1) and all("log.jsonl" in x for x in problems)
+        assert len(problems) == (0 if indexed else 1) and all("index.sqlite3" in x for x in problems)
         with pytest.raises(OSError):
             reader.put("d", live())
     stray = snapshot / "entries" / "stray.safetensors"

@@ -400,7 +400,7 @@ def test_written_files_follow_the_umask(library, tmp_path, umask, mode):
 def test_export_keeps_out_of_the_library(library, tmp_path):
     library.put("a", live())
     (tmp_path / "link").symlink_to(library.folder / "entries")
-    own = ["entries/x.safetensors", "entries/../tmp/x", "index/log.jsonl", "lock", "entries"]
+    own = ["entries/x.safetensors", "entries/../tmp/x", "index/index.sqlite3", "lock", "entries"]
     for file in (tmp_path / "link" / "x", library.path("a"), *(library.folder / x for x in own)):
         with pytest.raises(ValueError, match="file is .*, expected one outside of the library's own folders"):
             library.export("a", file)
@@ -470,7 +470,7 @@ def test_hub_is_optional(library, monkeypatch):
 
 def test_platform_without_locks(library, monkeypatch):
     library.put("a", live(1.0))
-    monkeypatch.setattr("mmicl_kernels.store.locking.fcntl", None)
+    monkeypatch.setattr("mmicl_kernels.durable.fcntl", None)
     assert library.list() == ["a"]
     assert_same(library.get("a"), live(1.0))
     with pytest.raises(OSError, match="needs flock"):

@@ -363,7 +363,7 @@ def refused(records, message, *, model="llava-llama", config=None, **options):
 
 def test_refused_before_training_begins(records):
     refused(records, "shared_shots is True and the model a gemma3", model="gemma3")
-    refused(records, "shared_shots is True and config is AIM's", config=mk.AIMConfig(), shots=(1, 2))
+    refused(records, "shared_shots is True and method 'aim'", config=mk.AIMConfig(), shots=(1, 2))
     refused(DrawnEpisodes(records, [Draw(0, (1, 2))]), "shared_shots is True and records are DrawnEpisodes")
     refused(records, "draw is a function", draw=lambda *_: [0, 1])
     with pytest.raises(ValueError, match="shots_per_pass is 2 with shared_shots, expected None"):

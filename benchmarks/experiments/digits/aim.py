@@ -25,7 +25,7 @@ from benchmarks.experiments.digits.evaluate import Ask, accuracy, questions
 from benchmarks.experiments.digits.model import WEIGHTS, load_model
 from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import ARGUMENTS, training_examples
-from benchmarks.timing import peak_allocated_bytes
+from benchmarks.harness.timing import peak_allocated_bytes
 from mmicl_kernels.methods import AIMAdapter
 from mmicl_kernels.methods.sites import FusedTokens
 

@@ -24,8 +24,8 @@ from benchmarks.experiments.digits.measure import SETTINGS
 from benchmarks.experiments.digits.model import load_model
 from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import train_adapter
+from benchmarks.harness.timing import peak_allocated_bytes
 from benchmarks.peers import published
-from benchmarks.timing import peak_allocated_bytes
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import find_anchors
 

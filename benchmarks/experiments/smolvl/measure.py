@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import mmicl_kernels as mk
-from benchmarks.timing import machine
+from benchmarks.harness.timing import machine
 from mmicl_kernels.evaluation.generation import Generation
 
 from . import tasks

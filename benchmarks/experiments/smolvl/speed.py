@@ -22,8 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 import mmicl_kernels as mk
+from benchmarks.harness.timing import machine, peak_allocated_bytes
 from benchmarks.run import device_folder
-from benchmarks.timing import machine, peak_allocated_bytes
 from mmicl_kernels.data import as_records
 from mmicl_kernels.evaluation.asking import fusing_builder
 from mmicl_kernels.methods import AIMAdapter

@@ -1,14 +1,21 @@
 """The squares of a layer as registered operators, forward and backward, under one autograd function."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import needs_grad, no_autocast, refuse_double_backward, refuse_vmap
-from mmicl_kernels.ops._rows import uses_of
-from mmicl_kernels.ops.alignment_loss._composed import kernels
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops._core.dispatch import (
+    backend,
+    needs_grad,
+    no_autocast,
+    refuse_double_backward,
+    refuse_vmap,
+)
+from mmicl_kernels.ops._core.layout import accumulation_dtype
+from mmicl_kernels.ops._core.rows import uses_of
+from mmicl_kernels.ops.alignment_loss import _torch
 
 torch.library.define(
     "mmicl::alignment_squares_fwd",
@@ -20,9 +27,18 @@ torch.library.define(
 )
 
 
+def _kernels(impl: str, device: torch.device) -> ModuleType:
+    name = backend(impl, device)
+    if name == "triton":
+        from mmicl_kernels.ops.alignment_loss import _triton
+
+        return _triton
+    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+
+
 def _alignment_squares_fwd(states, targets, index, impl):
     with no_autocast(states.device):
-        return kernels(impl, states.device).alignment_squares_fwd(states, targets, index.contiguous())
+        return _kernels(impl, states.device).alignment_squares_fwd(states, targets, index.contiguous())
 
 
 torch.library.impl("mmicl::alignment_squares_fwd", ("cpu", "cuda"), _alignment_squares_fwd)
@@ -36,7 +52,7 @@ def _alignment_squares_fwd_fake(states, targets, index, impl):
 
 def _alignment_squares_bwd(dd, ds, states, targets, order, starts, impl):
     with no_autocast(states.device):
-        return kernels(impl, states.device).alignment_squares_bwd(
+        return _kernels(impl, states.device).alignment_squares_bwd(
             dd.contiguous(), ds.contiguous(), states, targets, order, starts
         )
 

@@ -1,6 +1,6 @@
 """The squares of rows in Triton: states and targets read once per pass, where they lie; no atomics.
 
-The functions of :mod:`._composed` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
+The functions of :mod:`._torch` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
-from mmicl_kernels.ops.residual_shift._triton import acc_type
+from mmicl_kernels.ops._core._triton import acc_type
+from mmicl_kernels.ops._core.layout import accumulation_dtype
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     Sizes,
     check_choice,
     check_float,
     check_last_stride,
     is_readable,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops._rows import check_rows, index_of
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops._core.rows import check_rows, index_of
 from mmicl_kernels.ops.alignment_loss._op import alignment_squares_op
 from mmicl_kernels.ops.alignment_loss.reference import alignment_loss_reference
 

@@ -3,18 +3,15 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import (
+from mmicl_kernels.ops._core.dispatch import (
     distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
     refuse_vmap,
 )
-from mmicl_kernels.ops.attention_shift._composed import (
-    kernels,
-    new_output,
-    stacked_parameters,
-)
+from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_heads
+from mmicl_kernels.ops.attention_shift.kernels import backend_kernels, parameter_grads, stacked_parameters
 
 torch.library.define(
     "mmicl::attention_shift_fwd",
@@ -31,7 +28,7 @@ torch.library.define(
 def _attention_shift_fwd(out, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
     with no_autocast(q.device):
-        return kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
+        return backend_kernels(impl, q.device).attention_shift_fwd(out, lse, q, *parameters, adapter_ids)
 
 
 torch.library.impl("mmicl::attention_shift_fwd", ("cpu", "cuda"), _attention_shift_fwd)
@@ -39,13 +36,13 @@ torch.library.impl("mmicl::attention_shift_fwd", ("cpu", "cuda"), _attention_shi
 
 @torch.library.register_fake("mmicl::attention_shift_fwd")
 def _attention_shift_fwd_fake(out, lse, q, weight, bias, shift, adapter_ids, impl):
-    return new_output(out)
+    return new_heads(out)
 
 
 def _attention_shift_bwd(dout, lse, q, weight, bias, shift, adapter_ids, impl):
     parameters = stacked_parameters(q, weight, bias, shift)
     with no_autocast(q.device):
-        dg, dq, _, *grads = kernels(impl, q.device).attention_shift_bwd(
+        dg, dq, _, *grads = backend_kernels(impl, q.device).attention_shift_bwd(
             dout, lse, q, *parameters, adapter_ids, None, True
         )
     return (-dg, dq, *parameter_grads(grads, weight, bias, shift))
@@ -57,20 +54,7 @@ torch.library.impl("mmicl::attention_shift_bwd", ("cpu", "cuda"), _attention_shi
 @torch.library.register_fake("mmicl::attention_shift_bwd")
 def _attention_shift_bwd_fake(dout, lse, q, weight, bias, shift, adapter_ids, impl):
     grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (weight, bias, shift))
-    return (lse.new_empty(lse.shape), new_output(q), *grads)
-
-
-def parameter_grads(grads: list[Tensor], weight: Tensor, bias: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the stacked parameters in the shapes and dtypes of the given ones."""
-    pairs = zip(grads, (weight, bias, shift), strict=True)
-    return tuple(grad.reshape(x.shape).to(x.dtype) for grad, x in pairs)
-
-
-def last_dim_contiguous(x: Tensor) -> Tensor:
-    """Gradients come in any layout (``sum().backward()`` expands a scalar); kernels need unit stride."""
-    if x.shape[-1] <= 1 or x.stride(-1) == 1:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return (lse.new_empty(lse.shape), new_heads(q), *grads)
 
 
 class _AttentionShiftFunction(torch.autograd.Function):

@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     Sizes,
     check_float,
     check_last_stride,
     check_same_device,
     check_shift,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops._core.layout import accumulation_dtype
 from mmicl_kernels.ops.attention_shift._op import attention_shift_op
 from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference
 

@@ -1,11 +1,20 @@
 """``prefix_splice`` as registered operators: out of place, in place, and their backward."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import distinct, needs_grad, refuse_double_backward, refuse_vmap
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
-from mmicl_kernels.ops.prefix_splice._composed import DROPPED, empty_outputs, kernels
+from mmicl_kernels.ops._core.dispatch import (
+    backend,
+    distinct,
+    needs_grad,
+    refuse_double_backward,
+    refuse_vmap,
+)
+from mmicl_kernels.ops._core.layout import last_dim_contiguous
+from mmicl_kernels.ops.prefix_splice import _torch
+from mmicl_kernels.ops.prefix_splice._torch import DROPPED, empty_outputs
 
 _BANK = "Tensor bank, Tensor? bank_scale, Tensor offsets, Tensor demo_ids, Tensor cu_demos"
 _BOUNDS = "Tensor? prompt_start, Tensor? prompt_end, Tensor? cu_prompt"
@@ -27,9 +36,18 @@ torch.library.define(
 )
 
 
+def _kernels(impl: str, device: torch.device) -> ModuleType:
+    name = backend(impl, device)
+    if name == "triton":
+        from mmicl_kernels.ops.prefix_splice import _triton
+
+        return _triton
+    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+
+
 def _prefix_splice_fwd(bank, *arguments):
     *arguments, impl = arguments
-    return kernels(impl, bank.device).prefix_splice_fwd(bank, *arguments)
+    return _kernels(impl, bank.device).prefix_splice_fwd(bank, *arguments)
 
 
 torch.library.impl("mmicl::prefix_splice_fwd", ("cpu", "cuda"), _prefix_splice_fwd)
@@ -49,7 +67,7 @@ def _prefix_splice_place_(embeddings, *arguments):
     *arguments, starts, impl = arguments
     if starts.device.type == "cpu":  # where places are Python's and C++'s numbers, which must not overflow
         starts = starts.long().clamp(DROPPED, -DROPPED)
-    return kernels(impl, embeddings.device).prefix_splice_place_(embeddings, *arguments, starts)
+    return _kernels(impl, embeddings.device).prefix_splice_place_(embeddings, *arguments, starts)
 
 
 torch.library.impl("mmicl::prefix_splice_place_", ("cpu", "cuda"), _prefix_splice_place_)
@@ -62,7 +80,7 @@ def _prefix_splice_place_fake(embeddings, bank, bank_scale, offsets, demo_ids, c
 
 def _prefix_splice_bwd(dout, *arguments):
     *arguments, impl = arguments
-    return kernels(impl, dout.device).prefix_splice_bwd(dout, *arguments)
+    return _kernels(impl, dout.device).prefix_splice_bwd(dout, *arguments)
 
 
 torch.library.impl("mmicl::prefix_splice_bwd", ("cpu", "cuda"), _prefix_splice_bwd)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     Sizes,
     check_choice,
     check_float,
@@ -17,9 +17,9 @@ from mmicl_kernels.ops._checks import (
     is_whole,
     overlaps,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.prefix_splice._composed import NO_LIMIT, checks_values, prompt_bounds
+from mmicl_kernels.ops._core.dispatch import backend, require_triton, resolve
 from mmicl_kernels.ops.prefix_splice._op import prefix_splice_op, prefix_splice_op_
+from mmicl_kernels.ops.prefix_splice._torch import NO_LIMIT, prompt_bounds
 from mmicl_kernels.ops.prefix_splice.reference import prefix_splice_reference, prefix_splice_reference_
 
 LAYOUTS = ("left", "right", "packed")
@@ -245,8 +245,11 @@ def _check_count(name: str, value: int, most: int | None = None) -> None:
 
 
 def _must_check_values(impl: str, x: Tensor) -> bool:
-    """Whether ids and bounds are to be checked here: where they can be read, and nobody else does it."""
-    return is_readable(x) and (impl == "reference" or not checks_values(impl, x.device))
+    """Whether ids and bounds are to be checked here: where they can be read, but not for the kernels in C++.
+
+    Those check them themselves, with the same messages.
+    """
+    return is_readable(x) and (impl == "reference" or backend(impl, x.device) != "cpp")
 
 
 def _check_demonstrations(sizes: Sizes, offsets: Tensor, demo_ids: Tensor, cu_demos: Tensor) -> None:

@@ -1,24 +1,26 @@
 """``residual_shift`` as registered operators, forward and backward, under one autograd function."""
 
-from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import (
+from mmicl_kernels.ops._core.dispatch import (
+    backend,
     distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
     refuse_vmap,
-    uses_triton,
 )
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
-from mmicl_kernels.ops.residual_shift._composed import (
-    entry_grads,
-    kernels,
-    new_output,
+from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_tokens
+from mmicl_kernels.ops.residual_shift import _torch
+from mmicl_kernels.ops.residual_shift.entries import (
+    fake_entry_grads,
+    outputs,
+    parameter_grads,
     prepared,
+    stacked,
     strength_grads,
 )
 
@@ -33,10 +35,19 @@ torch.library.define(
 )
 
 
+def _kernels(impl: str, device: torch.device) -> ModuleType:
+    name = backend(impl, device)
+    if name == "triton":
+        from mmicl_kernels.ops.residual_shift import _triton
+
+        return _triton
+    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+
+
 def _residual_shift_fwd(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
     vector, scale, strengths = prepared(x, impl, vector, scale, strengths)
     with no_autocast(x.device):
-        return kernels(impl, x.device).residual_shift_fwd(
+        return _kernels(impl, x.device).residual_shift_fwd(
             x, *stacked(vector, scale), adapter_ids, strengths, preserve_norm
         )
 
@@ -46,7 +57,7 @@ torch.library.impl("mmicl::residual_shift_fwd", ("cpu", "cuda"), _residual_shift
 
 @torch.library.register_fake("mmicl::residual_shift_fwd")
 def _residual_shift_fwd_fake(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
-    return new_output(x)
+    return new_tokens(x)
 
 
 def _residual_shift_bwd(
@@ -56,7 +67,7 @@ def _residual_shift_bwd(
     vector, scale, strengths = prepared(dout, impl, *given)
     grads = [None, None, None]
     with no_autocast(dout.device):
-        dx, sums = kernels(impl, dout.device).residual_shift_bwd(
+        dx, sums = _kernels(impl, dout.device).residual_shift_bwd(
             dout, x, *stacked(vector, scale), adapter_ids, strengths, need_dx, need_dentry or need_dstrengths
         )
         if need_dentry:
@@ -74,49 +85,9 @@ def _residual_shift_bwd_fake(
     dout, x, vector, scale, adapter_ids, strengths, impl, need_dx, need_dentry, need_dstrengths
 ):
     empty = dout.new_empty(0)
-    dx = new_output(x) if need_dx and x is not None else empty
+    dx = new_tokens(x) if need_dx and x is not None else empty
     dstrengths = strengths.new_empty(strengths.shape) if need_dstrengths else dout.new_empty(0)
     return dx, *fake_entry_grads(vector, scale, need_dentry, dout), dstrengths
-
-
-def stacked(vector: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """``vector [A, C]`` and ``scale [1]`` or ``[A]``, as the kernels take them."""
-    vector = vector.unsqueeze(0) if vector.dim() == 1 else vector
-    return vector, scale.unsqueeze(0) if scale is not None and scale.dim() == 0 else scale
-
-
-def parameter_grads(
-    impl: str, sums, vector, scale, adapter_ids, strengths, weight_sums=None, norm_weight=None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dvector``, ``dscale`` in the parameters' shapes, ``dweight`` of a norm; None where no sums are."""
-    if uses_triton(impl, vector.device):
-        from mmicl_kernels.ops.residual_shift import _triton
-
-        dvector, dscale, dweight = _triton.entry_grads(
-            sums, *stacked(vector, scale), adapter_ids, strengths, weight_sums, norm_weight
-        )
-        if sums is None:
-            return None, None, dweight
-        dscale = None if scale is None else dscale.sum_to_size(scale.shape)
-        return dvector.view(vector.shape), dscale, dweight
-    dentry = (None, None) if sums is None else entry_grads(sums, vector, scale, adapter_ids, strengths)
-    return *dentry, None if weight_sums is None else weight_sums.sum((0, 1))
-
-
-def outputs(grads: Sequence[Tensor | None], given: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """The gradients in the dtypes of what was given; empty, and no two one tensor, where there are none."""
-    return [
-        like.new_empty(0) if grad is None else grad.to(p.dtype) for grad, p in zip(grads, given, strict=True)
-    ]
-
-
-def fake_entry_grads(
-    vector: Tensor, scale: Tensor | None, needed: bool, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    if not needed:
-        return like.new_empty(0), like.new_empty(0)
-    dscale = like.new_empty(0) if scale is None else scale.new_empty(scale.shape)
-    return vector.new_empty(vector.shape), dscale
 
 
 class _ResidualShiftFunction(torch.autograd.Function):

@@ -1,95 +1,37 @@
 """The residual shift in Triton: one read of every operand per pass, deterministic gradients.
 
-The functions of :mod:`._composed` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
+The functions of :mod:`._torch` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
 ``[B, T, C]`` operands have any strides with a contiguous last dimension. A program owns rows of one batch
 row: whole rows where their norms are needed, else a block of columns; its vector is loaded once.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
-from mmicl_kernels.ops.residual_shift._composed import new_output
-
-MAX_ROW = 32768  # columns of a program that sees whole rows: 32 registers of each of 1024 threads
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Warps of a program at least, tiles ``[BT, BC]`` it walks along at most.
-
-    columns: BC, where rows need not be whole.
-    """
-
-    num_warps: int
-    steps: int
-    columns: int = 0
-
-    def tiling(self, x: Tensor) -> tuple[int, int, int, int]:
-        """BT, BC, the steps and the warps for ``x [B, T, C]``; powers of two, so that few compile."""
-        T, C = max(x.shape[1], 1), max(x.shape[2], 1)
-        elements = WARP_BYTES // x.itemsize
-        BC = triton.next_power_of_2(C)
-        if self.columns:
-            BC = min(BC, self.columns)
-        num_warps = min(max(self.num_warps, BC // elements), 32)
-        BT = min(max(1, num_warps * elements // BC), triton.next_power_of_2(T))
-        return BT, BC, min(self.steps, triton.next_power_of_2(triton.cdiv(T, BT))), num_warps
-
-
-WARP_BYTES = 1024  # of each operand in a tile: two 16-byte loads a thread
+from mmicl_kernels.ops._core._triton import (
+    RowConfig,
+    acc_type,
+    check_row,
+    entry,
+    entry_strides,
+    position,
+    row_pointers,
+    token_strides,
+)
+from mmicl_kernels.ops._core.layout import accumulation_dtype, new_tokens
 
 # A forward walks along a few rows so that loading the vector stays a small part of its traffic, a backward
 # so that writing its sums does.
 CONFIGS = {
-    "fwd": LaunchConfig(num_warps=4, steps=4, columns=512),
-    "fwd_norm": LaunchConfig(num_warps=4, steps=4),
-    "bwd": LaunchConfig(num_warps=4, steps=16, columns=512),
-    "bwd_norm": LaunchConfig(num_warps=4, steps=16),
+    "fwd": RowConfig(num_warps=4, steps=4, columns=512),
+    "fwd_norm": RowConfig(num_warps=4, steps=4),
+    "bwd": RowConfig(num_warps=4, steps=16, columns=512),
+    "bwd_norm": RowConfig(num_warps=4, steps=16),
 }
 # The sum of the partial sums: rows and columns of its tile.
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_WARPS = 128, 32, 4
-
-
-@triton.jit
-def position(NT, NC):
-    """The batch row (int64: it multiplies strides), the chunk of rows and of columns of this program."""
-    i_p = tl.program_id(0)
-    return (i_p // NC // NT).to(tl.int64), i_p // NC % NT, i_p % NC
-
-
-@triton.jit
-def row_pointers(x, s_b, s_t, i_b, o_t):
-    """Pointers to the first element of the rows ``o_t``; int64, because T * s_t may pass 2^31."""
-    return x + i_b * s_b + o_t.to(tl.int64) * s_t
-
-
-@triton.jit
-def entry(
-    vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b, o_c, m_c,
-    C, K: tl.constexpr, acc: tl.constexpr,
-):  # fmt: skip
-    """The sum of a batch row's entries ``[BC]``, and how many are not off."""
-    b_d = tl.zeros([o_c.shape[0]], dtype=acc)
-    n_on = 0
-    for i_k in range(K):
-        i_a = i_b * 0
-        if adapter_ids is not None:
-            i_a = tl.load(adapter_ids + i_b * s_id_b + i_k * s_id_k).to(tl.int64)
-        b_c = tl.full([], 1.0, dtype=acc)
-        if scale is not None:
-            b_c = tl.load(scale + tl.maximum(i_a, 0) * s_scale, mask=i_a >= 0, other=0.0).to(acc)
-        if strengths is not None:
-            b_c *= tl.load(strengths + i_b * s_strength_b + i_k * s_strength_k).to(acc)
-        m_on = (i_a >= 0) & (b_c != 0)
-        b_v = tl.load(vector + tl.maximum(i_a, 0) * C + o_c, mask=m_c & m_on, other=0.0).to(acc)
-        b_d += tl.where(m_on, b_c, 0.0) * b_v
-        n_on += m_on.to(tl.int32)
-    return b_d, n_on
 
 
 @triton.jit(do_not_specialize=["T", "NT", "s_scale", "s_id_b", "s_id_k", "s_strength_b", "s_strength_k"])
@@ -309,7 +251,7 @@ def residual_shift_fwd(
     strengths: Tensor | None,
     preserve_norm: bool,
 ) -> Tensor:
-    out = new_output(x)
+    out = new_tokens(x)
     if x.numel() == 0:
         return out
     B, T, C = x.shape
@@ -337,7 +279,7 @@ def residual_shift_bwd(
     need_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     B, T, C = dout.shape
-    dx = new_output(x) if need_dx and x is not None else None
+    dx = new_tokens(x) if need_dx and x is not None else None
     check_row(C, x is not None)
     BT, BC, NS, num_warps = CONFIGS["bwd" if x is None else "bwd_norm"].tiling(dout)
     NT = triton.cdiv(T, BT * NS)
@@ -388,29 +330,5 @@ def entry_grads(
     return dvector, None if dscale is None else dscale.sum(-1), dweight
 
 
-def check_row(C: int, whole: bool) -> None:
-    """Raise NotImplementedError where a program would have to hold a row that is too long."""
-    if whole and C > MAX_ROW:
-        raise NotImplementedError(f"C is {C}, expected at most {MAX_ROW} for a norm with Triton")
-
-
-def acc_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def num_entries(adapter_ids: Tensor | None) -> int:
     return 1 if adapter_ids is None else adapter_ids.shape[1]
-
-
-def token_strides(x: Tensor | None) -> tuple[int, int]:
-    """Strides of B and T; that of C is 1."""
-    return (0, 0) if x is None else x.stride()[:2]
-
-
-def entry_strides(
-    scale: Tensor | None, adapter_ids: Tensor | None, strengths: Tensor | None
-) -> tuple[int, int, int, int, int]:
-    """Strides of the scale over adapters (0: shared), of ids and strengths over rows and entries."""
-    shared = scale is None or scale.numel() == 1
-    ids = (0, 0) if adapter_ids is None else adapter_ids.stride()
-    return 0 if shared else 1, *ids, *((0, 0) if strengths is None else strengths.stride())

@@ -2,19 +2,10 @@
 
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
-    Sizes,
-    check_fits,
-    check_float,
-    check_integer,
-    check_last_stride,
-    check_range,
-    check_same_device,
-    is_number,
-)
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops._core.checks import Sizes, check_float, check_last_stride, check_same_device
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
 from mmicl_kernels.ops.residual_shift._op import residual_shift_op
+from mmicl_kernels.ops.residual_shift.entries import check_entries, entries
 from mmicl_kernels.ops.residual_shift.reference import residual_shift_reference
 
 
@@ -66,59 +57,3 @@ def residual_shift(
     if impl == "triton":
         require_triton(x.device)
     return residual_shift_op(x, vector, scale, adapter_ids, strengths, bool(preserve_norm), impl)
-
-
-def check_entries(
-    sizes: Sizes,
-    x: Tensor,
-    vector: Tensor,
-    scale: float | Tensor,
-    adapter_ids: Tensor | None,
-    strengths: Tensor | None,
-) -> None:
-    """Check ``vector [C]`` or with ids ``[A, C]`` and what goes with it; ``sizes`` has B and C bound."""
-    if isinstance(vector, Tensor) and vector.dim() == 2 and adapter_ids is None:
-        raise ValueError(f"vector has shape {list(vector.shape)}: a 2-D vector needs adapter_ids, got None")
-    if isinstance(vector, Tensor) and vector.dim() == 1 and adapter_ids is not None:
-        raise ValueError(f"adapter_ids were given beside a 1-D vector {list(vector.shape)}, expected [A, C]")
-    sizes.bind("vector", vector, "C" if adapter_ids is None else "A C")
-    check_float("vector", vector)
-    _check_scale(sizes, x, scale)
-    if adapter_ids is None:
-        if strengths is not None:
-            raise ValueError("strengths were given without adapter_ids, expected both or a scale")
-        return
-    several = isinstance(adapter_ids, Tensor) and adapter_ids.dim() == 2
-    sizes.bind("adapter_ids", adapter_ids, "B K" if several else "B")
-    check_integer("adapter_ids", adapter_ids)
-    check_range("adapter_ids", adapter_ids, -1, sizes["A"] - 1)
-    if strengths is not None:
-        sizes.bind("strengths", strengths, "B K" if several else "B")
-        check_float("strengths", strengths)
-
-
-def _check_scale(sizes: Sizes, x: Tensor, scale: float | Tensor) -> None:
-    if is_number(scale):
-        return check_fits("scale", scale)
-    if not isinstance(scale, Tensor):
-        raise TypeError(f"scale must be a number or a tensor, got {type(scale).__name__}")
-    check_float("scale", scale)
-    check_same_device(x=x, scale=scale)
-    if scale.dim() > 0:
-        if "A" not in sizes:
-            raise ValueError(f"scale has shape {list(scale.shape)}, expected [] beside a 1-D vector")
-        sizes.bind("scale", scale, "A")
-
-
-def entries(
-    x: Tensor, scale: float | Tensor, adapter_ids: Tensor | None, strengths: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A scale on the device of ``x`` (None for 1), ids ``[B, K]`` int32, strengths ``[B, K]``."""
-    if not isinstance(scale, Tensor):
-        scale = None if scale == 1 else x.new_full((), scale, dtype=accumulation_dtype(x))
-    if adapter_ids is not None:
-        adapter_ids = adapter_ids.int()
-        adapter_ids = adapter_ids[:, None] if adapter_ids.dim() == 1 else adapter_ids
-    if strengths is not None and strengths.dim() == 1:
-        strengths = strengths[:, None]
-    return scale, adapter_ids, strengths

@@ -1,25 +1,27 @@
 """``residual_shift_rms_norm`` as registered operators, forward and backward, under one autograd function."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import (
+from mmicl_kernels.ops._core.dispatch import (
+    backend,
     distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
     refuse_vmap,
 )
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
-from mmicl_kernels.ops.residual_shift._composed import new_output, prepared
-from mmicl_kernels.ops.residual_shift._op import (
+from mmicl_kernels.ops._core.layout import accumulation_dtype, last_dim_contiguous, new_tokens
+from mmicl_kernels.ops.residual_shift.entries import (
     fake_entry_grads,
     outputs,
     parameter_grads,
+    prepared,
     stacked,
 )
-from mmicl_kernels.ops.residual_shift_rms_norm._composed import kernels
+from mmicl_kernels.ops.residual_shift_rms_norm import _torch
 
 torch.library.define(
     "mmicl::residual_shift_rms_norm_fwd",
@@ -34,10 +36,19 @@ torch.library.define(
 )
 
 
+def _kernels(impl: str, device: torch.device) -> ModuleType:
+    name = backend(impl, device)
+    if name == "triton":
+        from mmicl_kernels.ops.residual_shift_rms_norm import _triton
+
+        return _triton
+    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+
+
 def _fwd(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
     vector, scale, norm_weight = prepared(x, impl, vector, scale, norm_weight)
     with no_autocast(x.device):
-        return kernels(impl, x.device).residual_shift_rms_norm_fwd(
+        return _kernels(impl, x.device).residual_shift_rms_norm_fwd(
             x, residual, *stacked(vector, scale), norm_weight, adapter_ids, eps, weight_offset
         )
 
@@ -47,7 +58,7 @@ torch.library.impl("mmicl::residual_shift_rms_norm_fwd", ("cpu", "cuda"), _fwd)
 
 @torch.library.register_fake("mmicl::residual_shift_rms_norm_fwd")
 def _fwd_fake(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):
-    return new_output(x), new_output(x), x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
+    return new_tokens(x), new_tokens(x), x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
 
 
 def _bwd(
@@ -57,7 +68,7 @@ def _bwd(
     given, device = (vector, scale, norm_weight), dnormed.device
     vector, scale, norm_weight = prepared(dnormed, impl, *given)
     with no_autocast(device):
-        dx, sums, weight_sums = kernels(impl, device).residual_shift_rms_norm_bwd(
+        dx, sums, weight_sums = _kernels(impl, device).residual_shift_rms_norm_bwd(
             dnormed, dnew_residual, new_residual, rstd, norm_weight, weight_offset, need_dentry, need_dweight
         )
         grads = parameter_grads(
@@ -76,7 +87,7 @@ def _bwd_fake(
     need_dentry, need_dweight,
 ):  # fmt: skip
     dweight = norm_weight.new_empty(norm_weight.shape) if need_dweight else rstd.new_empty(0)
-    return new_output(new_residual), *fake_entry_grads(vector, scale, need_dentry, rstd), dweight
+    return new_tokens(new_residual), *fake_entry_grads(vector, scale, need_dentry, rstd), dweight
 
 
 def _of_the_sum_alone(

@@ -1,6 +1,6 @@
 """The fused norm in Triton: a program holds whole rows of one batch row, each read and written once.
 
-The functions of :mod:`._composed` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
+The functions of :mod:`._torch` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``).
 """
 
 import torch
@@ -8,10 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
-from mmicl_kernels.ops.residual_shift._composed import new_output
-from mmicl_kernels.ops.residual_shift._triton import (
-    LaunchConfig,
+from mmicl_kernels.ops._core._triton import (
+    RowConfig,
     acc_type,
     check_row,
     entry,
@@ -20,9 +18,10 @@ from mmicl_kernels.ops.residual_shift._triton import (
     row_pointers,
     token_strides,
 )
+from mmicl_kernels.ops._core.layout import accumulation_dtype, new_tokens
 
 # As in residual_shift: few parameters and sums beside the rows they belong to.
-CONFIGS = {"fwd": LaunchConfig(num_warps=4, steps=2), "bwd": LaunchConfig(num_warps=4, steps=16)}
+CONFIGS = {"fwd": RowConfig(num_warps=4, steps=2), "bwd": RowConfig(num_warps=4, steps=16)}
 
 
 @triton.jit(do_not_specialize=["T", "NT", "s_scale", "s_id_b", "s_id_k", "s_strength_b", "s_strength_k"])
@@ -171,7 +170,7 @@ def residual_shift_rms_norm_fwd(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, C = x.shape
-    normed, new_residual = new_output(x), new_output(x)
+    normed, new_residual = new_tokens(x), new_tokens(x)
     rstd = x.new_empty(B, T, dtype=accumulation_dtype(x))
     check_row(C, True)
     if x.numel() == 0:
@@ -199,7 +198,7 @@ def residual_shift_rms_norm_bwd(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, C = new_residual.shape
-    dx, empty = new_output(new_residual), rstd.new_empty(0)
+    dx, empty = new_tokens(new_residual), rstd.new_empty(0)
     check_row(C, True)
     BT, BC, NS, num_warps = CONFIGS["bwd"].tiling(new_residual)
     NT = triton.cdiv(T, BT * NS)

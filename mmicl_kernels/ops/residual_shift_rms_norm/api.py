@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     Sizes,
     check_fits,
     check_float,
@@ -10,8 +10,8 @@ from mmicl_kernels.ops._checks import (
     check_same_device,
     is_number,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.residual_shift.api import check_entries, entries
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops.residual_shift.entries import check_entries, entries
 from mmicl_kernels.ops.residual_shift_rms_norm._op import residual_shift_rms_norm_op
 from mmicl_kernels.ops.residual_shift_rms_norm.reference import residual_shift_rms_norm_reference
 

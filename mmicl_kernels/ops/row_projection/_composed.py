@@ -1,10 +1,5 @@
-"""Stock products and LayerNorm between copies of rows.
+"""Stock products and LayerNorm between copies of rows, by ``_core/rows.py`` or ``_triton``."""
 
-A set of kernels for the copies is any namespace with ``gather_rows``, ``scatter_rows`` and ``clear_rows_``:
-this module, or ``_triton``. An index outside of the ``B * T`` rows is none: it reads zeros and adds nothing.
-"""
-
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -12,41 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmicl_kernels.ops._impl import uses_triton
-from mmicl_kernels.ops._sums import sum_rows
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops._core import rows
+from mmicl_kernels.ops._core.dispatch import backend
+from mmicl_kernels.ops._core.layout import accumulation_dtype
 
 
-def kernels(impl: str, device: torch.device) -> ModuleType:
-    """The set of kernels for ``impl`` ("composed" or "triton") on ``device``."""
-    if uses_triton(impl, device):
+def _kernels(impl: str, device: torch.device) -> ModuleType:
+    if backend(impl, device) == "triton":
         from mmicl_kernels.ops.row_projection import _triton
 
         return _triton
-    return sys.modules[__name__]
-
-
-def gather_rows(hidden: Tensor, index: Tensor) -> Tensor:
-    """``[N, C]``: the rows ``index`` of ``hidden [B, T, C]``."""
-    B, T, C = hidden.shape
-    if B * T == 0:
-        return hidden.new_zeros(index.shape[0], C)
-    inside = index.clamp(0, B * T - 1)
-    # Not of the flattened tensor, which would be a copy of it where batch rows are not next to each other.
-    return clear_rows_(hidden[inside // T, inside % T], index, B * T)
-
-
-def scatter_rows(dx: Tensor, index: Tensor, B: int, T: int) -> Tensor:
-    """``[B, T, C]`` contiguous: every row's sum of the ``dx [N, C]`` that belong to it, in their order."""
-    return sum_rows(dx, index, B * T).view(B, T, dx.shape[1])
-
-
-def clear_rows_(x: Tensor, index: Tensor, R: int) -> Tensor:
-    """``x [N, D]``, contiguous, with zeros where ``index`` is none of R rows; in place."""
-    outside = (index < 0) | (index >= R)
-    if x.device.type == "cpu":  # where counting them is free, few rows or none are touched instead of all
-        return x.index_fill_(0, outside.nonzero()[:, 0], 0)
-    return x.masked_fill_(outside[:, None], 0)
+    return rows
 
 
 def row_projection_fwd(
@@ -61,7 +32,7 @@ def row_projection_fwd(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``out [N, D]``; for the backward ``x [N, C]``, and of a norm (else empty) ``y [N, D]``, mean, rstd."""
-    copies = kernels(impl, hidden.device)
+    copies = _kernels(impl, hidden.device)
     x = copies.gather_rows(hidden, index)
     out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y, mean, rstd = out.new_empty(0), *(x.new_empty(0, dtype=accumulation_dtype(x)) for _ in range(2))
@@ -95,7 +66,7 @@ def row_projection_bwd(
     need_dhidden, need_dweight, need_dbias, *need_norm = needs
     need_dy = need_dhidden or need_dweight or need_dbias
     grads = [None] * 5
-    copies = kernels(impl, dout.device)
+    copies = _kernels(impl, dout.device)
     dy = dout.to(y.dtype, copy=True, memory_format=torch.contiguous_format)
     dy = copies.clear_rows_(dy, index, B * T)
     if norm_weight is not None:

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import (
+from mmicl_kernels.ops._core.dispatch import (
     distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
     refuse_vmap,
 )
-from mmicl_kernels.ops.attention_shift._composed import accumulation_dtype
+from mmicl_kernels.ops._core.layout import accumulation_dtype
 from mmicl_kernels.ops.row_projection import _composed
 
 _PARAMETERS = "Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"

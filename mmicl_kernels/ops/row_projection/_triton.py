@@ -1,6 +1,6 @@
 """The copies of rows in Triton: a gather in one launch, its gradient in one after a sort; no atomics.
 
-The functions of :mod:`._composed` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``). Products
+The functions of ``_core/rows.py`` on CUDA tensors (on CPU tensors under ``TRITON_INTERPRET=1``). Products
 are the stock library's: see the README for why the gather is not fused into them.
 """
 
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmicl_kernels.ops._rows import uses_of
-from mmicl_kernels.ops.residual_shift._triton import acc_type
+from mmicl_kernels.ops._core._triton import acc_type
+from mmicl_kernels.ops._core.rows import uses_of
 
 # Rows and bytes of a program's tile: four 16-byte loads for each thread of 4 warps, and some 500 programs
 # for the 480 rows of 4096 halves that 16 demonstrations have.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     FLOAT_DTYPES,
     Sizes,
     check_fits,
@@ -14,8 +14,8 @@ from mmicl_kernels.ops._checks import (
     is_readable,
     is_whole,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops._rows import check_rows, index_of
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops._core.rows import check_rows, index_of
 from mmicl_kernels.ops.row_projection._op import row_projection_op
 from mmicl_kernels.ops.row_projection.reference import row_projection_reference
 

@@ -6,7 +6,8 @@ The backward's derivation is in README.md.
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._composed import kernels, new_output
+from mmicl_kernels.ops._core.layout import new_heads
+from mmicl_kernels.ops.attention_shift.kernels import backend_kernels
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
@@ -40,12 +41,12 @@ def _forward(q, k, v, parameters, options: Options):
         gate = attention_kernel(q, k, options.scale, options.softcap, visibility.all_keys())
         gate_lse = gate.forward(q, k, k)[1].masked_fill(lse == -torch.inf, -torch.inf)
 
-    shift_kernels = kernels("composed", q.device)
+    epilogue = backend_kernels("composed", q.device)
     if a.transpose(1, 2).is_contiguous() and not options.training:
         out = a
-        shift_kernels.attention_shift_fwd_(out, gate_lse, q, *parameters, options.adapter_ids)
+        epilogue.attention_shift_fwd_(out, gate_lse, q, *parameters, options.adapter_ids)
     else:
-        out = shift_kernels.attention_shift_fwd(a, gate_lse, q, *parameters, options.adapter_ids)
+        out = epilogue.attention_shift_fwd(a, gate_lse, q, *parameters, options.adapter_ids)
     lse = lse.contiguous()
     return (
         out,
@@ -70,9 +71,9 @@ def _packed_forward(q, k, v, parameters, options: Options):
 def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     q, k, v = qkv
     a, lse, gate_lse = results
-    shift_kernels = kernels("composed", q.device)
+    epilogue = backend_kernels("composed", q.device)
     through_lse = need_dqkv and not options.all_keys
-    dg, _, base, *dparameters = shift_kernels.attention_shift_bwd(
+    dg, _, base, *dparameters = epilogue.attention_shift_bwd(
         dout, gate_lse, q, *parameters, options.adapter_ids, a if through_lse else None, False
     )
     if not need_dqkv:
@@ -86,13 +87,13 @@ def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options)
     if dlse is not None:
         # of a query that sees no key it may be NaN: the gradient of -inf through a torch.where
         _add_lse_grad(kernel, dlse.masked_fill(lse == -torch.inf, 0.0), lse, q, k, dq, dk)
-    shift_kernels.add_gate_grad_(dq, dg, parameters[0], options.adapter_ids)
+    epilogue.add_gate_grad_(dq, dg, parameters[0], options.adapter_ids)
     return [_head_major(x) for x in (dq, dk, dv)], dparameters
 
 
 def _packed_backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     grads = [torch.zeros_like(x) for x in parameters]
-    dq, dk, dv = (new_output(x) if need_dqkv else x.new_empty(0) for x in qkv)
+    dq, dk, dv = (new_heads(x) if need_dqkv else x.new_empty(0) for x in qkv)
     for rows, keys, sequence in options.sequences():
         part_qkv = [x[:, :, part] for x, part in zip(qkv, (rows, keys, keys), strict=True)]
         dqkv, dparameters = _backward(
@@ -128,4 +129,4 @@ def _add_lse_grad(kernel, dlse, lse, q, k, dq, dk) -> None:
 
 def _head_major(x: Tensor) -> Tensor:
     """``x`` itself if its ``transpose(1, 2)`` is contiguous, else a copy that is."""
-    return x if x.transpose(1, 2).is_contiguous() else new_output(x).copy_(x)
+    return x if x.transpose(1, 2).is_contiguous() else new_heads(x).copy_(x)

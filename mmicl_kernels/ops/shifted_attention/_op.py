@@ -1,33 +1,36 @@
 """``shifted_attention`` as registered operators, forward and backward, under one autograd function.
 
-``impl`` names the set of kernels, a module with ``forward`` and ``backward`` as in :mod:`._composed`; "auto"
-is resolved inside of the operators, where a compiled graph has real tensors.
+``impl`` names a module with ``forward`` and ``backward`` as in :mod:`._composed`; "auto" is resolved inside
+of the operators, where a compiled graph has real tensors.
 """
 
 import inspect
-from types import ModuleType
+from types import ModuleType, UnionType
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import (
+from mmicl_kernels.ops._core.dispatch import (
     distinct,
     needs_grad,
     no_autocast,
     refuse_double_backward,
     refuse_vmap,
 )
-from mmicl_kernels.ops.attention_shift._composed import new_output, stacked_parameters
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous, parameter_grads
+from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_heads
+from mmicl_kernels.ops.attention_shift.kernels import parameter_grads, stacked_parameters
 from mmicl_kernels.ops.shifted_attention import _composed
 from mmicl_kernels.ops.shifted_attention.dispatch import choose
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
-_OPTIONS = (
-    "float scale, float? softcap, bool causal, int? window, SymInt? q_start, Tensor? q_starts,"
-    " Tensor? kv_start, Tensor? kv_end, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? adapter_ids, bool all_keys, bool training, str impl"
-)
+
+def _argument(name: str, kind: type | UnionType) -> str:
+    """``float? softcap`` of ``softcap: float | None``."""
+    kinds = getattr(kind, "__args__", (kind,))
+    return f"{kinds[0].__name__}{'?' if len(kinds) > 1 else ''} {name}"
+
+
+_OPTIONS = ", ".join(_argument(*field) for field in Options.__annotations__.items())
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor shift"
 
 torch.library.define(
@@ -41,7 +44,7 @@ torch.library.define(
 )
 
 
-def _kernels(q: Tensor, k: Tensor, options: Options) -> ModuleType:
+def _implementation(q: Tensor, k: Tensor, options: Options) -> ModuleType:
     impl = choose(q, k, options) if options.impl == "auto" else options.impl
     if impl == "triton":
         from mmicl_kernels.ops.shifted_attention import _triton
@@ -54,7 +57,7 @@ def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
     options = Options(*options)
     with no_autocast(q.device):
         parameters = stacked_parameters(q, weight, bias, shift)
-        return _kernels(q, k, options).forward(q, k, v, parameters, options)
+        return _implementation(q, k, options).forward(q, k, v, parameters, options)
 
 
 torch.library.impl("mmicl::shifted_attention_fwd", ("cpu", "cuda"), _shifted_attention_fwd)
@@ -71,7 +74,7 @@ def _shifted_attention_bwd(dout, dlse, a, lse, gate_lse, lse_low, need_dqkv, q, 
     results = (a, lse, gate_lse if options.all_keys else lse, lse_low)
     with no_autocast(q.device):
         parameters = stacked_parameters(q, weight, bias, shift)
-        dqkv, grads = _kernels(q, k, options).backward(
+        dqkv, grads = _implementation(q, k, options).backward(
             dout, dlse, results, need_dqkv, (q, k, v), parameters, options
         )
     return *dqkv, *parameter_grads(grads, weight, bias, shift)
@@ -82,7 +85,7 @@ torch.library.impl("mmicl::shifted_attention_bwd", ("cpu", "cuda"), _shifted_att
 
 @torch.library.register_fake("mmicl::shifted_attention_bwd")
 def _shifted_attention_bwd_fake(dout, dlse, a, lse, gate_lse, lse_low, need_dqkv, q, k, v, *rest):
-    dqkv = (new_output(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
+    dqkv = (new_heads(x) if need_dqkv else x.new_empty(0) for x in (q, k, v))
     return *dqkv, *(x.new_empty(x.shape) for x in rest[:3])
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._checks import (
+from mmicl_kernels.ops._core.checks import (
     FP32_MAX,
     FP32_TINY,
     Sizes,
@@ -18,16 +18,15 @@ from mmicl_kernels.ops._checks import (
     is_readable,
     is_whole,
 )
-from mmicl_kernels.ops._impl import require_triton, resolve
-from mmicl_kernels.ops.attention_shift._op import last_dim_contiguous
+from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops._core.layout import last_dim_contiguous
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
 from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
-from mmicl_kernels.ops.shifted_attention.options import Options
+from mmicl_kernels.ops.shifted_attention.options import FARTHEST, Options
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
-from mmicl_kernels.ops.shifted_attention.visibility import FARTHEST
 
 NORMALIZERS = ("visible", "all_keys")
-IMPLEMENTATIONS = ("auto", "reference", "composed", "triton")
+IMPLEMENTATIONS = ("reference", "composed", "triton")
 WIDE = 2 * FARTHEST  # a window that hides nothing
 
 
@@ -127,7 +126,6 @@ def shifted_attention(
         max_seqlen_k=None if max_seqlen_k is None else min(int(max_seqlen_k), k.shape[2]),
         adapter_ids=None if adapter_ids is None else adapter_ids.int().contiguous(),
         all_keys=normalizer == "all_keys",
-        training=False,
         impl=resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention"),
     )
     if options.impl == "triton":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._impl import HAS_TRITON
+from mmicl_kernels.ops._core.dispatch import HAS_TRITON
 from mmicl_kernels.ops.shifted_attention.options import Options
 
 MAX_HEAD_DIM = 256

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmicl_kernels.ops.attention_shift.reference import attention_shift_reference
 from mmicl_kernels.ops.shifted_attention.options import Options
-from mmicl_kernels.ops.shifted_attention.visibility import masked_softmax
 
 
 def shifted_attention_reference(
@@ -49,3 +48,23 @@ def _dense(q, k, v, weight, bias, shift, options: Options) -> tuple[Tensor, Tens
         a = probabilities @ v_acc
         out = attention_shift_reference(a, gate_lse, q, weight, bias, shift, options.adapter_ids)
     return out.to(q.dtype), lse
+
+
+def masked_softmax(scores: Tensor, keep: Tensor | None, additive: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities and natural-log normaliser of ``scores [B, H, T, S]`` under a visibility.
+
+    A row that sees no key has probabilities 0 and normaliser -inf, and gets no gradient.
+    """
+    if additive is not None:
+        scores = scores + additive.to(scores.dtype)
+    if keep is not None:
+        scores = scores.masked_fill(~keep, -torch.inf)
+    blind = (scores == -torch.inf).all(-1)
+    # The blind rows' scores are replaced first: logsumexp of -inf alone has a NaN gradient.
+    scores = scores.masked_fill(blind[..., None], 0.0)
+    # In two steps: where a whole row carries finfo.min, the first swallows the logarithm of the sum.
+    level = torch.logsumexp(scores, -1).detach()
+    scores = scores - level[..., None]
+    remainder = torch.logsumexp(scores, -1)
+    probabilities = torch.exp(scores - remainder[..., None]).masked_fill(blind[..., None], 0.0)
+    return probabilities, (level + remainder).masked_fill(blind, -torch.inf)

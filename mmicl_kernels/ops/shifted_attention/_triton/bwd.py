@@ -7,10 +7,14 @@ With ALL_KEYS the gate's normaliser has a softmax of its own: ``ds_ij -= dg_i Pa
 these (``attention_shift``'s backward) computes delta, dg and the gradients of the parameters.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from mmicl_kernels.ops.attention_shift._triton import adapter
+from mmicl_kernels.ops._core._triton import adapter
+from mmicl_kernels.ops._core.layout import new_heads
+from mmicl_kernels.ops.attention_shift.kernels import backend_kernels
+from mmicl_kernels.ops.shifted_attention._triton import launch
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     LOG2E,
     add_mask,
@@ -24,6 +28,7 @@ from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     sequence,
     visible,
 )
+from mmicl_kernels.ops.shifted_attention.options import Options
 
 
 @triton.jit
@@ -286,3 +291,60 @@ def shifted_attention_dq_kernel(
     b_dq = b_dq * scale + b_dg * b_weight[None, :]
     p_dq = dq + (((i_x * N + row_q + o_t) * H + i_h) * D)[:, None] + o_d[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
+
+
+def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+    """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters.
+
+    ``results`` are ``a``, ``lse``, ``gate_lse`` and ``lse_low`` of the forward, with lse in place of an empty
+    gate_lse.
+    """
+    q, k, v = qkv
+    a, lse, gate_lse, lse_low = results
+    dg, delta, dparameters = backend_kernels("triton", q.device).attention_delta(
+        dout, dlse, gate_lse, q, parameters, options.adapter_ids, a, not options.all_keys,
+        options.cu_seqlens_q, options.max_seqlen_q,
+    )  # fmt: skip
+    if not need_dqkv:
+        return [x.new_empty(0) for x in qkv], dparameters
+    dqkv = [new_heads(x) for x in qkv]
+    problem = launch.Problem.of(q, k, options)
+    B, H, G, T, S, N, N_K, D, *_ = problem
+    if q.numel() == 0 or k.numel() == 0 or B * T == 0 or S == 0:
+        dqkv = [x.zero_() for x in dqkv]
+    if q.numel() == 0 or B * T == 0:
+        return dqkv, dparameters
+
+    rows = lse, launch.or_none(lse_low), delta, gate_lse if options.all_keys else None, dg
+    scalars = options.scale, options.softcap, problem.window, problem.q_start, B, H, T, S, N
+    visibility = launch.visibility(problem, options)
+    strides = *launch.strides(q, k, v, dout), *problem.mask_strides
+    BD, constants = launch.block_head_dim(D), (problem.causal, options.all_keys, problem.fold)
+    with torch.cuda.device_of(q):
+        config = launch.config("dq", problem.is_general, BD, q, k, v, dout)
+        operands = (q, config.BM), (k, config.BN), (v, config.BN), (dout, config.BM)
+        tiles, use_tma = launch.tiles(config, BD, *operands)
+        shifted_attention_dq_kernel[(B * H * triton.cdiv(T, config.BM),)](
+            *tiles, parameters[0], *rows, *visibility, options.adapter_ids, dqkv[0],
+            *strides, *scalars, D, H // G, *constants, config.BM, config.BN, BD,
+            problem.precision, use_tma, **launch.options(config),
+        )  # fmt: skip
+        if B * S == 0 or k.numel() == 0:
+            return dqkv, dparameters
+        config = launch.config("dkdv", problem.is_general, BD, q, k, v, dout)
+        programs = B * G * triton.cdiv(S, config.BN)
+        heads = H // G if programs >= launch.multiprocessors(q.device) else 1
+        dk, dv = dqkv[1:]
+        if heads < H // G:
+            dk, dv = (q.new_empty(x.shape[0], N_K, H, D, dtype=torch.float32) for x in (k, v))
+        operands = (q, config.BM), (k, config.BN), (v, config.BN), (dout, config.BM)
+        tiles, use_tma = launch.tiles(config, BD, *operands)
+        shifted_attention_dkdv_kernel[(programs * (H // G) // heads,)](
+            *tiles, *rows, *visibility, dk, dv,
+            *strides, *scalars, N_K, D, H // G, heads, *constants, config.BM, config.BN, BD,
+            problem.precision, use_tma, **launch.options(config),
+        )  # fmt: skip
+    if heads < H // G:
+        for total, part in zip(dqkv[1:], (dk, dv), strict=True):
+            total.copy_(part.unflatten(2, (G, -1)).sum(3).transpose(1, 2))
+    return dqkv, dparameters

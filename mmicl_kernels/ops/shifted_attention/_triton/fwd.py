@@ -4,10 +4,13 @@ A tile's rows are (query, head) pairs: PACK neighbouring heads, which share thei
 Prefill has PACK = 1; decode packs a key head's whole group, so that the keys are read once.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mmicl_kernels.ops.attention_shift._triton import adapter, gate
+from mmicl_kernels.ops._core._triton import adapter, gate
+from mmicl_kernels.ops.shifted_attention._triton import launch
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     add_mask,
     bounds,
@@ -20,6 +23,7 @@ from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     sequence,
     visible,
 )
+from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
 
 @triton.jit
@@ -284,3 +288,41 @@ def _merge(b_part_m, b_part_l, unit, FOLD: tl.constexpr):
     b_base = tl.where(b_m == float("-inf"), 0.0, b_m)
     b_w = exp_scores(b_part_m, b_base, unit, FOLD)
     return b_m, tl.sum((b_w * b_part_l)[None, :], 1), b_w
+
+
+def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``lse``, ``gate_lse``, ``lse_low``, ``a`` (empty where not needed); parameters are stacked."""
+    results = new_results(q, options)
+    problem = launch.Problem.of(q, k, options)
+    B, H, G, T, S, N, _, D, *_ = problem
+    if q.numel() == 0 or B * T == 0:
+        return results
+    BD = launch.block_head_dim(D)
+    pack = H // G if T * (H // G) <= launch.DECODE_ROWS else 1
+    rows = T * pack
+    config = launch.config(launch.forward_kernel(rows), problem.is_general, BD, k, v)
+    programs = B * (H // pack) * triton.cdiv(rows, config.BM)
+    splits = launch.splits(programs, S, q.device) if rows <= launch.DECODE_ROWS else 1
+    part_acc = part_norms = None
+    if splits > 1:
+        part_acc = q.new_empty(splits, B, H // pack, rows, D, dtype=torch.float32)
+        part_norms = part_acc.new_empty(4 if options.all_keys else 2, *part_acc.shape[:-1])
+
+    tiles, use_tma = launch.tiles(config, BD, (k, config.BN), (v, config.BN))
+    adapter_ids, saved = options.adapter_ids, (*results[:2], *map(launch.or_none, results[2:]))
+    with torch.cuda.device_of(q):
+        shifted_attention_fwd_kernel[(programs * splits,)](
+            q, *tiles, *parameters, *launch.visibility(problem, options), adapter_ids, *saved,
+            part_acc, part_norms, *launch.strides(q, k, v), *problem.mask_strides,
+            options.scale, options.softcap, problem.window, problem.q_start, B, H, T, S, N, splits,
+            D, H // G, pack, problem.causal, options.all_keys, problem.fold, config.BM, config.BN, BD,
+            problem.precision, use_tma, **launch.options(config),
+        )  # fmt: skip
+        if splits > 1:
+            shifted_attention_combine_kernel[(B * H * T,)](
+                part_acc, part_norms, q, *parameters, adapter_ids, options.cu_seqlens_q, *saved,
+                *launch.strides(q), options.scale, B, H, T, N, splits,
+                D, pack, options.all_keys, problem.fold, triton.next_power_of_2(splits), BD,
+                num_warps=launch.COMBINE_WARPS,
+            )  # fmt: skip
+    return results

@@ -1,14 +1,16 @@
-"""How the kernels are launched: a table per generation of device, and how far a decode is split."""
+"""How kernels are launched: by a table per generation of device; how a decode is split; what they take."""
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmicl_kernels.ops._checks import overlaps
+from mmicl_kernels.ops._core.checks import overlaps
+from mmicl_kernels.ops.shifted_attention.options import SMALLEST_SCALE, Options
 
 # Generations differ in what a program may use: sm_80 has 163 KiB of shared memory, sm_86, sm_89 and sm_120
 # have 99, sm_90 and sm_100 have 227 and copy tiles by descriptor (TMA). The interpreter takes small tiles, so
@@ -171,3 +173,79 @@ def descriptor(x: Tensor, rows: int, BD: int) -> TensorDescriptor:
     """Of tiles ``[1, 1, rows, BD]``. A dimension of one element has any stride, so it gets an allowed one."""
     strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape, strict=False)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, BD])
+
+
+class Problem(NamedTuple):
+    """Sizes and visibility of one call, as all kernels take them.
+
+    B sequences of up to T queries and S keys, in storages of N and N_K rows; they differ where packed.
+    """
+
+    B: int
+    H: int
+    G: int
+    T: int
+    S: int
+    N: int
+    N_K: int
+    D: int
+    causal: bool
+    window: int | None
+    q_start: int | None
+    mask: Tensor | None
+    mask_strides: tuple[int, ...]
+    fold: bool
+    is_general: bool
+    precision: str
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, options: Options) -> "Problem":
+        (B, H, N, D), (G, N_K) = q.shape, k.shape[1:3]
+        T, S = N, N_K
+        if options.cu_seqlens_q is not None:
+            B, T, S = options.cu_seqlens_q.numel() - 1, options.max_seqlen_q, options.max_seqlen_k
+        visibility = options.visibility
+        if options.cu_seqlens_q is None:
+            visibility = visibility.simplified(T, S)
+        q_start = visibility.q_start
+        mask, strides = options.mask, (0, 0, 0, 0)
+        if mask is not None:
+            strides = mask.expand(q.shape[0], H, N, N_K).stride()
+            mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        is_bounded = options.cu_seqlens_q is not None or options.kv_end is not None
+        is_special = mask is not None or options.softcap is not None or options.all_keys
+        exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+        return Problem(
+            *(B, H, G, T, S, N, N_K, D),
+            causal=visibility.causal,
+            window=visibility.window,
+            q_start=q_start if isinstance(q_start, int) else None,
+            mask=mask,
+            mask_strides=strides,
+            fold=options.scale > SMALLEST_SCALE and options.softcap is None and not options.is_mask_added,
+            is_general=is_bounded or is_special,
+            precision="ieee" if exact else "tf32",
+        )
+
+
+def visibility(problem: Problem, options: Options) -> tuple[Tensor | None, ...]:
+    """The tensors of what queries see, in the kernels' order."""
+    bounds = (options.q_starts, options.kv_start, options.kv_end)
+    bounds = (None if x is None else x.contiguous() for x in bounds)
+    return *bounds, problem.mask, options.cu_seqlens_q, options.cu_seqlens_k
+
+
+def tiles(config: LaunchConfig, BD: int, *operands: tuple[Tensor, int]) -> tuple[list, bool]:
+    """The tensors, or descriptors of their tiles ``[rows, BD]`` where the config and all strides allow it."""
+    if not (config.TMA and all(has_descriptor(x) for x, _ in operands)):
+        return [x for x, _ in operands], False
+    return [descriptor(x, rows, BD) for x, rows in operands], True
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of B, heads and rows; that of D is 1."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None or x.numel() == 0 else x

@@ -7,7 +7,7 @@ costs nothing: ``exp2(raw * unit - max * unit)`` is one multiply-add. Otherwise 
 import triton
 import triton.language as tl
 
-from mmicl_kernels.ops.shifted_attention.visibility import FARTHEST
+from mmicl_kernels.ops.shifted_attention.options import FARTHEST
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(FARTHEST)

@@ -1,0 +1,1 @@
+"""What measures the ops of benchmarks.ops, and what writes the measurements down."""
