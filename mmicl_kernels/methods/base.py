@@ -176,7 +176,7 @@ class Adapter(nn.Module):
         for name, parameter in sorted(self.state_dict().items()):
             parameter = parameter.detach().cpu().contiguous()
             digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-            digest.update(parameter.view(torch.uint8).numpy().tobytes())
+            digest.update(parameter.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def num_parameters(self) -> int:

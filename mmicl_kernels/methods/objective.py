@@ -59,7 +59,7 @@ class Objective:
 
     def __init__(self, handle: Attached) -> None:
         """``handle`` must hold a single adapter, of the objective's method; raises ValueError otherwise."""
-        if getattr(handle.single, "method", None) != self.method:
+        if handle.single is None or not isinstance(self, handle.single.objective_class()):
             expected = f"expected a single adapter of method {self.method!r}"
             raise ValueError(f"handle holds {sorted(handle.adapters)}, {expected}")
         self.handle, self.config = handle, handle.single.config

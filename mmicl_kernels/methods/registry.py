@@ -1,5 +1,6 @@
 """Methods by name: those of this package, and what others bring."""
 
+import warnings
 from collections.abc import Iterator, MutableMapping
 from dataclasses import is_dataclass
 from importlib.metadata import entry_points
@@ -13,7 +14,8 @@ class Registry(MutableMapping[str, type[Adapter]]):
     """Adapter classes by their ``method``.
 
     A name that was not registered is looked for among the entry points of installed packages: those of the
-    group ``mmicl_kernels.methods`` are called as the method and are adapter classes.
+    group ``mmicl_kernels.methods`` are called as the method and are adapter classes. None is loaded before
+    somebody asks for it, by its name or with a config that no known method has.
     """
 
     def __init__(self, *known: type[Adapter]) -> None:
@@ -36,16 +38,45 @@ class Registry(MutableMapping[str, type[Adapter]]):
                 f"{adapter_class.__name__} has method {name!r} and config_class {config!r}, expected a name "
                 "and a dataclass"
             )
-        if self._known.get(name, adapter_class) is not adapter_class:
-            raise ValueError(f"method {name!r} is {self._known[name].__name__}'s, expected another name")
+        other = self._known.get(name, adapter_class)
+        # A cell of a notebook may define its class anew.
+        if (other.__module__, other.__qualname__) != (adapter_class.__module__, adapter_class.__qualname__):
+            raise ValueError(f"method {name!r} is {other.__name__}'s, expected another name")
         self._known[name] = adapter_class
         return adapter_class
+
+    @property
+    def known(self) -> list[type[Adapter]]:
+        """Those that are registered by now."""
+        return list(self._known.values())
+
+    def of_config(self, config: object) -> type[Adapter] | None:
+        """The method whose config this is, by its own class before that of one it is made from."""
+        for kind in type(config).__mro__:
+            for adapter_class in self.known:
+                if adapter_class.config_class is kind:
+                    return adapter_class
+        return None
+
+    def load_all(self) -> None:
+        """Load what installed packages bring; what fails is left out, with a warning that says why."""
+        for name in entry_points(group=ENTRY_POINTS).names:
+            try:
+                self[name]
+            except Exception as error:  # whatever a stranger's module does
+                warnings.warn(f"method {name!r} cannot be loaded: {error!r}", stacklevel=3)
 
     def __getitem__(self, name: str) -> type[Adapter]:
         if name not in self._known:
             for point in entry_points(group=ENTRY_POINTS, name=name):
-                self.register(point.load())
+                loaded = point.load()
+                if getattr(loaded, "method", None) != name:
+                    raise TypeError(f"entry point {point.value} is no adapter class of method {name!r}")
+                self.register(loaded)
         return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known or name in entry_points(group=ENTRY_POINTS).names
 
     def __setitem__(self, name: str, adapter_class: type[Adapter]) -> None:
         self._known[name] = adapter_class

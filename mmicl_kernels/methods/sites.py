@@ -5,6 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mmicl_kernels.data.prompts.positions import check_positions
+
+MODULES = ("after_attention", "mlp", "layer")
+NORMALIZERS = ("visible", "all_keys")
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -14,6 +19,9 @@ class AttentionSite:
     """
 
     normalizer: str = "visible"
+
+    def __post_init__(self) -> None:
+        _check("normalizer", self.normalizer, NORMALIZERS)
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class ResidualSite:
     module: str
     preserve_norm: bool
 
+    def __post_init__(self) -> None:
+        _check("module", self.module, MODULES)
+
 
 @dataclass(frozen=True)
 class EmbeddingSite:
@@ -36,6 +47,9 @@ class EmbeddingSite:
     """
 
     positions: str = "text"
+
+    def __post_init__(self) -> None:
+        check_positions(self.positions)
 
 
 class FusedTokens(NamedTuple):
@@ -48,3 +62,8 @@ class FusedTokens(NamedTuple):
     rows: Tensor
     offsets: Tensor
     scale: Tensor | None
+
+
+def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {choices}")

@@ -80,11 +80,14 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> Adapter:
 
 def _new(model: nn.Module, config: Any) -> Adapter:
     anchors = find_anchors(model)
-    kinds = [x for x in ADAPTERS.values() if isinstance(config, x.config_class)]
-    if not kinds:
-        names = ", ".join(x.config_class.__name__ for x in ADAPTERS.values())
+    adapter_class = ADAPTERS.of_config(config)
+    if adapter_class is None:
+        ADAPTERS.load_all()
+        adapter_class = ADAPTERS.of_config(config)
+    if adapter_class is None:
+        names = ", ".join(x.config_class.__name__ for x in ADAPTERS.known)
         raise TypeError(f"config is a {type(config).__name__}, expected one of {names}")
-    adapter = kinds[0](config, describe_backbone(model, anchors))
+    adapter = adapter_class(config, describe_backbone(model, anchors))
     refuse_adapter(model, adapter, anchors)
     return adapter
 

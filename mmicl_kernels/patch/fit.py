@@ -13,7 +13,7 @@ from mmicl_kernels.store import DemonstrationBank
 def check_fits(name: str, adapter: Adapter, state: State, splicer: Splicer) -> None:
     """Raise TypeError, ValueError, UnsupportedModelError or CheckpointError, which say why it may not."""
     if not isinstance(adapter, Adapter):
-        known = ", ".join(x.__name__ for x in ADAPTERS.values())
+        known = ", ".join(x.__name__ for x in ADAPTERS.known)
         raise TypeError(f"adapter {name!r} is a {type(adapter).__name__}, expected one of {known}")
     refuse_adapter(state.model, adapter, state.anchors)
     check_backbone(adapter, describe_backbone(state.model, state.anchors))

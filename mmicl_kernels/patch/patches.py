@@ -74,12 +74,12 @@ class Patches:
         self._take_slot(name, adapter)
         try:
             self.sync()
+            if self.state.rows is not None:
+                self.copy_parameters()
+                self.choose(self.state.rows)
         except BaseException:
             self.drop(name)
             raise
-        if self.state.rows is not None:
-            self.copy_parameters()
-            self.choose(self.state.rows)
 
     def drop(self, name: str) -> None:
         """One adapter less."""

@@ -45,10 +45,16 @@ __all__ = [
 ]
 
 
+# Imported when they are asked for.
+_LAZY = {
+    "AIMObjective": "aim",
+    "LIVEObjective": "live",
+    "M2IVObjective": "m2iv",
+    "MimICObjective": "mimic",
+}
+
+
 def __getattr__(name: str) -> object:
-    """What the methods minimise, each imported when it is asked for."""
-    for adapter_class in ADAPTERS.values():
-        objective = adapter_class.objective_class()
-        if objective.__name__ == name:
-            return objective
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return ADAPTERS[_LAZY[name]].objective_class()

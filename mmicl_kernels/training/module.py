@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmicl_kernels.data.batch import IGNORE
 from mmicl_kernels.data.prefix import PrefixedBatch
-from mmicl_kernels.methods import ADAPTERS, Adapter
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.objective import Objective
 from mmicl_kernels.patch import AdaptedModel
 
@@ -24,7 +24,11 @@ class TrainedModule(AdaptedModel):
         """Raises as :func:`attach`; TypeError for an adapter whose method has no objective."""
         objective = objective_of(type(adapter))
         super().__init__(model, adapter, impl=impl)
-        self.objective = objective(self.handle)
+        try:
+            self.objective = objective(self.handle)
+        except BaseException:
+            self.handle.detach()
+            raise
 
     # A Trainer divides the loss by the steps it accumulates, and takes **kwargs for a sign that it need not.
     accepts_loss_kwargs = False
@@ -59,9 +63,8 @@ def objective_of(adapter_class: type) -> type[Objective]:
     """What a method minimises. Raises TypeError: it does not say."""
     try:
         return adapter_class.objective_class()
-    except (AttributeError, NotImplementedError) as error:
-        known = ", ".join(x.__name__ for x in ADAPTERS.values())
-        raise TypeError(f"adapter is a {adapter_class.__name__}, expected one of {known}") from error
+    except NotImplementedError as error:
+        raise TypeError(f"adapter is a {adapter_class.__name__}: {error}") from error
 
 
 def token_counts(arguments: Mapping[str, Any]) -> Tensor:

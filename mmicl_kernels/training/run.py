@@ -78,7 +78,7 @@ def train(
             method's own.
         validation: as ``records``, other examples: the checkpoint with the least cross-entropy of their
             answers is the result.
-        draw: which demonstrations a query has (``training/shots.py``), instead of random ones.
+        draw: which demonstrations a query has (``data/shots.py``), instead of random ones.
         arguments: fields of ``TrainingArguments``, which come before the recipe's: ``{"bf16": True}``,
             ``{"gradient_checkpointing": True}``, ``{"report_to": "wandb"}``.
 

@@ -8,14 +8,24 @@ import torch
 from foreign_method import EverywhereAdapter, EverywhereConfig
 from records_of_colours import write_records
 from same_adapter import assert_same
+from torch import nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.cli import main
-from mmicl_kernels.methods import ADAPTERS, Adapter, register
+from mmicl_kernels.methods import (
+    ADAPTERS,
+    Adapter,
+    AttentionSite,
+    EmbeddingSite,
+    ResidualSite,
+    register,
+)
 from mmicl_kernels.methods.answers import answer_loss
 from mmicl_kernels.methods.sites import FusedTokens
+from mmicl_kernels.models.anchors import describe_backbone, find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from mmicl_kernels.training import TrainedModule
 
 NAME = "everywhere"
 
@@ -178,6 +188,133 @@ def test_an_entry_point_brings_it(model, tmp_path, monkeypatch):
         assert isinstance(mk.load(tmp_path / "adapter", model), EverywhereAdapter)
     finally:
         del ADAPTERS[NAME]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ("broken_module:Adapter", "RuntimeError"),
+        ("no_such_module:Adapter", "ModuleNotFoundError"),
+        ("json:dumps", "no adapter class of method 'broken'"),
+    ],
+)
+def test_a_broken_package_hurts_nobody_else(model, tmp_path, monkeypatch, value, text):
+    """What it brings is not loaded for others; for a config that nobody knows it is said what failed."""
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[mmicl_kernels.methods]\nbroken = {value}\n")
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('needs a licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mk.attach(model, mk.create(model, mk.MimICConfig())).detach()
+    with pytest.raises(TypeError, match="'a' is a int, expected one of MimICAdapter"):
+        mk.attach(model, {"a": 3})
+    with (
+        pytest.warns(UserWarning, match=f"method 'broken' cannot be loaded.*{text}"),
+        pytest.raises(TypeError, match="config is a dict, expected one of MimICConfig"),
+    ):
+        mk.create(model, {})
+
+
+@dataclass(frozen=True)
+class DriftConfig(mk.MimICConfig):
+    """Made from a config of ours, and not that one."""
+
+    extra: float = 2.0
+
+
+class DriftAdapter(mk.MimICAdapter):
+    """MimIC under another name."""
+
+    method, config_class = "drift", DriftConfig
+
+
+def test_a_method_made_from_one_of_ours(model, tmp_path):
+    """Its config makes it, it is trained by what it inherits, and it is loaded as what it was."""
+    register(DriftAdapter)
+    try:
+        adapter = mk.create(model, DriftConfig())
+        assert type(adapter) is DriftAdapter
+        adapter.save_pretrained(tmp_path / "adapter")
+        assert mk.load(tmp_path / "adapter", model).config == DriftConfig()
+        module = TrainedModule(model, adapter)
+        assert type(module.objective).__name__ == "MimICObjective"
+        module.handle.detach()
+    finally:
+        del ADAPTERS["drift"]
+
+
+class PushAdapter(Adapter):
+    """A vector after each MLP, with a scale that is a plain number."""
+
+    method, config_class = "push", EverywhereConfig
+    residual_sites = (ResidualSite("mlp", preserve_norm=False),)
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        for index in backbone.layers:
+            self.layers[str(index)] = nn.ParameterDict({"vector": torch.randn(backbone.hidden_size)})
+
+    @staticmethod
+    def tensor_shapes(config, backbone):
+        shapes = {f"layers.{index}.vector": (backbone.hidden_size,) for index in backbone.layers}
+        return {"gain": (), **shapes}
+
+    def residual_shift(self, site, index):
+        return self.layers[index]["vector"], 1.0
+
+
+def test_a_strength_reaches_a_scale_that_is_a_number(model):
+    """0 is the plain model, bit for bit, for one adapter and in rows; a digest takes a scalar parameter."""
+    inputs = tiny_inputs(model)
+    plain, adapter = logits(model, inputs), PushAdapter(EverywhereConfig(), _backbone(model))
+    with mk.attach(model, adapter) as handle:
+        whole = logits(model, inputs)
+        assert not torch.allclose(whole, plain)
+        with handle.strength(0):
+            assert torch.equal(logits(model, inputs), plain)
+        with handle.strength(0.5):
+            half = logits(model, inputs)
+            with handle.rows("default"):
+                torch.testing.assert_close(logits(model, inputs), half)
+        assert not torch.allclose(half, whole) and not torch.allclose(half, plain)
+    assert len(adapter.digest()) == 64 and mk.create(model, mk.M2IVConfig()).digest() != adapter.digest()
+
+
+def test_nothing_is_left_behind_by_what_fails(model):
+    """A method without an objective, and one whose parameters fail while rows are open."""
+
+    class Failing(PushAdapter):
+        def residual_shift(self, site, index):
+            raise KeyError("1")
+
+    inputs, backbone = tiny_inputs(model), _backbone(model)
+    plain = logits(model, inputs)
+    with pytest.raises(TypeError, match="PushAdapter has no objective_class"):
+        TrainedModule(model, PushAdapter(EverywhereConfig(), backbone))
+    assert mk.handle_of(model) is None
+    with mk.attach(model, mk.create(model, mk.M2IVConfig())) as handle, handle.rows("default"):
+        before = logits(model, inputs)
+        with pytest.raises(KeyError):
+            handle.add("bad", Failing(EverywhereConfig(), backbone))
+        assert [*handle.adapters] == ["default"]
+        assert torch.equal(logits(model, inputs), before)
+    assert torch.equal(logits(model, inputs), plain)
+
+
+def _backbone(model):
+    return describe_backbone(model, find_anchors(model))
+
+
+def test_sites_name_what_there_is():
+    for make, message in (
+        (lambda: ResidualSite("after_mlp", preserve_norm=False), "module is 'after_mlp', expected one of"),
+        (lambda: AttentionSite("all"), "normalizer is 'all', expected one of"),
+        (lambda: EmbeddingSite("images"), "positions is 'images', expected one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def test_what_is_no_method_is_refused():

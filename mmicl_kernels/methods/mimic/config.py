@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mmicl_kernels.methods.base import check_non_negative
+from mmicl_kernels.methods.sites import NORMALIZERS
 
 ALIGNMENT_SITES = ("mlp", "self_attn", "layer")
-NORMALIZERS = ("visible", "all_keys")
 ALIGNMENTS = ("relative", "mean_square")
 
 

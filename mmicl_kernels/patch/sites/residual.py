@@ -61,9 +61,10 @@ class LayerShift(SlotStack):
         self._state.check_recomputation(self._anchor)
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._state.impl}
         if self._rows.ids is None:
-            vector, scale = self._state.require_single().residual_shift(self._site, self._key)
-            if isinstance(scale, Tensor):
-                scale = self._state.scaled(scale)
+            adapter = self._state.require_single()
+            vector, scale = adapter.residual_shift(self._site, self._key)
+            if adapter.has_strength:
+                scale = self._state.scaled(_as_tensor(scale, vector))
             return residual_shift(x, vector.to(x.device), scale, **options)
         B, (vector, scale) = x.shape[0], self.stacked()
         ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))
@@ -73,7 +74,11 @@ class LayerShift(SlotStack):
         if self._site not in adapter.residual_sites:
             return None
         vector, scale = adapter.residual_shift(self._site, self._key)
-        return [vector, scale if isinstance(scale, Tensor) else vector.new_full((), scale)]
+        return [vector, _as_tensor(scale, vector)]
+
+
+def _as_tensor(scale: Tensor | float, vector: Tensor) -> Tensor:
+    return scale if isinstance(scale, Tensor) else vector.new_full((), scale)
 
 
 class ResidualHook(ForwardHook):
