@@ -70,8 +70,6 @@ def fill(
     progress: bool,
 ) -> list[int]:
     """See ``Handle.add_demonstrations``: those that the bank lacks, batch by batch; the ids of all."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}, expected an int of at least 1")
     new = [x for x in dict.fromkeys(demonstrations) if bank.find(x) is None]
     with tqdm(total=len(new), desc="aggregating", unit="demonstration", disable=not progress) as bar:
         for start in range(0, len(new), batch_size):

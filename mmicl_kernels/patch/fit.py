@@ -39,6 +39,17 @@ def check_bank(bank: DemonstrationBank | None, adapter: Adapter) -> None:
         )
 
 
+def check_filling(
+    bank: DemonstrationBank | None, adapters: Mapping[str, Adapter], batch_size: object
+) -> None:
+    """Raise as ``Handle.add_demonstrations`` unless ``bank`` can be added to."""
+    if bank is None:
+        raise ValueError("no bank is attached, expected attach(model, adapter, bank=...)")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, expected an int of at least 1")
+    check_bank(bank, require_fusing(adapters))
+
+
 def require_fusing(adapters: Mapping[str, Adapter]) -> Adapter:
     """The one that fuses demonstrations. Raises ValueError: there is none."""
     found = [x for x in adapters.values() if x.embedding_site is not None]

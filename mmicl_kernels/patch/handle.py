@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.models.anchors import Anchor, find_mixers
 from mmicl_kernels.patch.aggregation import Collate, aggregate, fill
-from mmicl_kernels.patch.fit import check_bank, require_fusing
+from mmicl_kernels.patch.fit import check_filling, require_fusing
 from mmicl_kernels.patch.patches import Patches
 from mmicl_kernels.patch.report import Report, report
 from mmicl_kernels.patch.slots import RowEntry, check_products, parse_rows
@@ -113,8 +113,9 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def rows(self, names: RowEntry | Sequence[RowEntry]) -> AbstractContextManager:
-        """Say which adapters each batch row uses from now on; as a context manager, until its block ends.
+    def rows(self, names: RowEntry | Sequence[RowEntry]) -> ExitStack:
+        """Say which adapters each batch row uses from now on, until ``close()`` of what is returned, or the
+        end of its ``with`` block.
 
         The choice is the handle's: threads that share a model must take turns. A row's vectors are summed,
         each times its strength and the global one. Parameters that change are read as they are now; call it
@@ -141,9 +142,9 @@ class Handle:
         self._patches.choose(rows)
         return restoring
 
-    def strength(self, value: float) -> AbstractContextManager:
-        """Multiply every vector in the residual stream (M2IV, LIVE) by ``value`` from now on; as a context
-        manager, until its block ends. 0 is the plain model, bit for bit. Nothing is compiled again.
+    def strength(self, value: float) -> ExitStack:
+        """Multiply every vector in the residual stream (M2IV, LIVE) by ``value`` from now on, until as of
+        :meth:`rows`. 0 is the plain model, bit for bit. Nothing is compiled again.
 
         With gradient checkpointing call ``backward()`` within the block, as of :meth:`rows`.
         Raises TypeError, ValueError: not a number finite in fp32, by itself and times those of open rows, or
@@ -239,9 +240,7 @@ class Handle:
         is attached, a bad ``batch_size``, and as :meth:`aggregate`; CheckpointError: the adapter is not that
         of the bank any more.
         """
-        if self.bank is None:
-            raise ValueError("no bank is attached, expected attach(model, adapter, bank=...)")
-        check_bank(self.bank, require_fusing(self._state.adapters))
+        check_filling(self.bank, self._state.adapters, batch_size)
         return fill(self.bank, demonstrations, collate, self.aggregate, batch_size, progress)
 
     def _check_attached(self) -> None:

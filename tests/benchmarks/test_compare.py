@@ -64,6 +64,7 @@ def test_each_side_has_its_own_library(repository, monkeypatch, capsys):
     compare_op = compare.compare_op
     monkeypatch.setattr(run, "compare_op", lambda *x: found.append(compare_op(*x)) or found[-1])
     append(repository, LATE)
+    monkeypatch.setenv("COLUMNS", "200")  # or the table is cut
     assert run.main([*ARGUMENTS, "HEAD"]) == 0
     ((key, row),) = found[0].rows.items()
     assert key == (CASE.label, "composed")

@@ -136,8 +136,8 @@ def test_dry_run_of_aim_on_answers(run, positions, end):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "--method is None, expected one of mimic, live, m2iv, aim"),
-        (["--recipe", "mimics"], "--method is None, expected one of mimic, live, m2iv, aim"),
+        ([], "--method is None, expected one of mimic, m2iv, live, aim"),
+        (["--recipe", "mimics"], "--method is None, expected one of mimic, m2iv, live, aim"),
         (["--recipe", "mimic-fast"], "--recipe is 'mimic-fast', expected one of mimic, live"),
         (["--method", "live"], "--out is missing, expected a folder, or --dry-run"),
         ([*SHORT, "--shots", "²", "--dry-run"], "--shots is '²', expected a number, or LOW-HIGH"),

@@ -406,7 +406,7 @@ def test_rows_and_examples_in_memory(world):
         ({"adapters": {"zero-shot": "live"}}, "adapters make the rows zero-shot, zero-shot"),
         ({"adapters": {"Table.md": "live"}}, "an adapter's name is table.md, which is a file of the results"),
         ({"adapters": {"banks": "live"}}, "an adapter's name is banks, which is a file of the results"),
-        ({"adapters": {"aim": "aim"}}, r"shots is \[0\], expected one above 0 for adapter 'aim'"),
+        ({"adapters": {"aim": "aim"}}, r"shots is \[0\], expected one above 0 for 'aim' to fuse"),
     ],
 )
 def test_errors_before_anything_is_asked(world, options, message, monkeypatch):

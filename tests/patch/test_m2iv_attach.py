@@ -500,12 +500,16 @@ def test_an_error_while_patching_leaves_nothing_behind(model, monkeypatch):
             r"'d', expected one of \['a', 'b', 'ffn', 'live', 'mimic', 'stream'\] or None",
         ),
         ({"d": 1.0}, KeyError, "'d'"),
-        ([("a", "mimic", "ffn"), None], ValueError, r"\('mimic', 'ffn'\), expected at most one MimIC"),
+        (
+            [("a", "mimic", "ffn"), None],
+            ValueError,
+            r"\('mimic', 'ffn'\), expected at most one that shifts attention",
+        ),
         ([("a", "b", "a")], ValueError, r"\('a', 'b', 'a'\), expected every name once"),
         ({"a": float("inf")}, ValueError, "strength of 'a' is inf, expected a finite number"),
         ([{"a": -1e39}], ValueError, r"strength of 'a' is -1e\+39, expected a finite number in fp32"),
         ([{"a": None}], TypeError, "strength of 'a' is None, expected a number"),
-        ({"mimic": 0.5}, ValueError, r"strength of 'mimic' is 0\.5, expected 1"),
+        ({"mimic": 0.5}, ValueError, r"strength is 0\.5, expected 1: 'mimic' is a MimICAdapter"),
         (
             [["a", "b"]],
             TypeError,

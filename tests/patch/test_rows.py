@@ -62,7 +62,7 @@ def test_rows_and_strength_stay_until_others_or_the_end_of_a_block(model):
     a, b = (expected_rows(model, adapters, inputs, [name] * len(inputs["input_ids"])) for name in "ab")
     plain = row_logits(model, inputs)
     with mk.attach(model, adapters) as handle:
-        handle.rows("a")
+        chosen = handle.rows("a")
         torch.testing.assert_close(row_logits(model, inputs), a, **SAME)
         with handle.rows("b"):
             torch.testing.assert_close(row_logits(model, inputs), b, **SAME)
@@ -72,6 +72,8 @@ def test_rows_and_strength_stay_until_others_or_the_end_of_a_block(model):
         with handle.strength(1):
             torch.testing.assert_close(row_logits(model, inputs), a, **SAME)
         assert torch.equal(row_logits(model, inputs), plain)
+        chosen.close()
+        handle.remove("b")  # refused while rows are open
 
 
 def test_a_handle_says_what_is_attached(model, adapters):

@@ -210,7 +210,7 @@ def test_m2ivs_layers():
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmicl_kernels.methods.teaching.synergy", watch)
+        patch.setattr("mmicl_kernels.methods.m2iv.objective.synergy", watch)
         _, losses = measured(model, adapter, M2IVObjective, episode(model))
     seen = torch.stack(seen)
     assert losses.parts["synergy/layer"] == seen.argmax() and len(seen) > 1

@@ -416,7 +416,7 @@ def test_examples_of_any_kind(model, processor, records):
         ({"recipe": 3}, TypeError, "recipe is a int, expected a Recipe or its name"),
         ({"shots": -1}, ValueError, "shots is -1, expected at least 0"),
         ({"shots": 12}, ValueError, "the pool has 12 examples, 11 of them others than the query"),
-        ({"shots": (1, 2)}, ValueError, r"shots is \(1, 2\), expected a number for method 'mimic'"),
+        ({"shots": (1, 2)}, ValueError, r"shots is \(1, 2\), expected a number for method 'live'"),
         (
             {"shots": (0, 1), "config": mk.AIMConfig()},
             ValueError,
