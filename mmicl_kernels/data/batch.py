@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # a label that is not predicted
 
 Self = TypeVar("Self", bound="Batch")
 

@@ -105,12 +105,18 @@ class Adapter(nn.Module):
     Subclasses set ``method``, ``config_class``, ``tensor_shapes`` and ``objective_class``, and build
     ``layers`` in ``__init__(config, backbone)``. Where they act they say by sites, each with a method that
     gives what acts there: ``attention_site`` with ``attention_shift``, ``residual_sites`` with
-    ``residual_shift``, ``embedding_site`` with ``fuse``. ``source`` is the folder or file that an adapter
-    was loaded from, or None.
+    ``residual_shift``, ``embedding_site`` with ``fuse``. Of a batch row at most one adapter may shift
+    attention, of a model's at most one may fuse. ``source`` is the folder or file that an adapter was loaded
+    from, or None.
     """
 
     method: ClassVar[str]
     config_class: ClassVar[type]
+
+    # Nowhere, unless a method's class or ``__init__`` says otherwise. Read for every layer and token.
+    attention_site: AttentionSite | None = None
+    residual_sites: tuple[ResidualSite, ...] = ()
+    embedding_site: EmbeddingSite | None = None
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -128,28 +134,13 @@ class Adapter(nn.Module):
         """What is minimised in training, imported when it is asked for."""
         raise NotImplementedError(f"{cls.__name__} has no objective_class, expected one to be trained with")
 
-    @property
-    def attention_site(self) -> AttentionSite | None:
-        """How the adapter shifts attention, if it does; of a batch row at most one adapter may."""
-        return None
-
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
         """Weight ``[H, D]``, bias ``[H]`` and shift ``[H, D]`` of layer ``index``."""
         raise NotImplementedError
 
-    @property
-    def residual_sites(self) -> tuple[ResidualSite, ...]:
-        """Where the adapter shifts the residual stream; nowhere, unless a method says otherwise."""
-        return ()
-
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor | float]:
         """The vector ``[C]`` and the scale ``[]`` of layer ``index`` at one of ``residual_sites``."""
         raise NotImplementedError
-
-    @property
-    def embedding_site(self) -> EmbeddingSite | None:
-        """How the adapter fuses demonstrations, if it does; of a model's adapters at most one may."""
-        return None
 
     def fuse(self, hidden: Tensor, positions: Tensor, *, num_rows: int, impl: str) -> Tensor:
         """Tokens ``[num_rows, C]`` of last hidden states ``[B, T, C]`` at ``positions``, bool ``[B, T]``."""

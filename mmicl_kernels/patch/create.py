@@ -36,15 +36,18 @@ def create(model: nn.Module, config: Any) -> Adapter:
         no known method.
     """
     model = unwrap(model)
+    anchors = find_anchors(model)
     with torch.device("cpu"):
-        adapter = _new(model, config)
-    return _place(adapter, model, find_anchors(model))
+        adapter = _new(model, anchors, config)
+    return _place(adapter, model, anchors)
 
 
 def outline(model: nn.Module, config: Any) -> Adapter:
     """What :func:`create` makes, without any numbers (on "meta"). Raises as that."""
+    model = unwrap(model)
+    anchors = find_anchors(model)
     with torch.device("meta"):
-        return _new(unwrap(model), config)
+        return _new(model, anchors, config)
 
 
 def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = None) -> Adapter:
@@ -78,8 +81,7 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> Adapter:
     return _place(read_official(path, describe_backbone(model, anchors)), model, anchors)
 
 
-def _new(model: nn.Module, config: Any) -> Adapter:
-    anchors = find_anchors(model)
+def _new(model: nn.Module, anchors: list[Anchor], config: Any) -> Adapter:
     adapter_class = ADAPTERS.of_config(config)
     if adapter_class is None:
         ADAPTERS.load_all()

@@ -100,22 +100,18 @@ def perform(run: Run) -> dict:
     began = time.process_time()
     queries = _unlabelled(run, model, prompts, pool) if run.unlabelled else pool
     answer = partial(_answer, model, prompts, seed=run.seed)
-    found = {}
     if run.arm == ICL:
         row = answer(asked, pool=shown, shots=run.shots)
-        if run.elsewhere:
-            found = _elsewhere(run, model, prompts)
+        found = _elsewhere(run, model, prompts)
     elif run.arm == LORA:
         with smolvl.lora(model, prompts, queries, run.steps, run.rate or smolvl.LORA_RATE, run.seed):
             row = answer(asked)
-            if run.elsewhere:
-                found = _elsewhere(run, model, prompts)
+            found = _elsewhere(run, model, prompts)
     else:
         arm = ARMS[run.arm] if run.rate is None else replace(ARMS[run.arm], rate=run.rate)
         adapter = learn(arm, model, prompts, queries, pool, run.steps, run.seed, run.shots)
         row = answer(asked, adapter, shown, run.shots if isinstance(adapter, AIMAdapter) else 0)
-        if run.elsewhere:
-            found = _elsewhere(run, model, prompts, adapter)
+        found = _elsewhere(run, model, prompts, adapter)
     found |= {"cpu_seconds": round(time.process_time() - began, 1)}
     return {"accuracy": row.score.value, "right": _right(row), "texts": list(row.texts), **found}
 
@@ -125,7 +121,10 @@ def _right(row: Answers) -> str:
 
 
 def _elsewhere(run: Run, model: nn.Module, prompts: mk.PromptBuilder, adapter: Adapter | None = None) -> dict:
-    """By other task what was right after demonstrations; of each passage of prose a token's mean nats."""
+    """By other task what was right after demonstrations; of each passage of prose a token's mean nats. Empty
+    unless the run is to know."""
+    if not run.elsewhere:
+        return {}
     found = {}
     for task in [x for x in ELSEWHERE if x != run.task]:
         asked, pool = records(task, run.split)[:FEWER_QUERIES], labelled(task, None, run.seed)

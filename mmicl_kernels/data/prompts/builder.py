@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.batch import IGNORE
 from mmicl_kernels.data.prompts.image_markers import BARE, image_markers
 from mmicl_kernels.data.prompts.images import images_of, interleaved
 from mmicl_kernels.data.prompts.positions import check_positions
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 TEMPLATE = "{image}{text} {answer}"
-IGNORE = -100  # a label that is not predicted
 
 
 @dataclass(frozen=True)

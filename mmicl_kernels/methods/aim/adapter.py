@@ -28,6 +28,7 @@ class AIMAdapter(Adapter):
 
     def __init__(self, config: AIMConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        self.embedding_site = EmbeddingSite(config.positions)
         self.fuser = TokenFuser(backbone.hidden_size, config.layer_norm, dtype=DTYPE)
 
     @staticmethod
@@ -43,10 +44,6 @@ class AIMAdapter(Adapter):
         from mmicl_kernels.methods.aim.objective import AIMObjective
 
         return AIMObjective
-
-    @property
-    def embedding_site(self) -> EmbeddingSite:
-        return EmbeddingSite(self.config.positions)
 
     def fuse(self, hidden: Tensor, positions: Tensor, *, num_rows: int, impl: str) -> Tensor:
         device = self.fuser.weight.device

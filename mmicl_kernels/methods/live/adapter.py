@@ -28,6 +28,7 @@ class LIVEAdapter(Adapter):
 
     def __init__(self, config: LIVEConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        self.residual_sites = (ResidualSite(config.site, preserve_norm=True),)
         for index in backbone.layers:
             self.layers[str(index)] = ResidualShift(backbone.hidden_size, preserve_norm=True, dtype=DTYPE)
 
@@ -44,10 +45,6 @@ class LIVEAdapter(Adapter):
         from mmicl_kernels.methods.live.objective import LIVEObjective
 
         return LIVEObjective
-
-    @property
-    def residual_sites(self) -> tuple[ResidualSite, ...]:
-        return (ResidualSite(self.config.site, preserve_norm=True),)
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor]:
         layer = self.layers[index]

@@ -38,6 +38,7 @@ class M2IVAdapter(Adapter):
 
     method = "m2iv"
     config_class = M2IVConfig
+    residual_sites = AFTER_ATTENTION, AFTER_MLP
 
     def __init__(self, config: M2IVConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -58,10 +59,6 @@ class M2IVAdapter(Adapter):
         from mmicl_kernels.methods.m2iv.objective import M2IVObjective
 
         return M2IVObjective
-
-    @property
-    def residual_sites(self) -> tuple[ResidualSite, ...]:
-        return AFTER_ATTENTION, AFTER_MLP
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor]:
         layer = self.layers[index]

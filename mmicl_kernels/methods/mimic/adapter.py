@@ -33,9 +33,11 @@ class MimICAdapter(Adapter):
 
     def __init__(self, config: MimICConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        self.attention_site = AttentionSite(config.normalizer)
         for index, (num_heads, head_dim) in backbone.attention_layers.items():
             self.layers[str(index)] = AttentionShift(num_heads, head_dim, dtype=DTYPE)
         if config.ffn_shift:
+            self.residual_sites = (FFN_SITE,)
             shape = (len(backbone.layers), backbone.hidden_size)
             self.ffn_shift = nn.Parameter(torch.randn(shape, dtype=DTYPE) * SHIFT_STD)
 
@@ -56,17 +58,9 @@ class MimICAdapter(Adapter):
 
         return MimICObjective
 
-    @property
-    def attention_site(self) -> AttentionSite:
-        return AttentionSite(self.config.normalizer)
-
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.layers[index]
         return layer.weight, layer.bias, layer.shift
-
-    @property
-    def residual_sites(self) -> tuple[ResidualSite, ...]:
-        return (FFN_SITE,) if self.config.ffn_shift else ()
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, float]:
         return self.ffn_shift[list(self.backbone.layers).index(int(index))], 1.0
