@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mmicl_kernels.cli.models import add_import, import_modules
 from mmicl_kernels.cli.printing import complain
@@ -205,18 +205,21 @@ def _shots(text: str) -> int | tuple[int, int]:
 
 
 def _config(options: argparse.Namespace) -> object:
-    """The method's, with what ``--config`` changes, each value of its default's type."""
+    """The method's, with what ``--config`` changes, each value of its field's type."""
     from mmicl_kernels.methods import ADAPTERS
 
     method = options.method or (options.recipe or "").partition("-")[0]
     if method not in ADAPTERS:
         raise ValueError(f"--method is {options.method!r}, expected one of {', '.join(ADAPTERS)}")
     kind = ADAPTERS[method].config_class
-    values = {}
-    for text in options.config:
-        name, value = _pair("--config", text, vars(kind()))
-        default = getattr(kind(), name)
-        values[name] = _converted("--config", name, value, type(default))
+    known = {field.name: field for field in fields(kind)}
+    pairs = dict(_pair("--config", text, known) for text in options.config)
+    types = get_type_hints(kind)
+    values = {name: _converted("--config", name, value, types[name]) for name, value in pairs.items()}
+    needed = [name for name, x in known.items() if x.default is MISSING and x.default_factory is MISSING]
+    for name in needed:
+        if name not in values:
+            raise ValueError(f"--config {name}=VALUE is missing, {kind.__name__} needs it")
     return kind(**values)
 
 
@@ -225,6 +228,8 @@ def _converted(flag: str, name: str, value: str, kind: type) -> object:
         if value.lower() not in ("true", "false"):
             raise ValueError(f"{flag} {name} is {value!r}, expected true or false")
         return value.lower() == "true"
+    if kind not in (int, float, str):
+        raise ValueError(f"{flag} {name} is a {kind}, expected a field that is a number, a string or a bool")
     try:
         return kind(value)
     except ValueError:

@@ -192,7 +192,9 @@ class Adapter(nn.Module):
             "backbone": asdict(self.backbone),
         }
         text = json.dumps(description, indent=2)
-        _read_config(self.config_class, json.loads(text), "adapter")
+        read = _read_config(self.config_class, json.loads(text), "adapter")
+        if read != self.config:
+            raise CheckpointError(f"adapter has config {self.config!r}, which would be read back as {read!r}")
         _read_backbone(json.loads(text), "adapter")
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / CONFIG_FILE, folder / TENSORS_FILE) as (config_file, tensors_file):
@@ -260,8 +262,15 @@ def _read_config(config_class: type, description: dict[str, Any], source: str) -
 
 
 def stored_config(config_class: type, data: Mapping[str, Any]) -> Any:
-    """A config of what a file has. In a file older than a field that was which ``OLDER`` says, if it does."""
-    return config_class(**{**getattr(config_class, "OLDER", {}), **data})
+    """A config of what a file has, whose lists are tuples.
+
+    In a file older than a field that was which ``OLDER`` says, if it does.
+    """
+    return config_class(**{**getattr(config_class, "OLDER", {}), **{k: _tuples(x) for k, x in data.items()}})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _read_backbone(description: dict[str, Any], source: str) -> Backbone:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from mmicl_kernels.methods import ADAPTERS, Adapter, CheckpointError
-from mmicl_kernels.models.anchors import check_backbone, describe_backbone, refuse_adapter
+from mmicl_kernels.methods.sites import acts_in
+from mmicl_kernels.models.anchors import Anchor, check_backbone, describe_backbone, refuse_adapter
 from mmicl_kernels.patch.sites.embedding import Splicer
 from mmicl_kernels.patch.slots import check_strength_of
 from mmicl_kernels.patch.state import State
@@ -21,6 +22,8 @@ def check_fits(name: str, adapter: Adapter, state: State, splicer: Splicer) -> N
     _check_normalizer(name, adapter, state.adapters)
     if adapter.embedding_site is not None:
         _check_fusing(name, adapter, state.adapters, splicer)
+    for anchor in state.anchors:
+        _check_layer(name, adapter, anchor)
     for anchor in (x for x in state.anchors if str(x.index) in adapter.layers):
         for parameter in adapter.layers[str(anchor.index)].parameters():
             if parameter.device != anchor.device:
@@ -58,11 +61,27 @@ def require_fusing(adapters: Mapping[str, Adapter]) -> Adapter:
     return found[0]
 
 
+def _check_layer(name: str, adapter: Adapter, anchor: Anchor) -> None:
+    key = str(anchor.index)
+    try:
+        if anchor.self_attn is not None and acts_in(adapter.attention_site, anchor.index):
+            adapter.attention_shift(key)
+        for site in adapter.residual_sites:
+            if acts_in(site, anchor.index):
+                adapter.residual_shift(site, key)
+    except LookupError as error:
+        raise ValueError(
+            f"adapter {name!r} has nothing for layer {key} ({error!r}), expected parameters there, or sites "
+            "whose layers are those that it acts in"
+        ) from error
+
+
 def _check_normalizer(name: str, adapter: Adapter, adapters: Mapping[str, Adapter]) -> None:
     sites = [x.attention_site for x in adapters.values() if x.attention_site is not None]
-    if adapter.attention_site is not None and sites and adapter.attention_site != sites[0]:
+    own = adapter.attention_site
+    if own is not None and sites and own.normalizer != sites[0].normalizer:
         raise ValueError(
-            f"adapter {name!r} has normalizer {adapter.attention_site.normalizer!r}, "
+            f"adapter {name!r} has normalizer {own.normalizer!r}, "
             f"expected {sites[0].normalizer!r} like the others"
         )
 

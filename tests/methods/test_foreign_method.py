@@ -282,12 +282,100 @@ def test_a_strength_reaches_a_scale_that_is_a_number(model):
     assert len(adapter.digest()) == 64 and mk.create(model, mk.M2IVConfig()).digest() != adapter.digest()
 
 
+class LastLayerAdapter(EverywhereAdapter):
+    """Attention and stream in the last layer alone."""
+
+    method, embedding_site = "last", None
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        last = max(backbone.layers)
+        self.attention_site = AttentionSite(layers=(last,))
+        self.residual_sites = (ResidualSite("layer", preserve_norm=False, layers=(last,)),)
+        for index in [x for x in self.layers if x != str(last)]:
+            del self.layers[index]
+
+    def residual_shift(self, site, index):
+        return self.layers[index]["vector"], 1.0
+
+
+def test_a_method_of_some_layers(model):
+    """It is what one of all layers is whose others do nothing; alone, in rows, and in the slot of another."""
+    torch.manual_seed(0)
+    inputs, backbone = tiny_inputs(model), _backbone(model)
+    rows = len(inputs["input_ids"])
+    last = LastLayerAdapter(EverywhereConfig(), backbone)
+    whole = EverywhereAdapter(EverywhereConfig(), backbone)
+    own = dict(last.layers.items())
+    for index, layer in whole.layers.items():
+        for part, x in layer.items():
+            x.data = own[index][part].data if index in own else torch.zeros_like(x)
+    whole.embedding_site = None
+    with mk.attach(model, whole):
+        expected = logits(model, inputs)
+    with mk.attach(model, last) as handle:
+        torch.testing.assert_close(logits(model, inputs), expected)
+        touched = [layer.index for layer in handle.report().layers if layer.attention or layer.residual]
+        assert touched == [max(backbone.layers)]
+    mimic = mk.create(model, mk.MimICConfig())
+    with torch.no_grad():
+        for layer in mimic.layers.values():
+            layer.shift.fill_(1.0)
+    with mk.attach(model, {"kept": mk.create(model, mk.MimICConfig()), "gone": mimic}, slots=2) as handle:
+        handle.rows(["gone"] * rows).close()
+        handle.remove("gone")
+        handle.add("last", last)
+        with handle.rows(["last"] * rows):
+            torch.testing.assert_close(logits(model, inputs), expected)
+
+
+def test_layers_that_are_missing_are_said_at_attach(model):
+    """Not in the middle of a forward pass; and the model stays plain."""
+    adapter = EverywhereAdapter(EverywhereConfig(), _backbone(model))
+    del adapter.layers["0"]
+    with pytest.raises(ValueError, match="adapter 'default' has nothing for layer 0 .*, expected parameters"):
+        mk.attach(model, adapter)
+    assert mk.handle_of(model) is None
+
+
+def test_buffers_and_sequences_come_back(model, tmp_path):
+    """Sequences in a config as tuples, or they are refused before anything is written."""
+
+    @dataclass(frozen=True)
+    class Config:
+        sizes: tuple = (1, (2, 3))
+
+    class Buffered(PushAdapter):
+        method, config_class = "buffered", Config
+
+        def __init__(self, config, backbone):
+            super().__init__(config, backbone)
+            self.register_buffer("count", torch.tensor(3.0))
+
+        @staticmethod
+        def tensor_shapes(config, backbone):
+            return {"count": (), **PushAdapter.tensor_shapes(config, backbone)}
+
+    register(Buffered)
+    try:
+        adapter = mk.create(model.to(torch.float32), Config(sizes=(4, (5,))))
+        adapter.save_pretrained(tmp_path / "adapter")
+        loaded = mk.load(tmp_path / "adapter", model)
+        assert loaded.config == adapter.config and loaded.count == 3
+        listed = Buffered(Config(sizes=[1]), _backbone(model))
+        with pytest.raises(ValueError, match="which would be read back as"):
+            listed.save_pretrained(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+    finally:
+        del ADAPTERS["buffered"]
+
+
 def test_nothing_is_left_behind_by_what_fails(model):
     """A method without an objective, and one whose parameters fail while rows are open."""
 
     class Failing(PushAdapter):
         def residual_shift(self, site, index):
-            raise KeyError("1")
+            raise RuntimeError("no numbers")
 
     inputs, backbone = tiny_inputs(model), _backbone(model)
     plain = logits(model, inputs)
@@ -296,7 +384,7 @@ def test_nothing_is_left_behind_by_what_fails(model):
     assert mk.handle_of(model) is None
     with mk.attach(model, mk.create(model, mk.M2IVConfig())) as handle, handle.rows("default"):
         before = logits(model, inputs)
-        with pytest.raises(KeyError):
+        with pytest.raises(RuntimeError, match="no numbers"):
             handle.add("bad", Failing(EverywhereConfig(), backbone))
         assert [*handle.adapters] == ["default"]
         assert torch.equal(logits(model, inputs), before)
@@ -315,6 +403,13 @@ def test_sites_name_what_there_is():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("layers", [[0], 0, ("0",), (True,)])
+def test_layers_are_a_tuple_of_indices(layers):
+    for make in (AttentionSite, lambda **x: ResidualSite("mlp", preserve_norm=False, **x)):
+        with pytest.raises(TypeError, match="layers is .*, expected a tuple of indices"):
+            make(layers=layers)
 
 
 def test_what_is_no_method_is_refused():
