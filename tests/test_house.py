@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_layering import FILES, LAYERS, imports, inside, layer_of, name_of, parsed
+
+from tests.test_layering import FILES, LAYERS, imports, inside, layer_of, name_of, parsed
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "house.md").read_text()

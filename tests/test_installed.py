@@ -12,9 +12,9 @@ import venv
 from pathlib import Path
 
 import pytest
-from ten_lines import prepare, shortened
 
 from mmicl_kernels.testing import real_processors
+from tests.support.ten_lines import prepare, shortened
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

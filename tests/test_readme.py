@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ten_lines import prepare, shortened
 
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from tests.support.ten_lines import prepare, shortened
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

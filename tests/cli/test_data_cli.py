@@ -3,17 +3,13 @@
 import copy
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from official import FILES, MEMES, ROWS, write_images, write_official
 
 from mmicl_kernels.cli import main
 from mmicl_kernels.data import Records
 from mmicl_kernels.data.formats import FORMATS
+from tests.support.official import FILES, MEMES, ROWS, write_images, write_official
 
 
 @pytest.fixture

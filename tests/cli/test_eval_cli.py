@@ -12,13 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-from questions import adapter_of, model_and_processor, rows_of, said, write
-
 import mmicl_kernels as mk
 from mmicl_kernels.cli import main
 from mmicl_kernels.evaluation.generation import Generation
 from mmicl_kernels.evaluation.metrics import postprocess
+from tests.support.questions import adapter_of, model_and_processor, rows_of, said, write
 
 
 @pytest.fixture(scope="module")

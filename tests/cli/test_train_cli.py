@@ -9,14 +9,14 @@ import time
 
 import pytest
 import torch
-from records_of_colours import COLOURS, write_records
-from same_adapter import assert_same
 
 import mmicl_kernels as mk
 from mmicl_kernels.cli import main
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training.recipes import Recipe
+from tests.support.records_of_colours import COLOURS, write_records
+from tests.support.same_adapter import assert_same
 
 pytest.importorskip("accelerate")
 SHORT = ["--method", "live", "--shots", "2", "--steps", "4", "--accumulate", "1", "--seed", "3"]

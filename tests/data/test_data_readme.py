@@ -5,13 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-from official import FILES, ROWS, write_images, write_official
 from PIL import Image
 
 from mmicl_kernels import data
 from mmicl_kernels.cli import main
 from mmicl_kernels.data import Demonstration, Record, Records
 from mmicl_kernels.data.formats import FORMATS
+from tests.support.official import FILES, ROWS, write_images, write_official
 
 README = Path(data.__file__).with_name("README.md").read_text()
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -5,7 +5,10 @@ import json
 import os
 
 import pytest
-from official import (
+
+from mmicl_kernels.data import BadRecord, record_of
+from mmicl_kernels.data.formats import FORMATS, convert, official_files
+from tests.support.official import (
     ANSWERS,
     COCO_ROWS,
     FILES,
@@ -17,9 +20,6 @@ from official import (
     VQA_QUESTIONS,
     write_official,
 )
-
-from mmicl_kernels.data import BadRecord, record_of
-from mmicl_kernels.data.formats import FORMATS, convert, official_files
 
 
 def converted(folder, format, files=None, split="train"):

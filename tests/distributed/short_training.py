@@ -3,13 +3,13 @@
 from itertools import accumulate
 
 import torch
-from published import random_adapter
-from residuals import random_shift
 from torch import Tensor, nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import TEXT
+from tests.support.published import random_adapter
+from tests.support.residuals import random_shift
 
 EPS = torch.finfo(torch.float32).eps
 # The same sums in another order: some roundings per layer, three or four layers deep.

@@ -5,12 +5,20 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from short_training import METHODS, STEPS, adapter_of, assert_same_steps, fitting_rate, half_of, train
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import in_two_processes
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.distributed.short_training import (
+    METHODS,
+    STEPS,
+    adapter_of,
+    assert_same_steps,
+    fitting_rate,
+    half_of,
+    train,
+)
+from tests.distributed.two_processes import in_two_processes
 
 
 def assert_same_on_both(module):

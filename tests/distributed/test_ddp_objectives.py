@@ -7,16 +7,16 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from episode_inputs import aggregation, half_of, many_shot
-from short_training import adapter_of, assert_same_gradients, by_kind, gradients
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from two_processes import in_two_processes
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
+from tests.distributed.short_training import adapter_of, assert_same_gradients, by_kind, gradients
+from tests.distributed.two_processes import in_two_processes
+from tests.support.episode_inputs import aggregation, half_of, many_shot
 
 # Means over answers or a query's tokens: those of a whole batch are those of two halves with as many of them.
 MEANS = ("mimic", "ffn_shift", "live", "many_shot", "m2iv_without_synergy", "aim")

@@ -5,8 +5,16 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from episode_inputs import half_of as half_of_batch
-from short_training import (
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mmicl_kernels as mk
+from mmicl_kernels.methods.sites import FusedTokens
+from mmicl_kernels.models.anchors import find_anchors
+from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from mmicl_kernels.training import TrainedModule
+from tests.distributed.short_training import (
     ROUNDINGS,
     adapter_of,
     assert_same_gradients,
@@ -19,17 +27,9 @@ from short_training import (
     loss_of,
     train,
 )
-from test_ddp_objectives import ALIGNED, adapter_for, batch_for, gradient_of
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from two_processes import WORLD_SIZE, in_two_processes
-
-import mmicl_kernels as mk
-from mmicl_kernels.methods.sites import FusedTokens
-from mmicl_kernels.models.anchors import find_anchors
-from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
-from mmicl_kernels.training import TrainedModule
+from tests.distributed.test_ddp_objectives import ALIGNED, adapter_for, batch_for, gradient_of
+from tests.distributed.two_processes import WORLD_SIZE, in_two_processes
+from tests.support.episode_inputs import half_of as half_of_batch
 
 # Where the shift acts: the attention, two branches, and the layer itself, which FSDP hooks too.
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")

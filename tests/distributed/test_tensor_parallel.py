@@ -4,13 +4,10 @@ import copy
 
 import pytest
 import torch
-from published import random_adapter
-from short_training import adapter_of, assert_same_gradients, assert_same_logits, gradients, loss_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers.distributed import DistributedConfig
-from two_processes import WORLD_SIZE, in_two_processes
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
@@ -18,6 +15,15 @@ from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.models.parallel import local_heads
 from mmicl_kernels.patch.sites.attention import PatchedLayer
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
+from tests.distributed.short_training import (
+    adapter_of,
+    assert_same_gradients,
+    assert_same_logits,
+    gradients,
+    loss_of,
+)
+from tests.distributed.two_processes import WORLD_SIZE, in_two_processes
+from tests.support.published import random_adapter
 
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")
 H, D = 4, 8

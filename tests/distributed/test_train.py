@@ -9,10 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from records_of_colours import write_records
-from same_adapter import assert_same
-from short_training import ROUNDINGS
-from tiny_runs import (
+from transformers import TrainerCallback, TrainerState
+
+import mmicl_kernels as mk
+from mmicl_kernels.data import Demonstration
+from mmicl_kernels.testing.tiny_models import tiny_model
+from mmicl_kernels.training import TrainedModule
+from mmicl_kernels.training.trainer import last_checkpoint
+from tests.distributed.short_training import ROUNDINGS
+from tests.distributed.tiny_runs import (
     CASES,
     CONFIGS,
     DESCENT,
@@ -23,14 +28,9 @@ from tiny_runs import (
     of_both,
     tiny_training,
 )
-from transformers import TrainerCallback, TrainerState
-from two_processes import in_two_processes
-
-import mmicl_kernels as mk
-from mmicl_kernels.data import Demonstration
-from mmicl_kernels.testing.tiny_models import tiny_model
-from mmicl_kernels.training import TrainedModule
-from mmicl_kernels.training.trainer import last_checkpoint
+from tests.distributed.two_processes import in_two_processes
+from tests.support.records_of_colours import write_records
+from tests.support.same_adapter import assert_same
 
 pytest.importorskip("accelerate")
 

@@ -7,10 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from same_adapter import assert_same
-from short_training import EPS, ROUNDINGS, by_kind
-from test_train import INDEXED_CPU, Kill, Killed
-from tiny_runs import (
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import mmicl_kernels as mk
+from mmicl_kernels.models.anchors import find_anchors
+from mmicl_kernels.training.sharding import check_deepspeed
+from tests.distributed.short_training import EPS, ROUNDINGS, by_kind
+from tests.distributed.test_train import INDEXED_CPU, Kill, Killed
+from tests.distributed.tiny_runs import (
     CASES,
     CONFIGS,
     assert_same_run,
@@ -22,13 +27,8 @@ from tiny_runs import (
     start_of,
     tiny_training,
 )
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from two_processes import in_two_processes
-
-import mmicl_kernels as mk
-from mmicl_kernels.models.anchors import find_anchors
-from mmicl_kernels.training.sharding import check_deepspeed
+from tests.distributed.two_processes import in_two_processes
+from tests.support.same_adapter import assert_same
 
 pytestmark = pytest.mark.slow
 SHARDED = ("mimic", "live", "m2iv")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from short_training import CANCELLATION, EPS, ROUNDINGS, by_kind
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +19,7 @@ from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training.recipes import Recipe
+from tests.distributed.short_training import CANCELLATION, EPS, ROUNDINGS, by_kind
 
 CONFIGS = {
     "mimic": mk.MimICConfig(),

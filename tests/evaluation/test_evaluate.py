@@ -8,7 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from questions import (
+
+import mmicl_kernels as mk
+from mmicl_kernels.evaluation import bootstrap_interval, paired_bootstrap, wilson_interval
+from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
+from mmicl_kernels.evaluation.metrics import auroc, exact_match, postprocess
+from mmicl_kernels.training import EpisodeCollator
+from tests.support.questions import (
     NEW_TOKENS,
     PROCESSORS,
     adapter_of,
@@ -20,12 +26,6 @@ from questions import (
     said,
     write,
 )
-
-import mmicl_kernels as mk
-from mmicl_kernels.evaluation import bootstrap_interval, paired_bootstrap, wilson_interval
-from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
-from mmicl_kernels.evaluation.metrics import auroc, exact_match, postprocess
-from mmicl_kernels.training import EpisodeCollator
 
 WHOLE = Generation(max_new_tokens=NEW_TOKENS, cut="none")
 

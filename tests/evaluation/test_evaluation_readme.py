@@ -5,13 +5,13 @@ import shlex
 from pathlib import Path
 
 import torch
-from questions import adapter_of, model_and_processor, rows_of, write
 
 import mmicl_kernels as mk
 from mmicl_kernels import evaluation
 from mmicl_kernels.cli import main
 from mmicl_kernels.evaluation import METRICS
 from mmicl_kernels.evaluation.generation import GENERATIONS
+from tests.support.questions import adapter_of, model_and_processor, rows_of, write
 
 README = Path(evaluation.__file__).with_name("README.md").read_text()
 ASKING, SCORES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from questions import adapter_of, model_and_processor, rows_of, said, write
 
 import mmicl_kernels as mk
 from mmicl_kernels.evaluation.asking import OtherImages, asker_of
 from mmicl_kernels.evaluation.generation import Generation
 from mmicl_kernels.evaluation.metrics import postprocess
+from tests.support.questions import adapter_of, model_and_processor, rows_of, said, write
 
 TASK = """
 task: own

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from questions import adapter_of, model_and_processor, rows_of, write
 
 import mmicl_kernels as mk
 from mmicl_kernels.evaluation import asking, predictions
 from mmicl_kernels.evaluation.generation import Generation
+from tests.support.questions import adapter_of, model_and_processor, rows_of, write
 
 SETTINGS = Generation(max_new_tokens=4, cut="none")
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from questions import model_and_processor, adapter_of
-from test_resuming import evaluated
+from tests.support.questions import model_and_processor, adapter_of
+from tests.evaluation.test_resuming import evaluated
 from mmicl_kernels.evaluation import predictions
 
 append, batches = predictions.append, 0
@@ -81,7 +81,7 @@ def texts(evaluation):
 @pytest.mark.parametrize("batch", [1, 5, 11])
 def test_killed_and_run_again(folder, asked, batch):
     """Four rows of batches of 2, 2 and 1; of the batch that was being written the first line is whole."""
-    script = KILLED.format(tests=str(Path(__file__).parent), batch=batch, folder=str(folder))
+    script = KILLED.format(root=str(Path(__file__).parents[2]), batch=batch, folder=str(folder))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (folder / "out" / "results.json").exists()

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from questions import model_and_processor, rows_of, write
 
 import mmicl_kernels as mk
 from mmicl_kernels.evaluation.generation import Generation
 from mmicl_kernels.evaluation.metrics import postprocess
+from tests.support.questions import model_and_processor, rows_of, write
 
 NEW_TOKENS = 16
 WHOLE = Generation(max_new_tokens=NEW_TOKENS, cut="none")

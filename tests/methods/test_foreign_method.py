@@ -5,9 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from foreign_method import EverywhereAdapter, EverywhereConfig
-from records_of_colours import write_records
-from same_adapter import assert_same
 from torch import nn
 
 import mmicl_kernels as mk
@@ -26,6 +23,9 @@ from mmicl_kernels.models.anchors import describe_backbone, find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import TrainedModule
+from tests.methods.foreign_method import EverywhereAdapter, EverywhereConfig
+from tests.support.records_of_colours import write_records
+from tests.support.same_adapter import assert_same
 
 NAME = "everywhere"
 
@@ -144,7 +144,7 @@ def test_it_trains(registered, model, tmp_path):
 def test_the_command_trains_it(model, tmp_path, capfd):
     """A module that registers it is imported by --import; its fields are --config's."""
     (tmp_path / "brings_it.py").write_text(
-        "from foreign_method import EverywhereAdapter\n"
+        "from tests.methods.foreign_method import EverywhereAdapter\n"
         "from mmicl_kernels.methods import register\n"
         "register(EverywhereAdapter)\n"
     )
@@ -178,7 +178,7 @@ def test_an_entry_point_brings_it(model, tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        f"[mmicl_kernels.methods]\n{NAME} = foreign_method:EverywhereAdapter\n"
+        f"[mmicl_kernels.methods]\n{NAME} = tests.methods.foreign_method:EverywhereAdapter\n"
     )
     assert NAME not in ADAPTERS
     monkeypatch.syspath_prepend(tmp_path)

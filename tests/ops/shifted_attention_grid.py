@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.testing.budgets import (
@@ -15,6 +14,7 @@ from mmicl_kernels.testing.budgets import (
     gradients,
 )
 from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs
+from tests.ops.triton_process import INTERPRETED
 
 # Triton has no fp64 here, and its interpreter rounds bf16 towards zero.
 WIDE = (torch.float32,) if INTERPRETED else (torch.float64, torch.float32)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from triton_process import slow_if_interpreted
 
 from mmicl_kernels.ops import attention_shift, residual_shift, residual_shift_rms_norm, shifted_attention
 from mmicl_kernels.testing.inputs import (
@@ -17,6 +16,7 @@ from mmicl_kernels.testing.inputs import (
     residual_shift_inputs,
     shifted_attention_inputs,
 )
+from tests.ops.triton_process import slow_if_interpreted
 
 B, FP32 = 3, torch.float32
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops.alignment_loss import alignment_loss
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
+from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))

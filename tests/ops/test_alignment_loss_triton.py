@@ -14,8 +14,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from chosen_rows import INDICES  # noqa: E402
-from triton_process import (  # noqa: E402
+from mmicl_kernels.ops._core.rows import uses_of  # noqa: E402
+from mmicl_kernels.ops.alignment_loss import _torch, _triton, alignment_loss  # noqa: E402
+from mmicl_kernels.testing.budgets import gradients  # noqa: E402
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
+from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
+from tests.ops.chosen_rows import INDICES  # noqa: E402
+from tests.ops.triton_process import (  # noqa: E402
     assert_all_pass,
     assert_no_synchronisation,
     assert_replays,
@@ -24,12 +29,6 @@ from triton_process import (  # noqa: E402
     launches,
     on_device,
 )
-
-from mmicl_kernels.ops._core.rows import uses_of  # noqa: E402
-from mmicl_kernels.ops.alignment_loss import _torch, _triton, alignment_loss  # noqa: E402
-from mmicl_kernels.testing.budgets import gradients  # noqa: E402
-from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
-from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
 
 FORWARD, BACKWARD = KERNELS = (_triton.squares_fwd_kernel, _triton.squares_bwd_kernel)
 FOLDER = Path(__file__).parent

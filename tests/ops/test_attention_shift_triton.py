@@ -12,16 +12,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_process import (  # noqa: E402
-    INTERPRETED,
-    assert_all_pass,
-    assert_no_synchronisation,
-    captured,
-    compiles,
-    interpreted,
-    on_device,
-)
-
 from mmicl_kernels.ops import attention_shift  # noqa: E402
 from mmicl_kernels.ops._core.layout import new_heads  # noqa: E402
 from mmicl_kernels.ops.attention_shift import _triton  # noqa: E402
@@ -36,6 +26,15 @@ from mmicl_kernels.testing.budgets import (
 )
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal  # noqa: E402
+from tests.ops.triton_process import (  # noqa: E402
+    INTERPRETED,
+    assert_all_pass,
+    assert_no_synchronisation,
+    captured,
+    compiles,
+    interpreted,
+    on_device,
+)
 
 # The interpreter rounds bf16 towards zero, a GPU to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import (
     alignment_loss,
@@ -18,6 +17,7 @@ from mmicl_kernels.ops import (
     shifted_attention,
 )
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
+from tests.ops.triton_process import INTERPRETED
 
 # In the interpreter, which takes minutes.
 pytestmark = [pytest.mark.slow] if INTERPRETED else []

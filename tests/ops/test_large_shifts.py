@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from triton_process import INTERPRETED, slow_if_interpreted
 
 from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.ops.shifted_attention._triton import launch
@@ -22,6 +21,7 @@ from mmicl_kernels.testing.budgets import (
     unit_roundoff,
 )
 from mmicl_kernels.testing.inputs import normal
+from tests.ops.triton_process import INTERPRETED, slow_if_interpreted
 
 # The interpreter rounds bf16 towards zero.
 DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)

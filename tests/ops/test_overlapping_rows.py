@@ -5,7 +5,6 @@ The values are those of dense copies, and gradients flow back through the view.
 
 import pytest
 import torch
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import (
     alignment_loss,
@@ -19,6 +18,7 @@ from mmicl_kernels.ops import (
 )
 from mmicl_kernels.ops._core.checks import overlaps
 from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
+from tests.ops.triton_process import INTERPRETED
 
 # In the interpreter, which takes minutes.
 pytestmark = [pytest.mark.slow] if INTERPRETED else []

@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
-from triton_process import INTERPRETED
 
 from mmicl_kernels import _extension
 from mmicl_kernels.ops import prefix_splice
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
+from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 DTYPES = (torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16, torch.float64)))

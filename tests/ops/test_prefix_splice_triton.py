@@ -13,7 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_process import (  # noqa: E402
+from mmicl_kernels.ops import prefix_splice, prefix_splice_  # noqa: E402
+from mmicl_kernels.ops.prefix_splice import _triton  # noqa: E402
+from mmicl_kernels.ops.prefix_splice._triton import bwd, fwd  # noqa: E402
+from mmicl_kernels.testing.budgets import gradients  # noqa: E402
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
+from mmicl_kernels.testing.inputs import normal  # noqa: E402
+from tests.ops.triton_process import (  # noqa: E402
     assert_all_pass,
     assert_no_synchronisation,
     assert_replays,
@@ -22,13 +28,6 @@ from triton_process import (  # noqa: E402
     launches,
     on_device,
 )
-
-from mmicl_kernels.ops import prefix_splice, prefix_splice_  # noqa: E402
-from mmicl_kernels.ops.prefix_splice import _triton  # noqa: E402
-from mmicl_kernels.ops.prefix_splice._triton import bwd, fwd  # noqa: E402
-from mmicl_kernels.testing.budgets import gradients  # noqa: E402
-from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
-from mmicl_kernels.testing.inputs import normal  # noqa: E402
 
 FORWARD, BACKWARD = KERNELS = (fwd.prefix_splice_fwd_kernel, bwd.prefix_splice_bwd_kernel)
 LAYOUTS = ("left", "right", "packed")

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import residual_shift
 from mmicl_kernels.testing.budgets import (
@@ -14,6 +13,7 @@ from mmicl_kernels.testing.budgets import (
     product_error,
 )
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))

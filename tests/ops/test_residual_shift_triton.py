@@ -13,7 +13,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_process import (  # noqa: E402
+from mmicl_kernels.ops import residual_shift, residual_shift_rms_norm  # noqa: E402
+from mmicl_kernels.ops._core._triton import MAX_ROW  # noqa: E402
+from mmicl_kernels.ops.residual_shift import _triton as shift  # noqa: E402
+from mmicl_kernels.ops.residual_shift_rms_norm import _triton as norm  # noqa: E402
+from mmicl_kernels.testing.budgets import gradients  # noqa: E402
+from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
+from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs  # noqa: E402
+from tests.ops.triton_process import (  # noqa: E402
     assert_all_pass,
     assert_no_synchronisation,
     assert_replays,
@@ -22,14 +29,6 @@ from triton_process import (  # noqa: E402
     launches,
     on_device,
 )
-
-from mmicl_kernels.ops import residual_shift, residual_shift_rms_norm  # noqa: E402
-from mmicl_kernels.ops._core._triton import MAX_ROW  # noqa: E402
-from mmicl_kernels.ops.residual_shift import _triton as shift  # noqa: E402
-from mmicl_kernels.ops.residual_shift_rms_norm import _triton as norm  # noqa: E402
-from mmicl_kernels.testing.budgets import gradients  # noqa: E402
-from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
-from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs  # noqa: E402
 
 KERNELS = (
     shift.residual_shift_fwd_kernel,

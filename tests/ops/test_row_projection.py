@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 from torch.nn import functional as F
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops.row_projection import row_projection
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
+from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))

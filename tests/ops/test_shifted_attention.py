@@ -2,20 +2,7 @@
 
 import pytest
 import torch
-from shifted_attention_grid import (
-    GRID,
-    NAMES,
-    SLOW,
-    TYPICAL,
-    assert_values,
-    budget,
-    ints,
-    keep,
-    largest_resolved,
-    run,
-)
 from torch.nn import functional as F
-from triton_process import INTERPRETED
 
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.ops.attention_shift.kernels import stacked_parameters
@@ -28,6 +15,19 @@ from mmicl_kernels.testing.budgets import (
     gradients,
 )
 from mmicl_kernels.testing.inputs import output_gradients, shifted_attention_inputs
+from tests.ops.shifted_attention_grid import (
+    GRID,
+    NAMES,
+    SLOW,
+    TYPICAL,
+    assert_values,
+    budget,
+    ints,
+    keep,
+    largest_resolved,
+    run,
+)
+from tests.ops.triton_process import INTERPRETED
 
 
 def widest(impl):

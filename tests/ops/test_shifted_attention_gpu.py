@@ -12,7 +12,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from shifted_attention_grid import (  # noqa: E402
+from torch.profiler import ProfilerActivity  # noqa: E402
+
+from mmicl_kernels.ops import shifted_attention  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels  # noqa: E402
+from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
+from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
+from mmicl_kernels.testing.cross_compile import SHARED_MEMORY, compiling_for  # noqa: E402
+from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs  # noqa: E402
+from tests.ops.shifted_attention_grid import (  # noqa: E402
     NAMES,
     assert_within,
     budget_of,
@@ -22,17 +30,9 @@ from shifted_attention_grid import (  # noqa: E402
     largest_resolved,
     run,
 )
-from shifted_attention_launches import COMBINE, DELTA, DKDV, DQ, FORWARD, names, note_launches  # noqa: E402
-from test_compiled_ops import same_when_compiled  # noqa: E402
-from torch.profiler import ProfilerActivity  # noqa: E402
-from triton_process import assert_no_synchronisation, captured, compiles  # noqa: E402
-
-from mmicl_kernels.ops import shifted_attention  # noqa: E402
-from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels  # noqa: E402
-from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
-from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
-from mmicl_kernels.testing.cross_compile import SHARED_MEMORY, compiling_for  # noqa: E402
-from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs  # noqa: E402
+from tests.ops.shifted_attention_launches import COMBINE, DELTA, DKDV, DQ, FORWARD, names, note_launches  # noqa: E402
+from tests.ops.test_compiled_ops import same_when_compiled  # noqa: E402
+from tests.ops.triton_process import assert_no_synchronisation, captured, compiles  # noqa: E402
 
 # By name: as attributes of mmicl_kernels.ops, packages give way to the ops they hold.
 api = importlib.import_module("mmicl_kernels.ops.shifted_attention.api")

@@ -13,8 +13,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton_process import compiles  # noqa: E402
-
 from mmicl_kernels.ops.attention_shift._triton import bwd as shift_bwd  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results  # noqa: E402
@@ -23,6 +21,7 @@ from mmicl_kernels.testing.cross_compile import (  # noqa: E402
     compiling_for,
     machine_code,
 )
+from tests.ops.triton_process import compiles  # noqa: E402
 
 pytestmark = compiles
 

@@ -12,7 +12,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from shifted_attention_grid import (  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from mmicl_kernels.ops import shifted_attention  # noqa: E402
+from mmicl_kernels.ops.shifted_attention._triton import launch  # noqa: E402
+from mmicl_kernels.ops.shifted_attention._triton.launch import LaunchConfig  # noqa: E402
+from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
+from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
+from mmicl_kernels.testing.inputs import output_gradients, shifted_attention_inputs  # noqa: E402
+from tests.ops.shifted_attention_grid import (  # noqa: E402
     GRID,
     NAMES,
     TYPICAL,
@@ -22,7 +30,7 @@ from shifted_attention_grid import (  # noqa: E402
     largest_resolved,
     run,
 )
-from shifted_attention_launches import (  # noqa: E402
+from tests.ops.shifted_attention_launches import (  # noqa: E402
     COMBINE,
     DELTA,
     DKDV,
@@ -33,22 +41,14 @@ from shifted_attention_launches import (  # noqa: E402
     split,
     use,
 )
-from test_compiled_ops import BACKWARD_CHECKS, OPS, op_arguments, same_when_compiled  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from triton_process import (  # noqa: E402
+from tests.ops.test_compiled_ops import BACKWARD_CHECKS, OPS, op_arguments, same_when_compiled  # noqa: E402
+from tests.ops.triton_process import (  # noqa: E402
     INTERPRETED,
     assert_all_pass,
     compiles,
     interpreted,
     on_device,
 )
-
-from mmicl_kernels.ops import shifted_attention  # noqa: E402
-from mmicl_kernels.ops.shifted_attention._triton import launch  # noqa: E402
-from mmicl_kernels.ops.shifted_attention._triton.launch import LaunchConfig  # noqa: E402
-from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
-from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
-from mmicl_kernels.testing.inputs import output_gradients, shifted_attention_inputs  # noqa: E402
 
 FP32 = torch.float32
 

@@ -6,14 +6,14 @@ Nothing here reads the package's tables: what ``attach`` finds is compared with 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from published import published, random_adapter
-from residuals import Moved, MovedWithNorm, decoder_layers, random_shift
-from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods import Adapter
+from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
+from tests.support.published import published, random_adapter
+from tests.support.residuals import Moved, MovedWithNorm, decoder_layers, random_shift
 
 METHODS = ("mimic", "m2iv", "live", "aim")
 # Layers that norm what a branch returned before it joins the stream.

@@ -1,8 +1,7 @@
 """Whether a model is, object by object, what it was."""
 
-from published import logits
-
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.support.published import logits
 
 
 def used_model(name, base="sdpa"):

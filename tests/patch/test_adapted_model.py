@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import transformers
-from family_oracles import adapter_of
-from published import random_adapter
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from tests.patch.family_oracles import adapter_of
+from tests.support.published import random_adapter
 
 pytest.importorskip("accelerate")
 METHODS = ("mimic", "m2iv", "live")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from published import logits
 from torch import nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.models import families
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
+from tests.support.published import logits
 
 # Two ways to the same sums, a few roundings per layer apart, four layers deep.
 ROUNDINGS = 64

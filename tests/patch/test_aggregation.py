@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from published import random_adapter
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.aim.objective import AIMObjective
 from mmicl_kernels.models.tokens import text_positions
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, TINY_MODELS, tiny_inputs, tiny_model
 from mmicl_kernels.training import AggregationBatch, TrainingConfig, train, trainable
+from tests.support.published import random_adapter
 
 BOS, EOS = 1, 2
 VISUAL = range(IMAGE_ID, 64)  # image tokens and those around them; no text of the tiny inputs has them

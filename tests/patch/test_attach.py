@@ -7,14 +7,6 @@ import weakref
 
 import pytest
 import torch
-from published import (
-    SELF_ATTENTIONS,
-    counted_calls,
-    logits,
-    random_adapter,
-    text_config,
-)
-from snapshots import assert_same_objects, changes, snapshot, used_model
 from torch import nn
 from transformers import GPTNeoXConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -22,6 +14,14 @@ import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.patch.sites.residual import ResidualHook
 from mmicl_kernels.testing.tiny_models import TEXT, TINY_MODELS, VISION, tiny_inputs, tiny_model
+from tests.patch.snapshots import assert_same_objects, changes, snapshot, used_model
+from tests.support.published import (
+    SELF_ATTENTIONS,
+    counted_calls,
+    logits,
+    random_adapter,
+    text_config,
+)
 
 
 @pytest.fixture(params=TINY_MODELS)

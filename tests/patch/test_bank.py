@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from published import logits
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import IMAGE_SIZE, TINY_MODELS, tiny_inputs, tiny_model
+from tests.support.published import logits
 
 SHAPE = (3, IMAGE_SIZE, IMAGE_SIZE)
 DTYPES = [torch.float32, torch.int8]

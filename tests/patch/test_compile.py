@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compiled_generation import assert_graphs, fresh_dynamo, generate  # noqa: F401
-from published import published, random_adapter
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.compiled_generation import assert_graphs, fresh_dynamo, generate  # noqa: F401
+from tests.support.published import published, random_adapter
 
 NAMES = ["llava-llama", "qwen2_5_vl"]
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

@@ -6,9 +6,6 @@ from itertools import product
 
 import pytest
 import torch
-from family_oracles import METHODS, adapter_of, attached
-from published import logits
-from spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
 from torch import nn
 from transformers import AttentionInterface
 
@@ -16,6 +13,9 @@ import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.store import DemonstrationBank
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.family_oracles import METHODS, adapter_of, attached
+from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
+from tests.support.published import logits
 
 FAMILIES = ("llava-llama", "idefics2")
 OF_EVERY_FAMILY = [

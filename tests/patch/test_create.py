@@ -4,13 +4,13 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from family_oracles import METHODS
-from published import logits, random_adapter
-from residuals import random_shift
 
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import known_type
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
+from tests.patch.family_oracles import METHODS
+from tests.support.published import logits, random_adapter
+from tests.support.residuals import random_shift
 
 CONFIGS = {
     "mimic": mk.MimICConfig(ffn_shift=True),

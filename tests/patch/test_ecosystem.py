@@ -9,16 +9,16 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from family_oracles import METHODS, adapter_of, attached, independent
-from published import doubled, in_double, logits
 from safetensors.torch import load_file
-from snapshots import assert_same_objects, changes, snapshot
-from spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
-from test_support_matrix import gradients, logit_budget, model_in_double, model_of, relative_error
 from torch import nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
+from tests.patch.snapshots import assert_same_objects, changes, snapshot
+from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
+from tests.patch.test_support_matrix import gradients, logit_budget, model_in_double, model_of, relative_error
+from tests.support.published import doubled, in_double, logits
 
 FAMILIES = {"llava-llama": "model.language_model", "idefics2": "model.text_model"}
 EPS = torch.finfo(torch.float32).eps

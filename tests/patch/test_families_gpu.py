@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-from empty_cells import REFUSED
-from family_oracles import METHODS, adapter_of, attached, independent
-from published import doubled, in_double, logits
-from test_support_matrix import model_of
 
 from mmicl_kernels.testing.budgets import assert_within_budget
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs
+from tests.patch.empty_cells import REFUSED
+from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
+from tests.patch.test_support_matrix import model_of
+from tests.support.published import doubled, in_double, logits
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

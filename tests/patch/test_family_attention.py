@@ -4,11 +4,15 @@ import copy
 
 import pytest
 import torch
-from empty_cells import VERSION
-from family_oracles import adapter_of, attached, decoder_layers, independent
-from test_support_matrix import base_of, logit_budget
 from transformers import StaticCache
-from trap_tools import (
+
+import mmicl_kernels as mk
+from mmicl_kernels.patch.sites.hf_attention import attention_forward
+from mmicl_kernels.testing.tiny_models import tiny_inputs
+from tests.patch.empty_cells import VERSION
+from tests.patch.family_oracles import adapter_of, attached, decoder_layers, independent
+from tests.patch.test_support_matrix import base_of, logit_budget
+from tests.patch.trap_tools import (
     EPS,
     M_ROPE,
     assert_by_hand,
@@ -20,10 +24,6 @@ from trap_tools import (
     recorded_attention,
     relative_error,
 )
-
-import mmicl_kernels as mk
-from mmicl_kernels.patch.sites.hf_attention import attention_forward
-from mmicl_kernels.testing.tiny_models import tiny_inputs
 
 
 def alone(inputs, row, padding):

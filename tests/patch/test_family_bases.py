@@ -9,15 +9,15 @@ import functools
 
 import pytest
 import torch
-from empty_cells import REFUSED
-from family_oracles import METHODS, adapter_of, attached, independent
-from published import doubled, in_double, logits, published, random_adapter, text_config
-from test_support_matrix import base_of, generated, logit_budget, model_of, relative_error
 from transformers import DynamicCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.budgets import assert_within_budget
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
+from tests.patch.empty_cells import REFUSED
+from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
+from tests.patch.test_support_matrix import base_of, generated, logit_budget, model_of, relative_error
+from tests.support.published import doubled, in_double, logits, published, random_adapter, text_config
 
 FLASH = "flash_attention_2"
 

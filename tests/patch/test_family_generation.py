@@ -9,19 +9,26 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
-from compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo  # noqa: F401
-from empty_cells import REFUSED, UNPATCHED_FAILS, VERSION
-from family_oracles import METHODS, adapter_of, attached, independent
-from published import doubled, logits, random_adapter
-from residuals import random_shift
-from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
-from test_support_matrix import base_of, generated, logit_budget, model_in_double, model_of, relative_error
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
+from tests.patch.compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo  # noqa: F401
+from tests.patch.empty_cells import REFUSED, UNPATCHED_FAILS, VERSION
+from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
+from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
+from tests.patch.test_support_matrix import (
+    base_of,
+    generated,
+    logit_budget,
+    model_in_double,
+    model_of,
+    relative_error,
+)
+from tests.support.published import doubled, logits, random_adapter
+from tests.support.residuals import random_shift
 
 NEW_TOKENS = 6
 WINDOW = 8

@@ -4,15 +4,15 @@ import re
 
 import pytest
 import torch
-from family_oracles import adapter_of, attached
-from spliced_prompts import CHOSEN, PLACEHOLDERS, longer
-from test_support_matrix import base_of
 from transformers import LogitsProcessor
-from trap_tools import EPS, M_ROPE, families, frozen, logits, recorded, relative_error
 
 from mmicl_kernels.models.tokens import visual_tokens
 from mmicl_kernels.patch.sites.embedding import choose_placeholders
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, IMAGE_ID, tiny_inputs
+from tests.patch.family_oracles import adapter_of, attached
+from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer
+from tests.patch.test_support_matrix import base_of
+from tests.patch.trap_tools import EPS, M_ROPE, families, frozen, logits, recorded, relative_error
 
 
 def ids_within(config):

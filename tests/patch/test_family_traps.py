@@ -4,15 +4,17 @@ import re
 
 import pytest
 import torch
-from empty_cells import REFUSED
-from family_oracles import MLPS, MovedWithNorm, adapter_of, decoder_layers, independent, submodule
-from published import random_adapter
-from residuals import random_shift
-from snapshots import snapshot
-from test_support_matrix import base_of, logit_budget
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
-from trap_tools import (
+
+import mmicl_kernels as mk
+from mmicl_kernels.models.anchors import find_anchors
+from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
+from tests.patch.empty_cells import REFUSED
+from tests.patch.family_oracles import MLPS, MovedWithNorm, adapter_of, decoder_layers, independent, submodule
+from tests.patch.snapshots import snapshot
+from tests.patch.test_support_matrix import base_of, logit_budget
+from tests.patch.trap_tools import (
     EPS,
     cross_attentions,
     families,
@@ -23,10 +25,8 @@ from trap_tools import (
     restored,
     zero_shift,
 )
-
-import mmicl_kernels as mk
-from mmicl_kernels.models.anchors import find_anchors
-from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
+from tests.support.published import random_adapter
+from tests.support.residuals import random_shift
 
 ATTENTION = re.compile(r"norm|^(self_attn|linear_attn|conv)$")
 

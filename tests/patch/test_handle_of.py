@@ -8,12 +8,12 @@ import weakref
 
 import pytest
 import torch
-from family_oracles import METHODS, adapter_of
-from published import logits, random_adapter
-from snapshots import assert_same_objects, snapshot, used_model
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.family_oracles import METHODS, adapter_of
+from tests.patch.snapshots import assert_same_objects, snapshot, used_model
+from tests.support.published import logits, random_adapter
 
 
 def attach_and_drop(model, adapter, **options):

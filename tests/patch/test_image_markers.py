@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from example_images import BLUE, GREEN, RED
-from example_processors import processor_of
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +10,8 @@ from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.data.prompts.image_markers import BARE, USUAL, image_markers
 from mmicl_kernels.data.records import text_pieces
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN
+from tests.support.example_images import BLUE, GREEN, RED
+from tests.support.example_processors import processor_of
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 

@@ -6,14 +6,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from published import logits, published, random_adapter, relative_error
-from residuals import biased, decoder_layers, library, random_shift
-from snapshots import assert_same_objects, snapshot, used_model
 from torch import nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.patch.sites.residual import ENTRIES
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny_inputs, tiny_model
+from tests.patch.snapshots import assert_same_objects, snapshot, used_model
+from tests.support.published import logits, published, random_adapter, relative_error
+from tests.support.residuals import biased, decoder_layers, library, random_shift
 
 EPS = torch.finfo(torch.float32).eps
 # Another path to the same sums, a few roundings per layer apart, three or four layers deep.

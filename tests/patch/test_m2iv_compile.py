@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo, generate  # noqa: F401
-from published import published, random_adapter
-from residuals import biased, random_shift
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo, generate  # noqa: F401
+from tests.support.published import published, random_adapter
+from tests.support.residuals import biased, random_shift
 
 NAMES = ["llava-llama", "idefics2", "qwen2_5_vl"]
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

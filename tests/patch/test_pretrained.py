@@ -7,8 +7,6 @@ import warnings
 import pytest
 import torch
 import transformers
-from example_images import BLUE, GREEN, RED
-from example_processors import processor_of
 from transformers import LlamaConfig
 from transformers.utils import is_torchvision_available
 
@@ -17,6 +15,8 @@ from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.models.pretrained import load_model, load_processor
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS
+from tests.support.example_images import BLUE, GREEN, RED
+from tests.support.example_processors import processor_of
 
 READ_VIDEOS = ("glm4v", "internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl")
 without_torchvision = pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")

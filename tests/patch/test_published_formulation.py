@@ -4,16 +4,6 @@ import functools
 
 import pytest
 import torch
-from empty_cells import UNPATCHED_FAILS
-from published import (
-    doubled,
-    in_double,
-    logits,
-    published,
-    random_adapter,
-    relative_error,
-    text_config,
-)
 from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
@@ -24,6 +14,16 @@ from mmicl_kernels.testing.tiny_models import (
     VOCABULARY,
     tiny_inputs,
     tiny_model,
+)
+from tests.patch.empty_cells import UNPATCHED_FAILS
+from tests.support.published import (
+    doubled,
+    in_double,
+    logits,
+    published,
+    random_adapter,
+    relative_error,
+    text_config,
 )
 
 NEW_TOKENS = 6

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from example_images import BLUE, GREEN, RED
-from example_processors import processor_of
 from transformers import AutoTokenizer
 
 from mmicl_kernels.data import Demonstration
@@ -16,6 +14,8 @@ from mmicl_kernels.testing.real_processors import (
     package_file,
     tiny_vlm,
 )
+from tests.support.example_images import BLUE, GREEN, RED
+from tests.support.example_processors import processor_of
 
 TEXTS = (
     "What is in the image? Two cats.\n\nIs it 1,234 or 2024?",

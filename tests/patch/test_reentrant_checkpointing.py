@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from family_oracles import adapter_of
-from test_support_matrix import base_of, model_of
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
+from tests.patch.family_oracles import adapter_of
+from tests.patch.test_support_matrix import base_of, model_of
 
 FAMILIES = ("llava-llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2_vl", "idefics2")))
 METHODS = ("mimic", "m2iv")

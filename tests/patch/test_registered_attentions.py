@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from family_oracles import adapter_of
-from published import logits, random_adapter, text_config
-from test_support_matrix import logit_budget, model_of, relative_error
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -21,6 +18,9 @@ from transformers.masking_utils import (
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.family_oracles import adapter_of
+from tests.patch.test_support_matrix import logit_budget, model_of, relative_error
+from tests.support.published import logits, random_adapter, text_config
 
 MASKS = {
     "sdpa_mask": sdpa_mask,

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from published import random_adapter
-from residuals import random_shift
 from torch import nn
 from torch.nn.utils import parametrize
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.support.published import random_adapter
+from tests.support.residuals import random_shift
 
 METHODS = {
     "mimic": random_adapter,

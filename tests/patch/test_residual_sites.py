@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from published import doubled, in_double, random_adapter, relative_error
-from residuals import biased, decoder_layers, random_shift, renormed
 from torch import nn
 
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TEXT, TINY_MODELS, tiny_inputs, tiny_model
+from tests.support.published import doubled, in_double, random_adapter, relative_error
+from tests.support.residuals import biased, decoder_layers, random_shift, renormed
 
 # Two ways to the same sums, a few roundings per layer apart, three or four layers deep.
 ROUNDINGS = 64

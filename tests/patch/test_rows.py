@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from published import logits, random_adapter
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_inputs, tiny_model
+from tests.support.published import logits, random_adapter
 
 # Rows differ from a batch of one adapter by the path taken (stacked parameters), not by the sums.
 SAME = {"rtol": 32 * torch.finfo(torch.float32).eps, "atol": 32 * torch.finfo(torch.float32).eps}

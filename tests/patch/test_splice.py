@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from empty_cells import UNPATCHED_FAILS
-from published import logits, random_adapter
-from snapshots import assert_same_objects, snapshot, used_model
-from spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
 from transformers import GenerationConfig
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, VOCABULARY, tiny_inputs, tiny_model
+from tests.patch.empty_cells import UNPATCHED_FAILS
+from tests.patch.snapshots import assert_same_objects, snapshot, used_model
+from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
+from tests.support.published import logits, random_adapter
 
 
 @pytest.fixture(params=TINY_MODELS)

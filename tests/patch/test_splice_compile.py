@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compiled_generation import assert_graphs, fresh_dynamo, generate  # noqa: F401
-from published import logits
-from test_splice import attached, longer, ordinary_tokens
 
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.compiled_generation import assert_graphs, fresh_dynamo, generate  # noqa: F401
+from tests.patch.test_splice import attached, longer, ordinary_tokens
+from tests.support.published import logits
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

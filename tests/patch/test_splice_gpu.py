@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_bank import collate_for, demonstrations
-from test_splice import CHOSEN, attached, longer, ordinary_tokens
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.test_bank import collate_for, demonstrations
+from tests.patch.test_splice import CHOSEN, attached, longer, ordinary_tokens
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from published import logits
-from spliced_prompts import CHOSEN, ordinary_tokens
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.spliced_prompts import CHOSEN, ordinary_tokens
+from tests.support.published import logits
 
 NEW = 12
 FAMILIES = ["llava-llama", "idefics2", "qwen2_5_vl"]

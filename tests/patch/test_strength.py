@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from published import logits, random_adapter
-from residuals import library, random_shift
-from snapshots import used_model
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_inputs, tiny_model
+from tests.patch.snapshots import used_model
+from tests.support.published import logits, random_adapter
+from tests.support.residuals import library, random_shift
 
 EPS = torch.finfo(torch.float32).eps
 # Another path to the same sums, a few roundings per layer apart, three or four layers deep.

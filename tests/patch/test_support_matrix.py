@@ -10,10 +10,6 @@ import functools
 
 import pytest
 import torch
-from empty_cells import NEEDS_EAGER, REFUSED, UNPATCHED_FAILS
-from family_oracles import METHODS, adapter_of, attached, independent
-from published import doubled, in_double, logits, relative_error
-from snapshots import assert_same_objects, snapshot, used_model
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import (
@@ -24,6 +20,10 @@ from mmicl_kernels.testing.tiny_models import (
     tiny_inputs,
     tiny_model,
 )
+from tests.patch.empty_cells import NEEDS_EAGER, REFUSED, UNPATCHED_FAILS
+from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
+from tests.patch.snapshots import assert_same_objects, snapshot, used_model
+from tests.support.published import doubled, in_double, logits, relative_error
 
 NEW_TOKENS = 4
 # Of each way in which families differ, one, in `make test`; the others in `make test-families`.

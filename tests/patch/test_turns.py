@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from example_images import BLUE, GREEN, RED
-from example_processors import REAL, processor_of
 
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.data.prompts.presets import PRESETS
 from mmicl_kernels.testing.real_processors import QWEN_CHAT, SMOLVLM_CHAT
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from tests.support.example_images import BLUE, GREEN, RED
+from tests.support.example_processors import REAL, processor_of
 
 SHOTS = [Demonstration((RED,), "what?", "red"), Demonstration((BLUE,), "where?", "a dog")]
 QUERY = Demonstration((GREEN,), "who?", "me")

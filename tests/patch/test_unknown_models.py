@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 import transformers
-from residuals import random_shift
-from snapshots import assert_same_objects, snapshot
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import TEXT, VISION, tiny_inputs, tiny_model
+from tests.patch.snapshots import assert_same_objects, snapshot
+from tests.support.residuals import random_shift
 
 KNOWN = ("idefics", "llava", "qwen3_vl")  # of which the message lists all
 

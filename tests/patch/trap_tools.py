@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from published import relative_error
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_model
+from tests.support.published import relative_error
 
 EPS = torch.finfo(torch.float32).eps
 # Of each way in which the stream, the masks and the tower differ, one, in `make test`.

@@ -1,10 +1,10 @@
 """Small demonstrations to store, each known by its number."""
 
 import torch
-from vectors import BACKBONE, WIDTH
 
 import mmicl_kernels as mk
 from mmicl_kernels.store.bank_files import RECORD, Record
+from tests.store.vectors import BACKBONE, WIDTH
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 

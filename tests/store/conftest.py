@@ -1,10 +1,10 @@
 """A library of three entries and a bank, for what happens to them."""
 
 import pytest
-from banks import filled
-from vectors import live
 
 import mmicl_kernels as mk
+from tests.store.banks import filled
+from tests.store.vectors import live
 
 
 @pytest.fixture

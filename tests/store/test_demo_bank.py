@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from banks import DTYPES, adapter, add, assert_holds, demonstration, filled, tokens
-from vectors import BACKBONE, WIDTH, bits, live
 
 import mmicl_kernels as mk
 from mmicl_kernels import ops
 from mmicl_kernels.methods.sites import FusedTokens
+from tests.store.banks import DTYPES, adapter, add, assert_holds, demonstration, filled, tokens
+from tests.store.vectors import BACKBONE, WIDTH, bits, live
 
 LENGTHS = (3, 0, 1, 7, 63)
 

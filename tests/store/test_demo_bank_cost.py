@@ -7,16 +7,25 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from banks import adapter, add, assert_holds, demonstration, filled, records_of, tokens, write_records
-from test_vector_library_crash import in_child
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vectors import WIDTH
 
 import mmicl_kernels as mk
 from mmicl_kernels import ops
 from mmicl_kernels.store import bank_files
 from mmicl_kernels.store.bank_files import Contents, Record, read_records
+from tests.store.banks import (
+    adapter,
+    add,
+    assert_holds,
+    demonstration,
+    filled,
+    records_of,
+    tokens,
+    write_records,
+)
+from tests.store.test_vector_library_crash import in_child
+from tests.store.vectors import WIDTH
 
 
 def large(folder, count):

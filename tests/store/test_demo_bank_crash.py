@@ -8,14 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from banks import adapter, add, assert_holds, demonstration, filled, records_of, tokens, write_records
-from crashes import Crash, Steps
-from test_vector_library_crash import in_child
-from vectors import WIDTH
 
 import mmicl_kernels as mk
 from mmicl_kernels.store import bank_files, demo_bank
 from mmicl_kernels.store.bank_files import RECORD
+from tests.store.banks import (
+    adapter,
+    add,
+    assert_holds,
+    demonstration,
+    filled,
+    records_of,
+    tokens,
+    write_records,
+)
+from tests.store.crashes import Crash, Steps
+from tests.store.test_vector_library_crash import in_child
+from tests.store.vectors import WIDTH
 
 ROWS = 500  # of a demonstration: 16 kB, so that a kill can come in the middle of it
 

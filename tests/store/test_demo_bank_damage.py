@@ -9,13 +9,23 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import vectors
-from banks import DTYPES, adapter, add, assert_holds, demonstration, filled, records_of, tokens, write_records
-from test_vector_library_crash import in_child
-from vectors import WIDTH
 
 import mmicl_kernels as mk
 from mmicl_kernels.store.bank_files import RECORD
+from tests.store import vectors
+from tests.store.banks import (
+    DTYPES,
+    adapter,
+    add,
+    assert_holds,
+    demonstration,
+    filled,
+    records_of,
+    tokens,
+    write_records,
+)
+from tests.store.test_vector_library_crash import in_child
+from tests.store.vectors import WIDTH
 
 FILES = ("rows.bin", "means.bin", "texts.bin", "index.bin", "bank.json")
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from banks import adapter, write_records
-from test_vector_library_crash import in_child
-from vectors import BACKBONE
 
 import mmicl_kernels as mk
 from mmicl_kernels import ops
 from mmicl_kernels.store.bank_files import Record
+from tests.store.banks import adapter, write_records
+from tests.store.test_vector_library_crash import in_child
+from tests.store.vectors import BACKBONE
 
 DEMONSTRATIONS, TOKENS, WIDTH = 100_000, 30, 1024
 ROW_BYTES = 2 * WIDTH

@@ -4,13 +4,13 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from banks import DTYPES, adapter, demonstration
 from torch.utils._python_dispatch import TorchDispatchMode
-from vectors import WIDTH, bits
 
 import mmicl_kernels as mk
 from mmicl_kernels import ops
 from mmicl_kernels.store import working_set as module
+from tests.store.banks import DTYPES, adapter, demonstration
+from tests.store.vectors import WIDTH, bits
 
 LENGTHS = [n % 7 for n in range(50)]
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from banks import adapter, add, assert_holds, filled
-from crashes import index_at_rest
-from vectors import BACKBONE, MAKERS, assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels import durable
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
 from mmicl_kernels.methods.mimic.official import read_official
 from mmicl_kernels.store import read_adapter
+from tests.store.banks import adapter, add, assert_holds, filled
+from tests.store.crashes import index_at_rest
+from tests.store.vectors import BACKBONE, MAKERS, assert_same, live
 
 ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)
 named = pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)

@@ -11,13 +11,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from banks import add, assert_holds
-from test_vector_library_crash import in_child
 from torch.utils.data import DataLoader, Dataset
-from vectors import live
 
 import mmicl_kernels as mk
 from mmicl_kernels import durable
+from tests.store.banks import add, assert_holds
+from tests.store.test_vector_library_crash import in_child
+from tests.store.vectors import live
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -195,7 +195,7 @@ class Stored(Dataset):
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader(library, bank, start):
-    from banks import tokens
+    from tests.store.banks import tokens
 
     library.search(embedding=[1.0, 1.0])
     loader = DataLoader(Stored(library, bank), num_workers=2, multiprocessing_context=start, timeout=60)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from banks import add, assert_holds, filled
-from crashes import index_at_rest
-from test_vector_library_crash import in_child
-from vectors import assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
 from mmicl_kernels.store import adapter_folder, read_adapter
 from mmicl_kernels.testing.tiny_models import tiny_model
+from tests.store.banks import add, assert_holds, filled
+from tests.store.crashes import index_at_rest
+from tests.store.test_vector_library_crash import in_child
+from tests.store.vectors import assert_same, live
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

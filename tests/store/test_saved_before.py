@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from banks import records_of, tokens
-from crashes import Crash
-from vectors import BACKBONE, assert_same
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods import (
@@ -20,6 +17,9 @@ from mmicl_kernels.methods import (
 )  # fmt: skip
 from mmicl_kernels.store import read_adapter
 from mmicl_kernels.store.index import Index
+from tests.store.banks import records_of, tokens
+from tests.store.crashes import Crash
+from tests.store.vectors import BACKBONE, assert_same
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ADAPTERS = {

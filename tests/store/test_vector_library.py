@@ -11,11 +11,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from vectors import BACKBONE, LAYERS, MAKERS, WIDTH, PlainAdapter, PlainConfig, assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods import ADAPTERS, LIVEConfig
 from mmicl_kernels.store import read_adapter
+from tests.store.vectors import BACKBONE, LAYERS, MAKERS, WIDTH, PlainAdapter, PlainConfig, assert_same, live
 
 OTHER = dataclasses.replace(BACKBONE, fingerprint=(3.0, 2.0, 1.0))
 

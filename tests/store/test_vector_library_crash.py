@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from crashes import Crash, Steps
-from vectors import assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels.store import index as index_module
 from mmicl_kernels.store import vector_library as module
+from tests.store.crashes import Crash, Steps
+from tests.store.vectors import assert_same, live
 
 NAMES = ["a", "b", "c"]
 

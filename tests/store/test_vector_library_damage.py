@@ -10,12 +10,12 @@ from contextlib import closing, suppress
 
 import pytest
 import torch
-from crashes import index_at_rest
 from safetensors.torch import load_file, save_file
-from vectors import assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels.store import entry_file
+from tests.store.crashes import index_at_rest
+from tests.store.vectors import assert_same, live
 
 NAMES = ["a", "b", "c"]
 

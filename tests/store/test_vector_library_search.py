@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from vectors import MAKERS, assert_same, live
 
 import mmicl_kernels as mk
 from mmicl_kernels.store import vector_library as module
 from mmicl_kernels.store import vectors as vectors_module
 from mmicl_kernels.store.vectors import ROWS_AT_ONCE, Vectors, scaled, score_error, unit
+from tests.store.vectors import MAKERS, assert_same, live
 
 ROUNDING = 8 * torch.finfo(torch.float64).eps  # of a cosine in fp64, summed in whatever order
 

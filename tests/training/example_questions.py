@@ -1,8 +1,7 @@
 """Demonstrations and queries with one, several or no images, of other sizes, so that rows are padded."""
 
-from example_images import BLUE, GREEN, RED
-
 from mmicl_kernels.data import Demonstration
+from tests.support.example_images import BLUE, GREEN, RED
 
 SHOTS = [
     Demonstration((RED,), "what?", "red"),

@@ -7,9 +7,6 @@ from itertools import product
 import pytest
 import torch
 import transformers
-from example_images import BLUE, GREEN, RED
-from example_processors import REAL, processor_of
-from example_questions import PLAIN, QUERIES, SHOTS
 from tokenizers import pre_tokenizers, processors
 
 from mmicl_kernels.data import Demonstration
@@ -18,6 +15,9 @@ from mmicl_kernels.data.prompts.presets import PRESETS
 from mmicl_kernels.methods.teaching import student_rows, teacher_rows
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
+from tests.support.example_images import BLUE, GREEN, RED
+from tests.support.example_processors import REAL, processor_of
+from tests.training.example_questions import PLAIN, QUERIES, SHOTS
 
 TWO = QUERIES[:2]
 # Quick: one of the official templates for each processor.

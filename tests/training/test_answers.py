@@ -4,11 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from episode_inputs import aggregation, episode, many_shot
-from published import in_double, random_adapter
-from residuals import random_shift
 from torch.nn import functional as F
-from watching import Largest
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.aim.objective import AIMObjective
@@ -17,6 +13,10 @@ from mmicl_kernels.methods.live.objective import LIVEObjective
 from mmicl_kernels.methods.m2iv.objective import M2IVObjective
 from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
+from tests.support.episode_inputs import aggregation, episode, many_shot
+from tests.support.published import in_double, random_adapter
+from tests.support.residuals import random_shift
+from tests.training.watching import Largest
 
 OBJECTIVES = {"mimic": MimICObjective, "live": LIVEObjective, "m2iv": M2IVObjective, "aim": AIMObjective}
 # Some hundreds of fp64 roundings one after another; a wrong row or label is off by far more.

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from episode_inputs import aggregation, demonstrated, episode, many_shot
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchFeature
-from watching import Waits
 
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
 from mmicl_kernels.training import ManyShotBatch
+from tests.support.episode_inputs import aggregation, demonstrated, episode, many_shot
+from tests.training.watching import Waits
 
 
 def batch_of(padding=None):

@@ -9,7 +9,6 @@ from itertools import islice
 
 import pytest
 import torch
-from example_images import BLUE, GREEN, RED
 from torch.utils.data import DataLoader, SequentialSampler
 
 import mmicl_kernels as mk
@@ -35,6 +34,7 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
+from tests.support.example_images import BLUE, GREEN, RED
 
 IMAGES = {"red": RED, "blue": BLUE, "do": GREEN}
 TEXTS = ["a", "b c", "what?", "0.1", "so", "it", "go", "x y z"]

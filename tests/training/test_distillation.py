@@ -7,10 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from episode_inputs import episode, many_shot
-from published import in_double, logits
-from residuals import decoder_layers, random_shift
-from watching import Largest
 
 import mmicl_kernels as mk
 from mmicl_kernels.data.sampling import nearest_to_centroids
@@ -27,6 +23,10 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
+from tests.support.episode_inputs import episode, many_shot
+from tests.support.published import in_double, logits
+from tests.support.residuals import decoder_layers, random_shift
+from tests.training.watching import Largest
 
 # Some hundreds of fp64 roundings one after another; a wrong token, weight or sign is off by far more.
 TOLERANCE = 1024 * torch.finfo(torch.float64).eps

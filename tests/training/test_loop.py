@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from episode_inputs import episode
-from published import in_double, random_adapter
 from torch import nn
 
 import mmicl_kernels as mk
@@ -14,6 +12,8 @@ from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.budgets import unit_roundoff
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import Losses, TrainingConfig, train, trainable
+from tests.support.episode_inputs import episode
+from tests.support.published import in_double, random_adapter
 
 STEPS = 20
 

@@ -4,10 +4,6 @@ import warnings
 
 import pytest
 import torch
-from episode_inputs import aggregation, episode
-from published import in_double, random_adapter
-from residuals import random_shift
-from watching import Largest
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods.aim.objective import AIMObjective
@@ -18,6 +14,10 @@ from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.ops import alignment_loss
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
+from tests.support.episode_inputs import aggregation, episode
+from tests.support.published import in_double, random_adapter
+from tests.support.residuals import random_shift
+from tests.training.watching import Largest
 
 LAYERS, N, C = [0, 2, 5, 7], 10, 6
 ROUNDING = 1024 * torch.finfo(torch.float64).eps

@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from episode_inputs import aggregation, episode, many_shot
-from published import logits, random_adapter
-from residuals import random_shift
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods import Adapter
@@ -18,6 +15,9 @@ from mmicl_kernels.methods.m2iv.objective import M2IVObjective
 from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
+from tests.support.episode_inputs import aggregation, episode, many_shot
+from tests.support.published import logits, random_adapter
+from tests.support.residuals import random_shift
 
 CASES = {
     "mimic": (MimICObjective, random_adapter, episode),

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from episode_inputs import episode
-from published import in_double, logits, published, random_adapter
 from torch import nn
 
 import mmicl_kernels as mk
@@ -15,6 +13,8 @@ from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.methods.record import record_outputs
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, TINY_MODELS, is_available, tiny_inputs, tiny_model
+from tests.support.episode_inputs import episode
+from tests.support.published import in_double, logits, published, random_adapter
 
 SITES = {"mlp": r"\.mlp", "self_attn": r"\.self_attn", "layer": ""}
 

@@ -4,12 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from example_images import RED
-from example_processors import processor_of
-from example_questions import PLAIN, QUERIES, SHOTS
-from published import in_double, random_adapter
-from records_of_colours import write_records
-from residuals import random_shift
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
@@ -35,6 +29,12 @@ from mmicl_kernels.training import (
 )
 from mmicl_kernels.training.recipes import Recipe
 from mmicl_kernels.training.run import Training
+from tests.support.example_images import RED
+from tests.support.example_processors import processor_of
+from tests.support.published import in_double, random_adapter
+from tests.support.records_of_colours import write_records
+from tests.support.residuals import random_shift
+from tests.training.example_questions import PLAIN, QUERIES, SHOTS
 
 SEQUENCES = ("input_ids", "attention_mask")
 ADAPTERS = {

@@ -6,7 +6,6 @@ from itertools import chain, islice
 
 import pytest
 import torch
-from example_processors import processor_of
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -22,6 +21,7 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
+from tests.support.example_processors import processor_of
 
 METHODS = {
     "mimic": mk.MimICConfig(align="layer"),

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from records_of_colours import write_records
-from same_adapter import assert_same
 from transformers import TrainerCallback, TrainerState, get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,6 +32,8 @@ from mmicl_kernels.training.optimizer import decay_to_identity, parameter_groups
 from mmicl_kernels.training.recipes import RECIPES, Recipe
 from mmicl_kernels.training.run import Training
 from mmicl_kernels.training.trainer import last_checkpoint
+from tests.support.records_of_colours import write_records
+from tests.support.same_adapter import assert_same
 
 pytest.importorskip("accelerate")
 # The same sums in another order, through three or four layers: see test_trainer.py.

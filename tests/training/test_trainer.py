@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from episode_inputs import aggregation, episode, half_of, many_shot
-from published import random_adapter
-from residuals import random_shift
 from safetensors.torch import load_file
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, trainable
+from tests.support.episode_inputs import aggregation, episode, half_of, many_shot
+from tests.support.published import random_adapter
+from tests.support.residuals import random_shift
 
 pytest.importorskip("accelerate")
 # An update's roundings: the same sums in another order, through three or four layers.

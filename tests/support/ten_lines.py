@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from records_of_colours import write_records
+from tests.support.records_of_colours import write_records
 
 
 def prepare(folder: Path, model, processor, count: int = 50) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from published import random_adapter
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import mmicl_kernels as mk
+from tests.support.published import random_adapter
 
 DECODER_LAYER = re.compile(
     r"^(?:model|language_model\.model)\.(?:text_model\.|language_model\.|decoder\.)?layers\.(\d+)$"
