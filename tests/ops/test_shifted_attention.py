@@ -45,6 +45,8 @@ def widest(impl):
         )
         for name, case in GRID.items()
         for dtype in case.dtypes
+        # There fp32 stands for what does not depend on the dtype; a mask may be of q's.
+        if not (INTERPRETED and dtype == torch.float16) or name in TYPICAL or "mask" in case.options
     ],
 )
 def test_value_and_gradients(name, dtype, impl, device):
