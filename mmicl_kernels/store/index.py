@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,10 +151,12 @@ class Index:
                 return index.execute(sql, (*values, min(limit, 2**62))).fetchall()
             check_dimension(index, len(query))
             sql = f"SELECT group_concat(id) FROM entries WHERE +dimension IS NOT NULL AND {where}"
-            ids = (index.execute(sql, values).fetchone()[0] or "") if meeting else None
-            if ids is not None:
-                ids = torch.tensor([int(id) for id in ids.split(",") if id], dtype=torch.int64, device="cpu")
-            return self.vectors.nearest(index, query, limit, ids)
+            if not meeting:
+                return self.vectors.nearest(index, query, limit, None)
+            # As one text, as below.
+            text = index.execute(sql, values).fetchone()[0]
+            ids = np.fromstring(text, np.int64, sep=",") if text else np.empty(0, np.int64)
+            return self.vectors.nearest(index, query, limit, torch.from_numpy(ids))
 
         return self.read(lambda index: [(x, _label(name), digest) for x, name, digest in found(index)])
 
