@@ -38,7 +38,7 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
             source = ".".join([*base, *([node.module] if node.module else [])])
             # `from mmicl_kernels import ops` imports a module, `from torch import Tensor` a name.
             found |= {f"{source}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found |= {x.value for x in node.args if isinstance(x, ast.Constant)}
     return found
 

@@ -187,7 +187,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     from mmicl_kernels.training.recipes import RECIPES, Recipe
 
     name = options.recipe or options.method
-    if options.method is not None and not name.startswith(options.method):
+    if options.method is not None and not f"{name}-".startswith(f"{options.method}-"):
         raise ValueError(f"--recipe is {name!r}, expected one of {options.method}'s, as --method says")
     if options.recipe is not None and name not in RECIPES:
         raise ValueError(f"--recipe is {name!r}, expected one of {', '.join(RECIPES)}")
