@@ -99,7 +99,9 @@ def synergies() -> list[Run]:
 def ablations() -> list[Run]:
     """What of a method does it."""
     arms = [arm for whole, parts in ABLATIONS.items() for arm in (whole, *parts)]
-    return [Run(task, arm, ABLATED_COUNT, seed) for task, seed, arm in product(ABLATED_TASKS, SEEDS, arms)]
+    return [
+        Run(task, arm, ABLATED_COUNT, seed) for task, seed, arm in product(ABLATED_TASKS, MORE_SEEDS, arms)
+    ]
 
 
 def teachers() -> list[Run]:
