@@ -18,7 +18,7 @@ from tests.distributed.short_training import (
     half_of,
     train,
 )
-from tests.distributed.two_processes import in_two_processes
+from tests.distributed.two_processes import two_processes
 
 
 def assert_same_on_both(module):
@@ -56,22 +56,16 @@ def check_training(rank, family, method, checkpointing):
     assert all(x.grad is None for x in model.parameters())
 
 
-def check_methods(rank, methods, checkpointing):
-    for method in methods:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@two_processes
+def test_two_halves_train_as_the_whole(rank, checkpointing):
+    for method in METHODS:
         check_training(rank, "llava-llama", method, checkpointing)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_two_halves_train_as_the_whole(checkpointing):
-    in_two_processes(check_methods, METHODS, checkpointing)
-
-
-def check_families(rank, families):
-    for family in families:
+@pytest.mark.slow
+@two_processes
+def test_other_families(rank):
+    for family in ("gemma3", "idefics2", "qwen2_5_vl"):
         check_training(rank, family, "mimic", False)
         check_training(rank, family, "m2iv", True)
-
-
-@pytest.mark.slow
-def test_other_families():
-    in_two_processes(check_families, ("gemma3", "idefics2", "qwen2_5_vl"))

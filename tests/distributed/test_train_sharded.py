@@ -27,7 +27,7 @@ from tests.distributed.tiny_runs import (
     start_of,
     tiny_training,
 )
-from tests.distributed.two_processes import in_two_processes
+from tests.distributed.two_processes import in_two_processes, two_processes
 from tests.support.same_adapter import assert_same
 
 pytestmark = pytest.mark.slow
@@ -142,7 +142,8 @@ def test_checkpointing_bf16_and_models_that_are_sharded(records, tmp_path):
 ONE = {"version": 1, "reshard_after_forward": "full_shard", "sync_module_states": False}
 
 
-def check_refusals(rank, records):
+@two_processes
+def test_what_is_refused(rank, records):
     for options, method, error, message in (
         (ONE, "live", ValueError, "fsdp_version is 1, expected 2"),
         ({"activation_checkpointing": True}, "live", ValueError, "fsdp_activation_checkpointing is on"),
@@ -154,10 +155,6 @@ def check_refusals(rank, records):
             tiny_training(records, method, "adam", processes=2, model=model, arguments=fsdp(**options))
         assert not any(isinstance(x, DTensor) for x in model.parameters())
         assert os.environ["ACCELERATE_USE_FSDP"] == "false"
-
-
-def test_what_is_refused(records):
-    in_two_processes(check_refusals, records)
 
 
 def test_what_deepspeed_cannot_train():
