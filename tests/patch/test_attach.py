@@ -19,6 +19,7 @@ from tests.support.published import (
     SELF_ATTENTIONS,
     counted_calls,
     logits,
+    multiply,
     random_adapter,
     text_config,
 )
@@ -150,9 +151,7 @@ def test_deepcopy_works_independently(model):
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied, inputs), shifted)
 
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.mul_(-1.0)
+    multiply(adapter, -1.0)
     assert not torch.equal(logits(model, inputs), shifted)
     assert torch.equal(logits(copied, inputs), shifted), "the copy shares the adapter"
     handle.detach()
@@ -237,9 +236,7 @@ def test_adapter_changes_take_effect_at_once():
     adapter = random_adapter(model)
     with mk.attach(model, adapter):
         logits(model, inputs)
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.zero_()
+        multiply(adapter, 0.0)
         zeroed = logits(model, inputs)
     scale = float(zeroed.norm())
     # A shift of zero is the plain model up to rounding: sdpa and the op take other kernels.

@@ -17,7 +17,7 @@ from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_mo
 from tests.patch.empty_cells import REFUSED
 from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
 from tests.patch.test_support_matrix import base_of, generated, logit_budget, model_of, relative_error
-from tests.support.published import doubled, in_double, logits, published, random_adapter, text_config
+from tests.support.published import cast, doubled, in_double, logits, published, random_adapter, text_config
 
 FLASH = "flash_attention_2"
 
@@ -157,8 +157,7 @@ def low_and_double(name, dtype):
 def test_low_precision(name, method, dtype):
     """The adapter stays in fp32 beside a model in bf16 or fp16."""
     model, double = low_and_double(name, dtype)
-    inputs = tiny_inputs(model, padding="left")
-    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    inputs = cast(tiny_inputs(model, padding="left"), dtype)
     adapter = adapter_of(model, method)
     with torch.no_grad():
         for parameter_name, parameter in adapter.named_parameters():

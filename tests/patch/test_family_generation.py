@@ -27,7 +27,7 @@ from tests.patch.test_support_matrix import (
     model_of,
     relative_error,
 )
-from tests.support.published import doubled, logits, random_adapter
+from tests.support.published import doubled, logits, random_adapter, whole_logits
 from tests.support.residuals import random_shift
 
 NEW_TOKENS = 6
@@ -380,11 +380,6 @@ def test_rows(name, rows):
     assert relative_error(actual, expected) <= budget
     assert relative_error(steps, expected_steps) <= budget
     assert relative_error(whole_logits(model, inputs)[seen], expected) > 1000 * budget
-
-
-@torch.no_grad()
-def whole_logits(model, inputs):
-    return model(**inputs).logits
 
 
 @pytest.mark.slow

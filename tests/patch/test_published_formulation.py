@@ -17,6 +17,7 @@ from mmicl_kernels.testing.tiny_models import (
 )
 from tests.patch.empty_cells import UNPATCHED_FAILS
 from tests.support.published import (
+    cast,
     doubled,
     in_double,
     logits,
@@ -96,10 +97,7 @@ def test_logits(name, base, normalizer, padding):
 def test_logits_at_low_precision(name, dtype, normalizer):
     """The adapter stays in fp32 beside a model in bf16 or fp16."""
     model, double = tiny_model(name).to(dtype), in_double(tiny_model(name).to(dtype))
-    inputs = {
-        key: x.to(dtype) if x.is_floating_point() else x
-        for key, x in tiny_inputs(model, padding="left").items()
-    }
+    inputs = cast(tiny_inputs(model, padding="left"), dtype)
     adapter = random_adapter(model, normalizer=normalizer)
     assert {x.dtype for x in adapter.parameters()} == {torch.float32}
     with published(model, adapter):
