@@ -79,7 +79,7 @@ def test_a_copy_of_a_patched_model_is_patched_by_itself(method, copier):
     assert torch.equal(logits(copied, inputs), expected) and not torch.equal(expected, plain)
     assert vars(copied_handle.adapters["default"].backbone) == vars(adapter.backbone)
 
-    multiply(adapter, -1.0)
+    multiply(adapter, 2.0)
     handle.detach()
     assert torch.equal(logits(model, inputs), plain)
     assert torch.equal(logits(copied, inputs), expected)
