@@ -45,6 +45,19 @@ def test_env_survives_a_broken_installation():
     assert sys.version.split()[0] in result.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bank", "search", "x"], "one of the arguments --text --like is required"),
+        (["library", "list"], "no library given"),
+    ],
+)
+def test_parsers_need_no_torch(arguments, message, monkeypatch):
+    monkeypatch.delenv("MMICL_LIBRARY", raising=False)
+    result = mmicl(*arguments, before="for name in ('torch', 'numpy', 'rich'): sys.modules[name] = None")
+    assert result.returncode == 2 and message in result.stderr
+
+
 def test_demo_outside_of_a_checkout(tmp_path):
     shutil.copytree(ROOT / "mmicl_kernels", tmp_path / "mmicl_kernels")
     result = mmicl("demo", cwd=tmp_path, path=tmp_path)

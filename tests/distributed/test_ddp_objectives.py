@@ -14,9 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
-from tests.distributed.short_training import adapter_of, assert_same_gradients, by_kind, gradients
+from tests.distributed.short_training import adapter_of, assert_same_gradients, gradients
 from tests.distributed.two_processes import in_two_processes, two_processes
 from tests.support.episode_inputs import aggregation, half_of, many_shot
+from tests.support.same_adapter import by_kind
 
 # Means over answers or a query's tokens: those of a whole batch are those of two halves with as many of them.
 MEANS = ("mimic", "ffn_shift", "live", "many_shot", "m2iv_without_synergy", "aim")

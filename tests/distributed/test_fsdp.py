@@ -20,7 +20,6 @@ from tests.distributed.short_training import (
     assert_same_gradients,
     assert_same_logits,
     assert_same_steps,
-    by_kind,
     fitting_rate,
     gradients,
     half_of,
@@ -30,6 +29,7 @@ from tests.distributed.short_training import (
 from tests.distributed.test_ddp_objectives import ALIGNED, adapter_for, batch_for, checkpointed, gradient_of
 from tests.distributed.two_processes import WORLD_SIZE, two_processes
 from tests.support.episode_inputs import half_of as half_of_batch
+from tests.support.same_adapter import by_kind
 
 # Where the shift acts: the attention, two branches, and the layer itself, which FSDP hooks too.
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.training.sharding import check_deepspeed
-from tests.distributed.short_training import EPS, ROUNDINGS, by_kind
+from tests.distributed.short_training import EPS, ROUNDINGS
 from tests.distributed.test_train import INDEXED_CPU, Kill, Killed
 from tests.distributed.tiny_runs import (
     CASES,
@@ -28,7 +28,7 @@ from tests.distributed.tiny_runs import (
     tiny_training,
 )
 from tests.distributed.two_processes import in_two_processes, two_processes
-from tests.support.same_adapter import assert_same
+from tests.support.same_adapter import assert_same, by_kind
 
 pytestmark = pytest.mark.slow
 SHARDED = ("mimic", "live", "m2iv")

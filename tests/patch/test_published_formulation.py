@@ -279,11 +279,21 @@ def test_implementation_changed_after_attach(name, base, later, normalizer):
     assert torch.equal(logits(model, inputs), plain)
 
 
+LLMS = ("idefics2", "llava-llama", "llava-qwen2")
+
+
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", ["idefics2", "llava-llama", "llava-qwen2", "qwen2_5_vl"])
-def test_flash_attention_masks(name, padding, normalizer):
-    """A decoder on flash gives no mask, or the padding alone; patched, it needs no flash kernel itself."""
+@pytest.mark.parametrize(
+    "base, name",
+    [
+        *(("flash_attention_2", name) for name in (*LLMS, "qwen2_5_vl")),
+        # transformers compiles flex's mask, a minute each time its shape class changes; Qwen2.5-VL refuses it
+        *(pytest.param("flex_attention", name, marks=pytest.mark.slow) for name in LLMS),
+    ],
+)
+def test_masks_of_flash_and_flex(base, name, padding, normalizer):
+    """No mask or the padding alone with flash, a BlockMask with flex: patched, it needs no kernel."""
     model = tiny_model(name)
     adapter = random_adapter(model, normalizer=normalizer)
     inputs = tiny_inputs(model, padding=padding)
@@ -291,7 +301,11 @@ def test_flash_attention_masks(name, padding, normalizer):
         expected = logits(model, inputs)
         tokens, _ = generate(model, inputs)
     with mk.attach(model, adapter):
-        text_config(model)._attn_implementation_internal = "flash_attention_2"
+        if base == "flex_attention":
+            model.set_attn_implementation({"text_config": base})
+        else:  # its checks look for a kernel
+            text_config(model)._attn_implementation_internal = base
+        assert text_config(model)._attn_implementation == base
         assert relative_error(logits(model, inputs), expected) < logit_budget(name, "sdpa")
         assert torch.equal(generate(model, inputs)[0], tokens)
 
@@ -314,25 +328,6 @@ def test_flash_prefill_in_pieces(normalizer):
     with mk.attach(model, adapter):
         text_config(model)._attn_implementation_internal = "flash_attention_2"
         assert relative_error(second_half(), expected) < logit_budget("llava-llama", "sdpa")
-
-
-@pytest.mark.slow  # transformers compiles the mask, a minute each time its shape class changes
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", ["idefics2", "llava-llama", "llava-qwen2"])  # Qwen2.5-VL refuses flex
-def test_flex_attention_masks(name, padding, normalizer):
-    """A decoder on flex_attention hands over a BlockMask; patched, it needs no flex kernel itself."""
-    model = tiny_model(name)
-    adapter = random_adapter(model, normalizer=normalizer)
-    inputs = tiny_inputs(model, padding=padding)
-    with published(model, adapter):
-        expected = logits(model, inputs)
-        tokens, _ = generate(model, inputs)
-    with mk.attach(model, adapter):
-        model.set_attn_implementation({"text_config": "flex_attention"})
-        assert text_config(model)._attn_implementation == "flex_attention"
-        assert relative_error(logits(model, inputs), expected) < logit_budget(name, "sdpa")
-        assert torch.equal(generate(model, inputs)[0], tokens)
 
 
 def test_sliding_window_is_kept():

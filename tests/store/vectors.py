@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import mmicl_kernels as mk
 from mmicl_kernels.methods import (
     Adapter,
     Backbone,
@@ -71,6 +72,14 @@ def live(value=None, config=None, backbone=BACKBONE):
             for parameter in adapter.parameters():
                 parameter.fill_(value)
     return adapter
+
+
+def library_of_three(folder, **labels):
+    """Entries a, b and c, of which the numbers are 1, 2 and 3, as are the tags: v1, v2 and v3."""
+    library = mk.VLibrary(folder)
+    for value, name in enumerate("abc", 1):
+        library.put(name, live(float(value)), tags=[f"v{value}"], embedding=[1.0, value], **labels)
+    return library
 
 
 def assert_same(actual, expected):

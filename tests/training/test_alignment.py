@@ -16,7 +16,7 @@ from mmicl_kernels.methods.teaching import student_rows, teacher_rows
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
 from tests.support.example_images import BLUE, GREEN, RED
-from tests.support.example_processors import REAL, processor_of
+from tests.support.example_processors import REAL, processor_of, tokens
 from tests.training.example_questions import PLAIN, QUERIES, SHOTS
 
 TWO = QUERIES[:2]
@@ -96,10 +96,6 @@ def shared(name, **options):
 @cache
 def builder_of(name, template, **options):
     return PromptBuilder(shared(name, **options), template)
-
-
-def tokens(builder, row, mask):
-    return builder.processor.tokenizer.convert_ids_to_tokens(row[mask.bool()])
 
 
 def text_of(builder, ids):

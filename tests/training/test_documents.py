@@ -223,9 +223,8 @@ def described(builder, batch):
     given = batch.demonstrations
     texts = [last(*x) for x in zip(given["input_ids"], given["attention_mask"], strict=True)]
     queries = [decode(row[row != -100], skip_special_tokens=True).strip() for row in batch.labels]
-    assert [
-        last(*x) for x in zip(batch.queries["input_ids"], batch.queries["attention_mask"], strict=True)
-    ] == queries
+    prompts = batch.queries
+    assert [last(*x) for x in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)] == queries
     return [([texts[i] for i in of], query) for of, query in zip(batch.chosen, queries, strict=True)]
 
 
@@ -300,13 +299,8 @@ def test_loss_falls(write):
         before = loss(batch.chosen)
         config = TrainingConfig(learning_rate=0.05)
         train(
-            objective,
-            trainable(adapter),
-            batches(endless=True),
-            30,
-            model=model,
-            config=config,
+            objective, trainable(adapter), batches(endless=True), 30, model=model, config=config,
             progress=False,
-        )
+        )  # fmt: skip
         others = batch.chosen[1:] + batch.chosen[:1]
         assert 2 * loss(batch.chosen) < min(before, loss(others))
