@@ -370,8 +370,7 @@ def test_rows(name, rows):
 @pytest.mark.parametrize("options", ["beams returned", "samples returned"])
 @pytest.mark.parametrize("name", MIXED)
 def test_rows_repeat_in_generate(name, options, rows):
-    if "returned" in options or "beams" in options:  # both repeat the prompts
-        skip_where_unpatched_fails(name, "beams")
+    skip_where_unpatched_fails(name, "beams")  # both repeat the prompts
     model, options = model_of(name), SAMPLED_OPTIONS[options]
     inputs = tiny_inputs(model, batch=4, length=14, padding="left")
     expected = by_rows(model, rows, lambda: generated(model, inputs, **options)[0])

@@ -1,17 +1,14 @@
 """Prompts of demonstrations: which tokens they have, where their answers are, which image is whose."""
 
-import io
 import re
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from PIL import Image
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
-from mmicl_kernels.data.decoding import decode_image
 from mmicl_kernels.data.prompts.builder import TEMPLATE, PromptBuilder, builder_of
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
@@ -237,18 +234,6 @@ def test_a_processor_that_rewrites_the_answer_is_noticed():
     processor.__class__ = Shouting
     with pytest.raises(ValueError, match="its answer cannot be found"):
         PromptBuilder(processor).queries([Demonstration((RED,), "a", "dog")])
-
-
-def test_decoded_images_stand_upright():
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by a quarter
-    Image.new("RGBA", (4, 2), (255, 0, 0, 255)).save(file, "PNG", exif=exif)
-    image = decode_image(file.getvalue(), "x")
-    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (2, 4), (255, 0, 0))
-    for broken in (b"", b"not an image", RED[:-30], RED[:20] + b"\0" * 60):
-        with pytest.raises(ValueError, match="x cannot be decoded"):
-            decode_image(broken, "x")
 
 
 @pytest.mark.parametrize("positions", ["text", "answer", "answer_end"])

@@ -8,13 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.budgets import assert_within_budget, unit_roundoff
-from mmicl_kernels.testing.tiny_models import (
-    IMAGE_ID,
-    TINY_MODELS,
-    VOCABULARY,
-    tiny_inputs,
-    tiny_model,
-)
+from mmicl_kernels.testing.tiny_models import IMAGE_ID, TINY_MODELS, VOCABULARY, tiny_inputs, tiny_model
 from tests.patch.empty_cells import UNPATCHED_FAILS
 from tests.support.published import (
     cast,
@@ -308,41 +302,3 @@ def test_masks_of_flash_and_flex(base, name, padding, normalizer):
         assert text_config(model)._attn_implementation == base
         assert relative_error(logits(model, inputs), expected) < logit_budget(name, "sdpa")
         assert torch.equal(generate(model, inputs)[0], tokens)
-
-
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_flash_prefill_in_pieces(normalizer):
-    """Without a mask, flash is causal from the bottom right where sdpa is from the top left."""
-    model = tiny_model("llava-llama")
-    adapter = random_adapter(model, normalizer=normalizer)
-    ids = torch.randint(3, 50, (2, 12))
-
-    @torch.no_grad()
-    def second_half():
-        cache = DynamicCache(config=text_config(model))
-        model(input_ids=ids[:, :7], past_key_values=cache)
-        return model(input_ids=ids[:, 7:], past_key_values=cache).logits
-
-    with published(model, adapter):
-        expected = second_half()
-    with mk.attach(model, adapter):
-        text_config(model)._attn_implementation_internal = "flash_attention_2"
-        assert relative_error(second_half(), expected) < logit_budget("llava-llama", "sdpa")
-
-
-def test_sliding_window_is_kept():
-    """A decoder whose window is shorter than the prompt hides the same keys from the gate."""
-    model = tiny_model("idefics2")
-    model.config.text_config.sliding_window = 4
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "sliding_window"):
-            module.config.sliding_window = 4
-    adapter = random_adapter(model)
-    inputs = tiny_inputs(model)
-    with published(model, adapter):
-        expected = logits(model, inputs)
-    full = model_of("idefics2")
-    with published(full, adapter):
-        assert relative_error(logits(full, inputs), expected) > 0.01
-    with mk.attach(model, adapter):
-        assert relative_error(logits(model, inputs), expected) < logit_budget("idefics2", "sdpa")

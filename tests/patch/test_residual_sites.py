@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
 import mmicl_kernels as mk
-from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import PRE_NORM_MODELS, TINY_MODELS, tiny_inputs, tiny_model
 from tests.patch.trap_tools import recorded
 from tests.support.published import doubled, fix_gates, in_double, logits, random_adapter, relative_error
@@ -107,11 +105,3 @@ def test_a_branch_with_dropout_is_refused(config):
         else:
             with pytest.raises(ValueError, match=r"dropout is 0\.25, expected 0"):
                 model(**inputs)
-
-
-@pytest.mark.parametrize("family", PRE_NORM_MODELS)
-def test_after_attention_is_the_attention_elsewhere(family):
-    for anchor in find_anchors(tiny_model(family)):
-        assert anchor.after_attention is anchor.self_attn
-        assert anchor.after_mlp is anchor.mlp
-        assert isinstance(anchor.layer.post_attention_layernorm, nn.Module)

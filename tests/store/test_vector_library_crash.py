@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import threading
 import time
 
 import pytest
@@ -255,18 +254,3 @@ def test_reader_beside_a_writer(tmp_path):
         looks += 1
     assert looks > 5
     assert sorted(check(folder).values()) == [119, 120, 121]
-
-
-def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    """A process forked while a thread holds the lock, and living on, blocks nobody."""
-    library, forked = mk.VLibrary(tmp_path / "library"), []
-    with library._writing():
-        forked.append(in_child(lambda: time.sleep(60)))
-    try:
-        done = threading.Thread(target=lambda: store(mk.VLibrary(library.folder), "a", 1), daemon=True)
-        done.start()
-        done.join(20)
-        assert not done.is_alive(), "the lock is held"
-    finally:
-        os.kill(forked[0], signal.SIGKILL)
-        os.waitpid(forked[0], 0)

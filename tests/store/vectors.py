@@ -6,17 +6,7 @@ import torch
 from torch import nn
 
 import mmicl_kernels as mk
-from mmicl_kernels.methods import (
-    Adapter,
-    Backbone,
-    LIVEAdapter,
-    LIVEConfig,
-    M2IVAdapter,
-    M2IVConfig,
-    MimICAdapter,
-    MimICConfig,
-    ResidualSite,
-)  # fmt: skip
+from mmicl_kernels.methods import Adapter, Backbone, ResidualSite
 
 WIDTH, LAYERS = 8, 3
 BACKBONE = Backbone(
@@ -57,16 +47,16 @@ class PlainAdapter(Adapter):
 
 
 MAKERS = {
-    "mimic": lambda: MimICAdapter(MimICConfig(ffn_shift=True), BACKBONE),
-    "m2iv": lambda: M2IVAdapter(M2IVConfig(), BACKBONE),
-    "live": lambda: LIVEAdapter(LIVEConfig(), BACKBONE),
+    "mimic": lambda: mk.MimICAdapter(mk.MimICConfig(ffn_shift=True), BACKBONE),
+    "m2iv": lambda: mk.M2IVAdapter(mk.M2IVConfig(), BACKBONE),
+    "live": lambda: mk.LIVEAdapter(mk.LIVEConfig(), BACKBONE),
     "plain": lambda: PlainAdapter(PlainConfig(), BACKBONE),
 }
 
 
 def live(value=None, config=None, backbone=BACKBONE):
     """A LIVE adapter, every number of it ``value`` if that is given."""
-    adapter = LIVEAdapter(config or LIVEConfig(), backbone)
+    adapter = mk.LIVEAdapter(config or mk.LIVEConfig(), backbone)
     if value is not None:
         with torch.no_grad():
             for parameter in adapter.parameters():

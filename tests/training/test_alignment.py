@@ -272,12 +272,6 @@ def test_merged_in_the_student_s_head():
         episode_batch(builder, queries, [SHOTS[:1]] * 2)
 
 
-def test_an_image_alone_that_has_other_tokens():
-    builder = builder_of("llava_onevision", PLAIN)
-    with pytest.raises(ValueError, match="only the last .* other tokens of an image among several"):
-        episode_batch(builder, QUERIES[:1], [SHOTS[:1]])
-
-
 def test_long_tails_are_shown_where_they_part():
     builder = builder_of("llava", PLAIN, words=("\nh",))
     query = Demonstration((), "hi " + "a b " * 50, "red")
