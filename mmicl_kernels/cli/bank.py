@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mmicl_kernels.cli import bank_build
-from mmicl_kernels.cli.printing import backbone_name, print_problems, print_table, printable
+from mmicl_kernels.cli.printing import FAILED, backbone_name, print_table, printable
 from mmicl_kernels.cli.shell import reported
 
 if TYPE_CHECKING:  # torch is imported when a command runs
@@ -106,7 +106,12 @@ def _with_words(bank: "DemonstrationBank", words: str, limit: int) -> list[int]:
 
 
 def _verify(bank: "DemonstrationBank", options: argparse.Namespace) -> int:
-    return print_problems(bank.verify(), f"{len(bank)} demonstrations", as_json=options.json)
+    problems = bank.verify()
+    if options.json:
+        print(json.dumps(problems))
+    else:
+        print("\n".join(map(printable, problems)) or f"{len(bank)} demonstrations, nothing damaged")
+    return FAILED if problems else 0
 
 
 _ACTIONS = {"info": _info, "search": _search, "verify": _verify}

@@ -9,15 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmicl_kernels.cli.printing import (
-    FAILED,
-    USAGE,
-    backbone_name,
-    complain,
-    print_problems,
-    print_table,
-    printable,
-)
+from mmicl_kernels.cli.printing import FAILED, USAGE, backbone_name, complain, print_table, printable
 
 if TYPE_CHECKING:  # torch is imported when a command runs
     from mmicl_kernels.store import Entry, VLibrary
@@ -183,7 +175,12 @@ def _combine(library: "VLibrary", options: argparse.Namespace) -> int:
 def _verify(library: "VLibrary", options: argparse.Namespace) -> int:
     if options.repair:
         library.rebuild()
-    return print_problems(library.verify(), f"{len(library)} entries", as_json=options.json)
+    problems = library.verify()
+    if options.json:
+        print(json.dumps(problems))
+    else:
+        print("\n".join(map(printable, problems)) or f"{len(library)} entries, nothing damaged")
+    return FAILED if problems else 0
 
 
 def _export(library: "VLibrary", options: argparse.Namespace) -> int:

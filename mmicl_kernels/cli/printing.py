@@ -1,6 +1,5 @@
 """What commands print for people."""
 
-import json
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -26,15 +25,6 @@ def backbone_name(stored: "Entry | DemonstrationBank") -> str:
     backbone = stored.backbone
     revision = f"@{backbone.revision}" if backbone.revision else ""
     return printable(f"{backbone.name or backbone.model_class}{revision}")
-
-
-def print_problems(problems: list[str], what: str, *, as_json: bool) -> int:
-    """What ``verify`` found in ``what``; the exit code."""
-    if as_json:
-        print(json.dumps(problems))
-    else:
-        print("\n".join(map(printable, problems)) or f"{what}, nothing damaged")
-    return FAILED if problems else 0
 
 
 def print_table(columns: Iterable[str], rows: list[tuple[str, ...]]) -> None:
