@@ -210,12 +210,8 @@ def test_folders_that_cannot_be_used(places, tmp_path, command, kind):
     if kind == "missing" and command == "library add":
         pytest.skip("makes the library")
     code, text, line = written(arguments, tmp_path, before=before)
-    assert (
-        (code, text) == (1, "")
-        and line.startswith("mmicl ")
-        and line.count("\n") == 1
-        and line[:-1].isprintable()
-    )
+    assert (code, text) == (1, "")
+    assert line.startswith("mmicl ") and line.count("\n") == 1 and line[:-1].isprintable()
 
 
 def test_interrupted(monkeypatch, capsys):
