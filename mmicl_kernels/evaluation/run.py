@@ -19,14 +19,7 @@ from transformers import ProcessorMixin
 from mmicl_kernels.data import Demonstration, Record, as_records
 from mmicl_kernels.data.decoding import decode_image
 from mmicl_kernels.data.prompts.builder import PromptBuilder
-from mmicl_kernels.data.shots import (
-    Draw,
-    RandomShots,
-    demonstration_of,
-    examples_of,
-    generator_of,
-    key_of,
-)
+from mmicl_kernels.data.shots import Draw, RandomShots, demonstration_of, examples_of, generator_of, key_of
 from mmicl_kernels.evaluation.asking import Asker, bank_of, prompt_builder
 from mmicl_kernels.evaluation.features import Embed, nearest_shots
 from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo

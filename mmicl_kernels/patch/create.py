@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmicl_kernels.methods import (
-    ADAPTERS,
-    Adapter,
-)
+from mmicl_kernels.methods import ADAPTERS, Adapter
 from mmicl_kernels.methods.mimic.official import read_official
 from mmicl_kernels.models.anchors import (
     Anchor,

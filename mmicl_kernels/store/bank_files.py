@@ -93,11 +93,6 @@ class Description:
         files = {ROWS: (self.dtype, self.hidden_size), MEANS: (torch.float32, self.hidden_size)}
         return files | ({SCALES: (torch.float32, 1)} if self.dtype == torch.int8 else {})
 
-    @property
-    def row_bytes(self) -> int:
-        """Of one row, with its scale if it has one."""
-        return sum(dtype.itemsize * n for name, (dtype, n) in self.files.items() if name != MEANS)
-
 
 class Records:
     """The first ``count`` records of an index, in order. ``offsets``: int64 ``[count + 1]``, see FusedTokens.

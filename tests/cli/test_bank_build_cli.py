@@ -1,29 +1,18 @@
 """`mmicl bank build`: from a file of demonstrations, with a model's folder, to answers after fused tokens."""
 
-import io
 import json
 
 import pytest
 import torch
-from PIL import Image
 
 import mmicl_kernels as mk
-from mmicl_kernels.cli import main
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.data.prompts.builder import PromptBuilder
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from tests.support.example_images import png
 
-COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
-
-
-def png(colour):
-    file = io.BytesIO()
-    Image.new("RGB", (9, 7), COLOURS[colour]).save(file, "PNG")
-    return file.getvalue()
-
-
-RED, BLUE = png("red"), png("blue")
+RED, BLUE = (png(colour, (9, 7)) for colour in ("red", "blue"))
 LINES = [
     {"image": "red.png", "text": "what?", "answer": "red"},
     {"image": ["red.png", "blue.png"], "text": "which are these?", "answer": "red and blue"},
@@ -54,22 +43,20 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def build(saved, tmp_path, capsys, monkeypatch):
+def build(saved, tmp_path, run, monkeypatch):
     """Runs the command on the lines written to a file; its exit code, output and own errors."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     images = tmp_path / "data"
     images.mkdir()
-    for colour in COLOURS:
-        (images / f"{colour}.png").write_bytes(png(colour))
+    for colour, data in (("red", RED), ("blue", BLUE)):
+        (images / f"{colour}.png").write_bytes(data)
 
     def build(*options, lines=LINES, adapter="aim", model="model", folder="bank"):
         data = images / "data.jsonl"
         data.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
-        arguments = ["--model", saved / model, "--adapter", saved / adapter, "--data", data]
-        capsys.readouterr()
-        code = main(["bank", "build", *map(str, [tmp_path / folder, *arguments, *options])])
-        captured = capsys.readouterr()
-        return code, captured.out, [x for x in captured.err.splitlines() if "mmicl bank build:" in x]
+        given = ["--model", saved / model, "--adapter", saved / adapter, "--data", data, *options]
+        code, out, err = run("bank", "build", tmp_path / folder, *given)
+        return code, out, [x for x in err.splitlines() if "mmicl bank build:" in x]
 
     return build
 

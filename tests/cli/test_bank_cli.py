@@ -1,14 +1,12 @@
 """`mmicl bank`: every command, its exit code, its JSON, and errors of one line."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 import mmicl_kernels as mk
-from mmicl_kernels.cli import main
 from mmicl_kernels.methods import AIMAdapter, AIMConfig, Backbone
 
 BACKBONE = Backbone("M", "m", "t", 4, "org/model", "r1", {0: (2, 2)}, (1.0, 2.0))
@@ -34,15 +32,8 @@ def bank(tmp_path):
 
 
 @pytest.fixture
-def mmicl(capsys):
-    """Runs a command; its exit code, output and errors."""
-
-    def run(*arguments):
-        code = main(["bank", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def mmicl(run):
+    return partial(run, "bank")
 
 
 def test_info(bank, mmicl):
@@ -152,12 +143,3 @@ def test_usage_errors(bank, mmicl):
         with pytest.raises(SystemExit) as stop:
             mmicl(*arguments)
         assert stop.value.code == 2
-
-
-def test_parser_needs_no_torch():
-    code = (
-        "import sys\nfor name in ('torch', 'numpy', 'rich'): sys.modules[name] = None\n"
-        "from mmicl_kernels.cli import main\nsys.exit(main(['bank', 'search', 'x']))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={})
-    assert result.returncode == 2 and "one of the arguments --text --like is required" in result.stderr

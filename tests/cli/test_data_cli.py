@@ -13,16 +13,14 @@ from tests.support.official import FILES, MEMES, ROWS, write_images, write_offic
 
 
 @pytest.fixture
-def mmicl_data(capsys):
+def mmicl_data(run):
     """Runs the command; its exit code, lines of output and own messages."""
 
-    def run(*arguments):
-        capsys.readouterr()
-        code = main(["data", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out.splitlines(), [x for x in captured.err.splitlines() if "mmicl data:" in x]
+    def of_data(*arguments):
+        code, out, err = run("data", *arguments)
+        return code, out.splitlines(), [x for x in err.splitlines() if "mmicl data:" in x]
 
-    return run
+    return of_data
 
 
 @pytest.fixture
@@ -85,15 +83,8 @@ def test_a_link_to_images_elsewhere(mmicl_data, official, tmp_path):
     source = official("flickr30k", images=tmp_path / "elsewhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "images").symlink_to(tmp_path / "elsewhere")
-    given = [
-        "--split",
-        "train",
-        "--images",
-        tmp_path / "out" / "images",
-        "--out",
-        tmp_path / "out" / "a.jsonl",
-    ]
-    code, output, _ = mmicl_data("flickr30k", source, *given)
+    given = ["--images", tmp_path / "out" / "images", "--out", tmp_path / "out" / "a.jsonl"]
+    code, output, _ = mmicl_data("flickr30k", source, "--split", "train", *given)
     assert code == 0 and len(output) == 2
     records = Records(tmp_path / "out" / "a.jsonl", images=tmp_path / "out" / "images")
     assert len([record.image_bytes() for record in records]) == 2
@@ -149,9 +140,8 @@ def test_what_no_reader_would_accept_is_not_written(mmicl_data, official, tmp_pa
 def test_nothing_to_write(mmicl_data, official, tmp_path):
     source, out = official("coco"), tmp_path / "a.jsonl"
     code, output, errors = mmicl_data("coco", source, "--split", "val", "--out", out)
-    assert (code, output) == (1, []) and errors[0].endswith(
-        "dataset_coco.json: no record of 'val': none of 0"
-    )
+    assert (code, output) == (1, [])
+    assert errors[0].endswith("dataset_coco.json: no record of 'val': none of 0")
     (source / ROWS["coco"][0]["image"]).unlink()
     errors = mmicl_data("coco", source, "--split", "train", "--out", out, "--skip-bad")[2]
     assert errors[-1].endswith("no record of 'train': 1 missing image") and not out.exists()

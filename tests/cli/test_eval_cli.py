@@ -34,19 +34,16 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def mmicl_eval(saved, capsys, monkeypatch):
+def mmicl_eval(saved, run, monkeypatch):
     """Runs the command on the saved files; its exit code, output and own errors."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(saved)
 
-    def run(*options, model="model", data="query.jsonl"):
-        capsys.readouterr()
-        given = ["--model", model, "--data", data, *options]
-        code = main(["eval", *map(str, given)])
-        captured = capsys.readouterr()
-        return code, captured.out, [x for x in captured.err.splitlines() if "mmicl eval:" in x]
+    def of_eval(*options, model="model", data="query.jsonl"):
+        code, out, err = run("eval", "--model", model, "--data", data, *options)
+        return code, out, [x for x in err.splitlines() if "mmicl eval:" in x]
 
-    return run
+    return of_eval
 
 
 def rows(out):
@@ -58,18 +55,8 @@ def answered(out, row):
 
 
 def test_a_table_of_everything(mmicl_eval, tmp_path):
-    options = [
-        "--shots",
-        "0",
-        "2",
-        "--demonstrations",
-        "pool.jsonl",
-        "--adapter",
-        "live",
-        "--batch-size",
-        "3",
-    ]
-    options += ["--adapter", "fused=aim", "--adapter-shots", "0", "2", "--seed", "3", "--out", tmp_path]
+    options = "--shots 0 2 --demonstrations pool.jsonl --adapter live --adapter fused=aim --adapter-shots 0 2"
+    options = [*options.split(), "--batch-size", "3", "--seed", "3", "--out", tmp_path]
     code, output, errors = mmicl_eval(*options, "--max-new-tokens", "3")
     assert (code, errors) == (0, []) and output == (tmp_path / "table.md").read_text()
     assert list(rows(tmp_path)) == ["zero-shot", "2-shot", "live", "live, 2-shot", "fused, 2 fused"]

@@ -78,6 +78,14 @@ def in_child(arguments, stdout, stderr, encoding="utf-8", before=lambda: None, u
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def written(arguments, tmp_path, **options):
+    """Exit code, output and errors of a command in a forked process."""
+    with open(tmp_path / "out", "w+") as out, open(tmp_path / "err", "w+") as err:
+        code = in_child(arguments, out.fileno(), err.fileno(), **options)
+        out.seek(0), err.seek(0)
+        return code, out.read(), err.read()
+
+
 def closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
@@ -141,12 +149,8 @@ def test_a_full_disk_behind_stdout(places, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_ascii_terminal(places, tmp_path, command):
     """All is shown, what is not ASCII as an escape."""
-    with open(tmp_path / "out", "w+") as out, open(tmp_path / "err", "w+") as err:
-        arguments = arguments_of(command, places)
-        assert in_child(arguments, out.fileno(), err.fileno(), encoding="ascii") == 0
-        out.seek(0), err.seek(0)
-        text, errors = out.read(), err.read()
-    assert text.isascii() and text and errors == ""
+    code, text, errors = written(arguments_of(command, places), tmp_path, encoding="ascii")
+    assert (code, errors) == (0, "") and text.isascii() and text
     if "bank search" in command:
         assert text == "0\t1\twhere is the caf\\xe9?\tthere\n"
     if command == "library show":
@@ -173,14 +177,10 @@ def test_a_whole_process_in_ascii(places, command, variables):
 def test_a_folder_that_is_not_utf8(tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     mk.VLibrary(folder).put("a", LIVEAdapter(LIVEConfig(), BACKBONE))
-    with open(tmp_path / "out", "w+") as out:
-        assert in_child(["library", "show", "--library", folder, "a"], out.fileno(), out.fileno()) == 0
-        assert in_child(["library", "show", "--library", folder, "b"], out.fileno(), out.fileno()) == 1
-        out.seek(0)
-        text = out.read()
-    assert "/caf?/entries/a-" in text and text.endswith(
-        "mmicl library: no entry 'b' in " + folder[:-1] + "?\n"
-    )
+    code, text, errors = written(["library", "show", "--library", folder, "a"], tmp_path)
+    assert (code, errors) == (0, "") and "/caf?/entries/a-" in text
+    missing = written(["library", "show", "--library", folder, "b"], tmp_path)
+    assert missing == (1, "", f"mmicl library: no entry 'b' in {folder[:-1]}?\n")
 
 
 FOLDER_COMMANDS = [x for x in COMMANDS if x.startswith(("bank", "library")) and "json" not in x]
@@ -209,11 +209,9 @@ def test_folders_that_cannot_be_used(places, tmp_path, command, kind):
     arguments = [str({**places, "LIBRARY": target, "BANK": target}.get(x, x)) for x in COMMANDS[command]]
     if kind == "missing" and command == "library add":
         pytest.skip("makes the library")
-    with open(tmp_path / "out", "w+") as out, open(tmp_path / "err", "w+") as err:
-        assert in_child(arguments, out.fileno(), err.fileno(), before=before) == 1
-        out.seek(0), err.seek(0)
-        text, line = out.read(), err.read()
-    assert text == "" and line.startswith("mmicl ") and line.count("\n") == 1 and line[:-1].isprintable()
+    code, text, line = written(arguments, tmp_path, before=before)
+    assert (code, text) == (1, "")
+    assert line.startswith("mmicl ") and line.count("\n") == 1 and line[:-1].isprintable()
 
 
 def test_interrupted(monkeypatch, capsys):

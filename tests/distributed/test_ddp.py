@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import mmicl_kernels as mk
@@ -18,14 +17,8 @@ from tests.distributed.short_training import (
     half_of,
     train,
 )
-from tests.distributed.two_processes import in_two_processes
-
-
-def assert_same_on_both(module):
-    for name, x in module.named_parameters():
-        both = [torch.empty_like(x) for _ in range(2)]
-        dist.all_gather(both, x.detach())
-        assert torch.equal(*both), name
+from tests.distributed.test_ddp_objectives import same_on_both
+from tests.distributed.two_processes import two_processes
 
 
 def check_training(rank, family, method, checkpointing):
@@ -51,27 +44,21 @@ def check_training(rank, family, method, checkpointing):
     train(DistributedDataParallel(adapted), adapted.handle, adapted.adapter, half_of(inputs, rank), rate)
 
     assert sum(calls) == STEPS * (1 + checkpointing)
-    assert_same_on_both(adapted.adapter)
+    assert same_on_both(dict(adapted.adapter.named_parameters())) == (True, None)
     assert_same_steps(adapted.adapter, alone.adapter, start)
     assert all(x.grad is None for x in model.parameters())
 
 
-def check_methods(rank, methods, checkpointing):
-    for method in methods:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@two_processes
+def test_two_halves_train_as_the_whole(rank, checkpointing):
+    for method in METHODS:
         check_training(rank, "llava-llama", method, checkpointing)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_two_halves_train_as_the_whole(checkpointing):
-    in_two_processes(check_methods, METHODS, checkpointing)
-
-
-def check_families(rank, families):
-    for family in families:
+@pytest.mark.slow
+@two_processes
+def test_other_families(rank):
+    for family in ("gemma3", "idefics2", "qwen2_5_vl"):
         check_training(rank, family, "mimic", False)
         check_training(rank, family, "m2iv", True)
-
-
-@pytest.mark.slow
-def test_other_families():
-    in_two_processes(check_families, ("gemma3", "idefics2", "qwen2_5_vl"))

@@ -14,9 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
-from tests.distributed.short_training import adapter_of, assert_same_gradients, by_kind, gradients
-from tests.distributed.two_processes import in_two_processes
+from tests.distributed.short_training import adapter_of, assert_same_gradients, gradients
+from tests.distributed.two_processes import in_two_processes, two_processes
 from tests.support.episode_inputs import aggregation, half_of, many_shot
+from tests.support.same_adapter import by_kind
 
 # Means over answers or a query's tokens: those of a whole batch are those of two halves with as many of them.
 MEANS = ("mimic", "ffn_shift", "live", "many_shot", "m2iv_without_synergy", "aim")
@@ -97,7 +98,9 @@ def check_gradients(rank, family, kind, checkpointing, padding=None):
     return by_kind(mean), by_kind(whole)
 
 
-def check_objectives(rank):
+@two_processes
+def test_gradients_are_the_mean_of_both_processes(rank):
+    """Bit for bit that of the halves' gradients in one process; of a mean also that of the whole batch."""
     for kind in OBJECTIVES:
         mean, whole = check_gradients(rank, "llava-llama", kind, False)
         if kind in MEANS:
@@ -108,32 +111,22 @@ def check_objectives(rank):
                 assert_same_gradients(mean, whole)
 
 
-def test_gradients_are_the_mean_of_both_processes():
-    """Bit for bit that of the halves' gradients in one process; of a mean also that of the whole batch."""
-    in_two_processes(check_objectives)
-
-
-def check_checkpointing(rank):
+@two_processes
+def test_gradient_checkpointing(rank):
     for kind in CHECKPOINTED:
         check_gradients(rank, "llava-llama", kind, True)
 
 
-def test_gradient_checkpointing():
-    in_two_processes(check_checkpointing)
-
-
-def check_families(rank):
+@pytest.mark.slow
+@two_processes
+def test_other_families(rank):
     for family in ("gemma3", "idefics", "idefics2", "qwen2_5_vl"):
         for kind in OBJECTIVES:
             check_gradients(rank, family, kind, False)
 
 
-@pytest.mark.slow
-def test_other_families():
-    in_two_processes(check_families)
-
-
-def check_other_counts(rank):
+@two_processes
+def test_processes_count_the_same_however_many_labels_they_have(rank):
     """What README says: the mean of the processes' means, not of all tokens."""
     model = tiny_model("llava-llama")
     adapter, batch = adapter_for(model, "live"), batch_for(model, "live")
@@ -152,11 +145,8 @@ def check_other_counts(rank):
     assert_same_gradients({name: (half + 3 * halves[1][name]) / 4 for name, half in halves[0].items()}, whole)
 
 
-def test_processes_count_the_same_however_many_labels_they_have():
-    in_two_processes(check_other_counts)
-
-
-def check_no_demonstrations(rank):
+@two_processes
+def test_a_process_without_demonstrations_takes_part(rank):
     """One process's queries have none; the other's do."""
     model = tiny_model("llava-llama")
     ddp = DistributedDataParallel(TrainedModule(model, adapter_for(model, "aim")))
@@ -173,11 +163,8 @@ def check_no_demonstrations(rank):
         assert torch.equal(found[name], x / 2)
 
 
-def test_a_process_without_demonstrations_takes_part():
-    in_two_processes(check_no_demonstrations)
-
-
-def check_objective_around_ddp(rank):
+@two_processes
+def test_an_objective_around_ddp_is_refused(rank):
     """The old recipe, an objective beside DDP of an AdaptedModel, calls the model and not DDP."""
     for kind in OBJECTIVES:
         model = tiny_model("llava-llama")
@@ -199,11 +186,8 @@ def check_objective_around_ddp(rank):
         assert all(torch.equal(x, before[name]) for name, x in adapted.adapter.state_dict().items())
 
 
-def test_an_objective_around_ddp_is_refused():
-    in_two_processes(check_objective_around_ddp)
-
-
-def check_train(rank):
+@two_processes
+def test_train(rank):
     """The loop, with what objectives ask of it, against one process that has the mean of both gradients."""
     settings = TrainingConfig(learning_rate=0.05, weight_decay=0.5, measure_every=2)
     for kind in ("mimic", "live", "aim"):
@@ -236,11 +220,8 @@ def check_train(rank):
             assert torch.equal(x, y) and not torch.equal(x, start.get_parameter(name)), (kind, name)
 
 
-def test_train():
-    in_two_processes(check_train)
-
-
-def check_what_ddp_leaves_alone(rank):
+@two_processes
+def test_parameters_that_are_not_averaged_are_refused(rank):
     """A parameter of the model beside the adapter's would drift apart."""
     model = tiny_model("llava-llama")
     ddp = DistributedDataParallel(TrainedModule(model, adapter_for(model, "live")))
@@ -252,11 +233,8 @@ def check_what_ddp_leaves_alone(rank):
         train(ddp, parameters, [], 1, progress=False)
 
 
-def test_parameters_that_are_not_averaged_are_refused():
-    in_two_processes(check_what_ddp_leaves_alone)
-
-
-def check_broken_loss(rank):
+@two_processes
+def test_a_loss_that_is_not_finite_stops_both(rank):
     """One process's loss is not finite: both stop, and neither waits for the other."""
     model = tiny_model("llava-llama")
     ddp = DistributedDataParallel(TrainedModule(model, adapter_for(model, "live")))
@@ -269,11 +247,8 @@ def check_broken_loss(rank):
     assert all(torch.equal(x, before[name]) for name, x in ddp.module.adapter.state_dict().items())
 
 
-def test_a_loss_that_is_not_finite_stops_both():
-    in_two_processes(check_broken_loss)
-
-
-def check_unused(rank):
+@two_processes
+def test_looking_for_unused_parameters_changes_nothing(rank):
     """As a Trainer asks for it of modules that are not transformers' own."""
     for kind in ("mimic", "live", "m2iv", "aim"):
         model = tiny_model("llava-llama")
@@ -282,10 +257,6 @@ def check_unused(rank):
         expected, _ = gradient_of(DistributedDataParallel(module), batch)
         found, _ = gradient_of(DistributedDataParallel(module, find_unused_parameters=True), batch)
         assert all(torch.equal(x, expected[name]) for name, x in found.items())
-
-
-def test_looking_for_unused_parameters_changes_nothing():
-    in_two_processes(check_unused)
 
 
 def check_accelerate(rank):

@@ -20,16 +20,16 @@ from tests.distributed.short_training import (
     assert_same_gradients,
     assert_same_logits,
     assert_same_steps,
-    by_kind,
     fitting_rate,
     gradients,
     half_of,
     loss_of,
     train,
 )
-from tests.distributed.test_ddp_objectives import ALIGNED, adapter_for, batch_for, gradient_of
-from tests.distributed.two_processes import WORLD_SIZE, in_two_processes
+from tests.distributed.test_ddp_objectives import ALIGNED, adapter_for, batch_for, checkpointed, gradient_of
+from tests.distributed.two_processes import WORLD_SIZE, two_processes
 from tests.support.episode_inputs import half_of as half_of_batch
+from tests.support.same_adapter import by_kind
 
 # Where the shift acts: the attention, two branches, and the layer itself, which FSDP hooks too.
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")
@@ -61,12 +61,7 @@ def sharded_and_attached(model, adapter, order):
     return model, mk.attach(model, adapter)
 
 
-def checkpointed(model):
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
-
-
-def check_one_batch(rank, family, method, order, checkpointing):
+def check_one_batch(family, method, order, checkpointing):
     whole = tiny_model(family).requires_grad_(False)
     inputs = tiny_inputs(whole, padding="left")
     with torch.no_grad():
@@ -93,21 +88,20 @@ def check_one_batch(rank, family, method, order, checkpointing):
         assert_same_logits(model(**inputs).logits, plain)
 
 
-def check_methods(rank, family, order, checkpointing):
-    for method in METHODS:
-        check_one_batch(rank, family, method, order, checkpointing)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("order", ["attach_first", "shard_first"])
-def test_logits_and_gradients(order, checkpointing):
-    in_two_processes(check_methods, "llava-llama", order, checkpointing)
+@two_processes
+def test_logits_and_gradients(rank, order, checkpointing):
+    for method in METHODS:
+        check_one_batch("llava-llama", method, order, checkpointing)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3", "idefics", "qwen2_5_vl"])
-def test_other_families(family):
-    in_two_processes(check_methods, family, "shard_first", True)
+@two_processes
+def test_other_families(rank, family):
+    for method in METHODS:
+        check_one_batch(family, method, "shard_first", True)
 
 
 def check_training(rank, method, checkpointing):
@@ -125,13 +119,10 @@ def check_training(rank, method, checkpointing):
     assert_sharded(model)
 
 
-def check_data_parallel(rank):
+@two_processes
+def test_adapter_trains_by_ddp(rank):
     check_training(rank, "mimic", checkpointing=True)
     check_training(rank, "m2iv", checkpointing=False)
-
-
-def test_adapter_trains_by_ddp():
-    in_two_processes(check_data_parallel)
 
 
 def check_objective(rank, kind, checkpointing):
@@ -154,18 +145,16 @@ def check_objective(rank, kind, checkpointing):
         torch.testing.assert_close(losses[name], x, rtol=ROUNDINGS, atol=ROUNDINGS)
 
 
-def check_objectives(rank):
+@two_processes
+def test_objectives_of_a_sharded_model(rank):
     for kind in ("mimic", "ffn_shift", "live", "many_shot", "m2iv"):
         check_objective(rank, kind, False)
     for kind in (*ALIGNED, "live"):
         check_objective(rank, kind, True)
 
 
-def test_objectives_of_a_sharded_model():
-    in_two_processes(check_objectives)
-
-
-def check_rows(rank):
+@two_processes
+def test_rows(rank):
     whole = tiny_model("llava-llama").requires_grad_(False)
     inputs = tiny_inputs(whole, batch=4, length=16, padding="left")
     adapters = {method: adapter_of(whole, method) for method in METHODS}
@@ -181,11 +170,8 @@ def check_rows(rank):
         assert_same_logits(model(**inputs).logits, whole(**inputs).logits)
 
 
-def test_rows():
-    in_two_processes(check_rows)
-
-
-def check_fused_tokens(rank):
+@two_processes
+def test_fused_tokens_are_read_and_not_made(rank):
     whole = tiny_model("llava-llama").requires_grad_(False)
     inputs = tiny_inputs(whole, padding="left")
     adapter = adapter_of(whole, "aim")
@@ -196,7 +182,3 @@ def check_fused_tokens(rank):
         assert_same_logits(model(**other.splice(inputs, [[0], [1, 0]], tokens=tokens)).logits, expected)
         with pytest.raises(NotImplementedError, match="fully_shard.*aggregate before"):
             other.aggregate(inputs)
-
-
-def test_fused_tokens_are_read_and_not_made():
-    in_two_processes(check_fused_tokens)

@@ -22,7 +22,7 @@ from tests.distributed.short_training import (
     gradients,
     loss_of,
 )
-from tests.distributed.two_processes import WORLD_SIZE, in_two_processes
+from tests.distributed.two_processes import WORLD_SIZE, two_processes
 from tests.support.published import random_adapter
 
 METHODS = ("mimic", "ffn_shift", "m2iv", "live")
@@ -104,7 +104,9 @@ def assert_sharded(model):
         assert weight.to_local().shape[1] == weight.shape[1] // WORLD_SIZE
 
 
-def check_family(rank, family):
+@pytest.mark.parametrize("family", FAMILIES)
+@two_processes
+def test_logits_tokens_and_gradients(rank, family):
     whole = tiny_model(family).requires_grad_(False)
     inputs = tiny_inputs(whole, padding="left")
     model = tensor_parallel(whole)
@@ -113,12 +115,8 @@ def check_family(rank, family):
     check_gradients(whole, model, inputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_tokens_and_gradients(family):
-    in_two_processes(check_family, family)
-
-
-def check_rows(rank):
+@two_processes
+def test_rows(rank):
     whole = tiny_model("llava-llama").requires_grad_(False)
     inputs = tiny_inputs(whole, batch=4, length=16, padding="left")
     adapters = {method: adapter_of(whole, method) for method in METHODS}
@@ -139,11 +137,8 @@ def check_rows(rank):
     assert_same_gradients(found[0][2], found[1][2])
 
 
-def test_rows():
-    in_two_processes(check_rows)
-
-
-def check_fused_tokens(rank):
+@two_processes
+def test_fused_tokens(rank):
     whole = tiny_model("llava-llama").requires_grad_(False)
     inputs = tiny_inputs(whole, padding="left")
     adapter, model = adapter_of(whole, "aim"), tensor_parallel(whole)
@@ -157,17 +152,14 @@ def check_fused_tokens(rank):
         assert_same_logits(actual, expected)
 
 
-def test_fused_tokens():
-    in_two_processes(check_fused_tokens)
-
-
 def projection_on(mesh, placements):
     projection = nn.Linear(H * D, 3, bias=False)
     projection.weight = nn.Parameter(distribute_tensor(projection.weight, mesh, placements))
     return projection
 
 
-def check_local_heads(rank):
+@two_processes
+def test_local_heads(rank):
     shift = torch.arange(5.0 * H * D).view(5, H, D)
     parameters = [shift, shift[..., 0], -shift]
     line, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
@@ -183,10 +175,6 @@ def check_local_heads(rank):
             assert torch.equal(negative, -shift[:, mine])
         with pytest.raises(NotImplementedError, match="1 of its 4 heads, expected 4 / 2"):
             local_heads(parameters, 1, H, projection)
-
-
-def test_local_heads():
-    in_two_processes(check_local_heads)
 
 
 def test_all_heads_need_no_projection():

@@ -28,7 +28,7 @@ from tests.distributed.tiny_runs import (
     of_both,
     tiny_training,
 )
-from tests.distributed.two_processes import in_two_processes
+from tests.distributed.two_processes import in_two_processes, two_processes
 from tests.support.records_of_colours import write_records
 from tests.support.same_adapter import assert_same
 
@@ -194,7 +194,9 @@ def test_resumed_is_the_same(records, tmp_path, method):
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
-def check_slow_process(rank, records, folder):
+@pytest.mark.slow
+@two_processes
+def test_a_checkpoint_is_complete_when_all_have_written(rank, records, tmp_path):
     """The second process is late with its own file, without which a checkpoint is not whole."""
     save, write, seen = torch.save, TrainerState.save_to_json, []
 
@@ -208,16 +210,13 @@ def check_slow_process(rank, records, folder):
 
     torch.save, TrainerState.save_to_json = save_late, write_seeing
     arguments = {"save_steps": 1}
-    tiny_training(records, "live", "one_step", processes=2, out=folder / "out", arguments=arguments)
+    tiny_training(records, "live", "one_step", processes=2, out=tmp_path / "out", arguments=arguments)
     assert seen == ([{"rng_state_0.pth", "rng_state_1.pth"}] if rank == 0 else [])
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_complete_when_all_have_written(records, tmp_path):
-    in_two_processes(check_slow_process, records, tmp_path)
-
-
-def check_broken_loss(rank, records, folder):
+@two_processes
+def test_a_loss_that_is_not_finite_stops_both(rank, records, tmp_path):
     """Of one process, at the third step: none makes the update, or a checkpoint of it."""
     forward, calls = TrainedModule.forward, []
 
@@ -229,11 +228,6 @@ def check_broken_loss(rank, records, folder):
     TrainedModule.forward = breaking
     with pytest.raises(FloatingPointError, match="the loss is nan at step 2"):
         case = (replace(TOGETHER, steps=5), {"save_steps": 1})
-        tiny_training(records, "live", case, processes=2, out=folder / "out")
+        tiny_training(records, "live", case, processes=2, out=tmp_path / "out")
     dist.barrier()
-    assert last_checkpoint(folder / "out").name == "checkpoint-2"
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_both(records, tmp_path):
-    in_two_processes(check_broken_loss, records, tmp_path)
+    assert last_checkpoint(tmp_path / "out").name == "checkpoint-2"

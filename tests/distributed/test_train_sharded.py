@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.training.sharding import check_deepspeed
-from tests.distributed.short_training import EPS, ROUNDINGS, by_kind
+from tests.distributed.short_training import EPS, ROUNDINGS
 from tests.distributed.test_train import INDEXED_CPU, Kill, Killed
 from tests.distributed.tiny_runs import (
     CASES,
@@ -27,8 +27,8 @@ from tests.distributed.tiny_runs import (
     start_of,
     tiny_training,
 )
-from tests.distributed.two_processes import in_two_processes
-from tests.support.same_adapter import assert_same
+from tests.distributed.two_processes import in_two_processes, two_processes
+from tests.support.same_adapter import assert_same, by_kind
 
 pytestmark = pytest.mark.slow
 SHARDED = ("mimic", "live", "m2iv")
@@ -142,7 +142,8 @@ def test_checkpointing_bf16_and_models_that_are_sharded(records, tmp_path):
 ONE = {"version": 1, "reshard_after_forward": "full_shard", "sync_module_states": False}
 
 
-def check_refusals(rank, records):
+@two_processes
+def test_what_is_refused(rank, records):
     for options, method, error, message in (
         (ONE, "live", ValueError, "fsdp_version is 1, expected 2"),
         ({"activation_checkpointing": True}, "live", ValueError, "fsdp_activation_checkpointing is on"),
@@ -154,10 +155,6 @@ def check_refusals(rank, records):
             tiny_training(records, method, "adam", processes=2, model=model, arguments=fsdp(**options))
         assert not any(isinstance(x, DTensor) for x in model.parameters())
         assert os.environ["ACCELERATE_USE_FSDP"] == "false"
-
-
-def test_what_is_refused(records):
-    in_two_processes(check_refusals, records)
 
 
 def test_what_deepspeed_cannot_train():

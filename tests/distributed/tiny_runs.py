@@ -19,7 +19,7 @@ from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training.recipes import Recipe
-from tests.distributed.short_training import CANCELLATION, EPS, ROUNDINGS, by_kind
+from tests.distributed.short_training import assert_same_steps
 
 CONFIGS = {
     "mimic": mk.MimICConfig(),
@@ -77,14 +77,7 @@ def start_of(method):
 
 
 def assert_same_run(actual, expected, method, steps=3):
-    """Both were trained from the same start, by updates that differ by roundings."""
-    a, b, c = (by_kind(dict(x.named_parameters())) for x in (actual, expected, start_of(method)))
-    for kind in c:
-        moved, error = (b[kind] - c[kind]).norm(), (a[kind] - b[kind]).norm()
-        # Errors of a step change the next one's gradients a little: twice as many roundings.
-        often = 1 if steps == 1 else 2
-        allowed = often * ROUNDINGS * CANCELLATION.get(kind, 1.0) * moved + steps * EPS * b[kind].norm()
-        assert error <= allowed < moved, f"{kind}: {error} of {moved}, expected at most {allowed}"
+    assert_same_steps(actual, expected, start_of(method), steps)
 
 
 def of_both(folder, case):

@@ -1,5 +1,6 @@
 """A check in two processes that are joined by gloo."""
 
+import inspect
 import os
 import sys
 import tempfile
@@ -19,6 +20,19 @@ WORLD_SIZE = 2
 HANGS_AFTER = 120.0
 # Forked from one server without threads, which imports these once for all checks of a pytest process.
 PRELOADED = ["mmicl_kernels.testing.tiny_models", "mmicl_kernels.patch", "torch.distributed.fsdp"]
+
+
+def two_processes(check: Callable[..., None]) -> Callable[..., None]:
+    """A test that is ``check(rank, ...)`` in two processes; what follows ``rank`` are pytest's arguments."""
+    _, *parameters = inspect.signature(check).parameters.values()
+
+    def test(**given):
+        in_two_processes(test, *(given[x.name] for x in parameters))
+
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(test, name, getattr(check, name))
+    test.check, test.__signature__ = check, inspect.Signature(parameters)
+    return test
 
 
 def in_two_processes(check: Callable[..., None], *args: object) -> None:
@@ -64,6 +78,6 @@ def _run(rank: int, store: Path, check: Callable[..., None], args: tuple[object,
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
     try:
-        check(rank, *args)
+        getattr(check, "check", check)(rank, *args)
     finally:
         dist.destroy_process_group()

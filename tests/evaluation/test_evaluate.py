@@ -14,6 +14,7 @@ from mmicl_kernels.evaluation import bootstrap_interval, paired_bootstrap, wilso
 from mmicl_kernels.evaluation.generation import GENERATIONS, Generation, YesNo
 from mmicl_kernels.evaluation.metrics import auroc, exact_match, postprocess
 from mmicl_kernels.training import EpisodeCollator
+from tests.support.example_images import png
 from tests.support.questions import (
     NEW_TOKENS,
     PROCESSORS,
@@ -21,7 +22,6 @@ from tests.support.questions import (
     decoded,
     model_and_processor,
     plain_state,
-    png,
     rows_of,
     said,
     write,

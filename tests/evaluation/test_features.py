@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 import mmicl_kernels as mk
 from mmicl_kernels.evaluation.features import ClipImages, embedded, nearest_shots
 from mmicl_kernels.evaluation.generation import Generation
-from tests.support.questions import model_and_processor, png, rows_of, write
+from tests.support.example_images import png
+from tests.support.questions import model_and_processor, rows_of, write
 
 
 @pytest.fixture

@@ -65,16 +65,7 @@ def test_missing_data_says_how_to_get_it(fake_nltk):
 
 
 def test_learned_stemmer_repeats_the_annotations():
-    raw = [
-        "Riding waves",
-        "surfboards",
-        "the dogs",
-        "pitching",
-        "pitching",
-        "pitching",
-        "hot dogs",
-        "ice cream",
-    ]
+    raw = ["Riding waves", "surfboards", "the dogs", *["pitching"] * 3, "hot dogs", "ice cream"]
     stems = ["ride wave", "surfboard", "the dog", "pitch", "pitching", "pitch", "hotdog", "ice cream"]
     stem = learned_stemmer(raw, stems)
     assert stem("surfboards") == "surfboard"

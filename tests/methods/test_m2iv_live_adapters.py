@@ -12,6 +12,7 @@ from mmicl_kernels.methods import ResidualSite
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE, Backbone
 from mmicl_kernels.store import read_adapter
 from mmicl_kernels.testing.tiny_models import tiny_model
+from tests.store.vectors import assert_same
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CASES = {"m2iv": (mk.M2IVAdapter, mk.M2IVConfig), "live": (mk.LIVEAdapter, mk.LIVEConfig)}
@@ -79,29 +80,12 @@ def test_save_and_load_bit_for_bit(tmp_path, method, dtype):
     adapter = adapter_of(method, **CHANGED[method]).to(dtype)
     adapter.save_pretrained(tmp_path)
     for loaded in (CASES[method][0].from_pretrained(tmp_path), read_adapter(tmp_path)):
-        assert type(loaded) is type(adapter)
-        assert loaded.config == adapter.config and loaded.backbone == adapter.backbone
+        assert_same(loaded, adapter)
         assert list(loaded.state_dict()) == list(adapter.state_dict())
-        for name, x in adapter.state_dict().items():
-            y = loaded.state_dict()[name]
-            assert y.dtype == x.dtype and y.shape == x.shape
-            assert torch.equal(y.reshape(-1).view(torch.uint8), x.reshape(-1).view(torch.uint8)), name
         assert all(x.requires_grad for x in loaded.parameters())
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert description["method"] == method
     assert description["config"] == CHANGED[method]
-
-
-def test_created_for_a_model_and_loaded_for_it(tmp_path, method):
-    model = tiny_model("qwen2_5_vl")
-    adapter = mk.create(model, CASES[method][1]())
-    assert type(adapter) is CASES[method][0]
-    assert list(adapter.layers) == ["0", "1", "2"]
-    adapter.save_pretrained(tmp_path)
-    loaded = mk.load(tmp_path, model)
-    assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), adapter.parameters(), strict=True))
-    with pytest.raises(mk.CheckpointError, match="belongs to another backbone"):
-        mk.load(tmp_path, tiny_model("qwen2_5_vl", seed=1))
 
 
 def test_another_methods_folder_is_refused(tmp_path, method):
@@ -173,19 +157,17 @@ def test_bad_fields(method, name, value, message):
         CASES[method][1](**{name: value})
 
 
-def test_bad_synergy():
+def test_bad_words():
     with pytest.raises(ValueError, match=r"synergy_of is 'row', expected one of \('channel', 'token'\)"):
         mk.M2IVConfig(synergy_of="row")
-
-
-def test_bad_site():
     with pytest.raises(ValueError, match="site is 'self_attn', expected one of"):
         mk.LIVEConfig(site="self_attn")
 
 
-def test_configs_are_frozen(method):
+@pytest.mark.parametrize("config", [mk.MimICConfig, mk.M2IVConfig, mk.LIVEConfig])
+def test_configs_are_frozen(config):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        CASES[method][1]().temperature = 2.0
+        config().ce_weight = 2.0
 
 
 def test_where_they_act():

@@ -1,6 +1,5 @@
 """MimIC's parameters: how they start, how many there are, and their two files, bit for bit."""
 
-import dataclasses
 import json
 import math
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 import mmicl_kernels as mk
 from mmicl_kernels.methods import base
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE, Backbone
+from tests.store.vectors import assert_same, bits
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -34,13 +34,6 @@ UNEVEN = {0: (4, 16), 2: (8, 32), 5: (1, 40)}
 
 def adapter_of(layers=UNEVEN, **config):
     return mk.MimICAdapter(mk.MimICConfig(**config), backbone(layers))
-
-
-def assert_same_bits(actual, expected):
-    assert list(actual) == list(expected)
-    for name, x in expected.items():
-        assert actual[name].dtype == x.dtype and actual[name].shape == x.shape, name
-        assert torch.equal(actual[name].detach().view(torch.uint8), x.detach().view(torch.uint8)), name
 
 
 def test_parameter_count_is_the_papers():
@@ -79,7 +72,7 @@ def test_initialisation_follows_the_seed():
     torch.manual_seed(3)
     first = adapter_of()
     torch.manual_seed(3)
-    assert_same_bits(adapter_of().state_dict(), first.state_dict())
+    assert_same(adapter_of(), first)
     assert not torch.equal(adapter_of().layers["0"].weight, first.layers["0"].weight)
 
 
@@ -99,9 +92,8 @@ def test_save_and_load_bit_for_bit(tmp_path, dtype, ffn_shift):
     adapter = adapter_of(ffn_shift=ffn_shift, **config).to(dtype)
     adapter.save_pretrained(tmp_path / "new" / "folder")
     loaded = mk.MimICAdapter.from_pretrained(tmp_path / "new" / "folder")
-    assert_same_bits(loaded.state_dict(), adapter.state_dict())
-    assert loaded.config == adapter.config
-    assert loaded.backbone == adapter.backbone
+    assert_same(loaded, adapter)
+    assert list(loaded.state_dict()) == list(adapter.state_dict())
     assert all(isinstance(x, torch.nn.Parameter) and x.requires_grad for x in loaded.parameters())
     assert sorted(x.name for x in (tmp_path / "new" / "folder").iterdir()) == [CONFIG_FILE, TENSORS_FILE]
 
@@ -110,7 +102,10 @@ def test_files_are_plain(tmp_path):
     adapter = adapter_of()
     adapter.layers["2"].shift.requires_grad_(False)
     adapter.save_pretrained(tmp_path)
-    assert_same_bits(load_file(tmp_path / TENSORS_FILE), dict(sorted(adapter.state_dict().items())))
+    tensors = load_file(tmp_path / TENSORS_FILE)
+    assert list(tensors) == sorted(adapter.state_dict())
+    for name, x in adapter.state_dict().items():
+        assert tensors[name].dtype == x.dtype and torch.equal(bits(tensors[name]), bits(x)), name
     description = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert description == {
         "format_version": 1,
@@ -150,9 +145,7 @@ def test_saving_over_an_adapter(tmp_path):
     adapter_of().save_pretrained(tmp_path)
     second = adapter_of({0: (2, 8)}, normalizer="all_keys")
     second.save_pretrained(tmp_path)
-    loaded = mk.MimICAdapter.from_pretrained(tmp_path)
-    assert loaded.config == second.config
-    assert_same_bits(loaded.state_dict(), second.state_dict())
+    assert_same(mk.MimICAdapter.from_pretrained(tmp_path), second)
 
 
 @pytest.mark.parametrize("fails", ["tensors", "json", "replace"])
@@ -176,7 +169,7 @@ def test_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, fails):
         adapter_of({0: (2, 8)}, normalizer="all_keys").save_pretrained(tmp_path)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
-    assert_same_bits(mk.MimICAdapter.from_pretrained(tmp_path).state_dict(), old.state_dict())
+    assert_same(mk.MimICAdapter.from_pretrained(tmp_path), old)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +186,6 @@ def test_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch, fails):
 def test_bad_config(field, value, message):
     with pytest.raises(ValueError, match=message):
         mk.MimICConfig(**{field: value})
-
-
-def test_config_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        mk.MimICConfig().normalizer = "all_keys"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from mmicl_kernels.methods import AIMAdapter, AIMConfig, LIVEAdapter, M2IVAdapte
 from mmicl_kernels.methods.base import Backbone
 from mmicl_kernels.methods.mimic.official import read_official
 from mmicl_kernels.store import read_adapter
+from tests.store.vectors import BACKBONE, assert_same
 
-BACKBONE = Backbone("M", "m", "t", 8, "org/model", "r1", {i: (2, 4) for i in range(3)}, (1.0, 2.0, 3.0))
 # As a file of the official code is read.
 OFFICIAL = mk.MimICConfig("all_keys", alignment="mean_square", ffn_shift=True)
 MAKERS = {
@@ -62,14 +62,6 @@ VIEWS = {
 }
 
 
-def assert_equal_values(actual, expected):
-    assert type(actual) is type(expected) and actual.config == expected.config
-    mine, theirs = actual.state_dict(), expected.state_dict()
-    assert mine.keys() == theirs.keys()
-    for name, x in theirs.items():
-        assert mine[name].dtype == x.dtype and torch.equal(mine[name], x), name
-
-
 @pytest.mark.parametrize("method", MAKERS)
 @pytest.mark.parametrize("view", VIEWS)
 def test_shared_memory_is_stored_apart(tmp_path, method, view):
@@ -82,7 +74,7 @@ def test_shared_memory_is_stored_apart(tmp_path, method, view):
         mk.save_official(adapter, tmp_path / "encoder.pth")
         loaded.append(read_official(tmp_path / "encoder.pth", BACKBONE))
     for other in loaded:
-        assert_equal_values(other, adapter)
+        assert_same(other, adapter)
         with torch.no_grad():  # each has memory of its own
             first, *others = other.parameters()
             before = [x.clone() for x in others]
@@ -156,8 +148,8 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, method, bad):
         with pytest.raises(mk.CheckpointError, match="adapter: .*(expected|finite floating)"):
             work()
         assert contents(tmp_path) == before
-    assert_equal_values(read_adapter(tmp_path / "saved"), good)
-    assert_equal_values(library.get("a"), good)
+    assert_same(read_adapter(tmp_path / "saved"), good)
+    assert_same(library.get("a"), good)
 
 
 def contents(folder):
@@ -262,7 +254,7 @@ def test_a_disk_that_is_full_at_the_last_moment(tmp_path, monkeypatch, which):
     with pytest.raises(OSError, match="No space left"):
         MAKERS["m2iv"]().save_pretrained(tmp_path)
     assert contents(tmp_path) == before
-    assert_equal_values(read_adapter(tmp_path), good)
+    assert_same(read_adapter(tmp_path), good)
 
 
 BAD_EMBEDDINGS = ("NaN", "one infinity", "freed", "meta", "sparse", "complex", "a subclass", "another shape")
@@ -299,7 +291,7 @@ def test_a_file_that_cannot_take_its_place(tmp_path, monkeypatch, which, links):
     with pytest.raises(PermissionError, match="not permitted"):
         MAKERS["m2iv"]().save_pretrained(tmp_path)
     assert failed and contents(tmp_path) == before
-    assert_equal_values(read_adapter(tmp_path), good)
+    assert_same(read_adapter(tmp_path), good)
     MAKERS["m2iv"]().save_pretrained(tmp_path)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["mmicl_adapter.json", "mmicl_adapter.safetensors"]
 

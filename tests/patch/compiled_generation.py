@@ -14,12 +14,15 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+def one_graph():
+    """Options of ``generate``."""
+    config = CompileConfig(fullgraph=True, backend="aot_eager")
+    config._compile_all_devices = True  # transformers compiles on accelerators only, otherwise
+    return {"cache_implementation": "static", "compile_config": config}
+
+
 def generate(model, inputs, *, compiled=True):
-    options = {"disable_compile": True}
-    if compiled:
-        config = CompileConfig(fullgraph=True, backend="aot_eager")
-        config._compile_all_devices = True  # transformers compiles on accelerators only, otherwise
-        options = {"cache_implementation": "static", "compile_config": config}
+    options = one_graph() if compiled else {"disable_compile": True}
     return model.generate(
         **inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, **options
     )

@@ -55,7 +55,7 @@ def adapter_of(model: PreTrainedModel, method: str) -> Adapter:
 def independent(model: PreTrainedModel, method: str, adapter: Adapter) -> Iterator[Prompts]:
     """``model`` with the method of ``adapter`` as plain PyTorch; yields what makes prompts its inputs."""
     if method == "aim":
-        yield lambda inputs: longer(inputs, CHOSEN)
+        yield lambda inputs: longer(inputs, CHOSEN[: len(inputs["input_ids"])])
     elif method == "mimic":
         with published(model, adapter):
             yield dict
@@ -91,6 +91,6 @@ def attached(model: PreTrainedModel, method: str, adapter: Adapter) -> Iterator[
         if method == "aim":
             trained = model.get_input_embeddings().weight.requires_grad
             tokens = ordinary_tokens(model, trained=trained)
-            yield lambda inputs: handle.splice(inputs, CHOSEN, tokens=tokens)
+            yield lambda inputs: handle.splice(inputs, CHOSEN[: len(inputs["input_ids"])], tokens=tokens)
         else:
             yield dict

@@ -12,6 +12,7 @@ from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from tests.patch.family_oracles import adapter_of
 from tests.support.published import random_adapter
+from tests.support.same_adapter import assert_same
 
 pytest.importorskip("accelerate")
 METHODS = ("mimic", "m2iv", "live")
@@ -50,15 +51,9 @@ def patched_alone(adapted):
 
 def test_it_has_what_the_model_has(adapted):
     model = adapted.model
-    for name in (
-        "config",
-        "generation_config",
-        "device",
-        "dtype",
-        "main_input_name",
-        "is_gradient_checkpointing",
-    ):
+    for name in ("config", "generation_config", "device", "dtype", "main_input_name"):
         assert getattr(adapted, name) == getattr(model, name), name
+    assert adapted.is_gradient_checkpointing == model.is_gradient_checkpointing
     assert adapted.get_input_embeddings() is model.get_input_embeddings()
     assert adapted.get_output_embeddings() is model.get_output_embeddings()
     assert adapted.can_generate() and not hasattr(adapted, "no_such_thing")
@@ -149,21 +144,12 @@ def test_pipeline(adapted):
     assert answers[0] == answers[1] and answers[0] != plain
 
 
-def test_it_saves_its_adapter(adapted, tmp_path):
-    adapted.save_pretrained(tmp_path)
-    loaded = mk.load(tmp_path, tiny_model("llava-llama"))
-    for name, x in loaded.state_dict().items():
-        assert torch.equal(x, adapted.adapter.state_dict()[name])
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["mmicl_adapter.json", "mmicl_adapter.safetensors"]
-
-
 @pytest.mark.parametrize(
     "copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
 )
 def test_copies(adapted, copier):
     inputs = tiny_inputs(adapted.model)
     with torch.no_grad():
-        copied, expected = None, None
         copied = copier(adapted)
         expected = adapted(**inputs).logits
         adapted.handle.detach()
@@ -224,16 +210,16 @@ def test_what_is_set_on_it_is_set_on_the_model(adapted):
     assert adapted.adapter is other
 
 
-def test_saving_as_accelerate_asks_for_it(adapted, tmp_path):
-    state = adapted.state_dict()
-    adapted.save_pretrained(
-        tmp_path / "other", is_main_process=False, save_function=torch.save, state_dict=state
-    )
+def test_it_saves_its_adapter(adapted, tmp_path):
+    """Also as accelerate asks for it."""
+    asked = {"save_function": torch.save, "state_dict": adapted.state_dict()}
+    adapted.save_pretrained(tmp_path / "other", is_main_process=False, **asked)
     assert not (tmp_path / "other").exists()
-    adapted.save_pretrained(
-        tmp_path / "main", is_main_process=True, save_function=torch.save, state_dict=state
-    )
-    assert mk.load(tmp_path / "main", adapted.model).num_parameters() == adapted.adapter.num_parameters()
+    for folder, options in (("main", {"is_main_process": True, **asked}), ("plain", {})):
+        adapted.save_pretrained(tmp_path / folder, **options)
+        assert_same(mk.load(tmp_path / folder, tiny_model("llava-llama")), adapted.adapter)
+        files = sorted(x.name for x in (tmp_path / folder).iterdir())
+        assert files == ["mmicl_adapter.json", "mmicl_adapter.safetensors"]
 
 
 class LastNorm(torch.nn.BatchNorm1d):

@@ -3,25 +3,27 @@
 import copy
 import gc
 import re
+import warnings
 import weakref
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.patch.sites.residual import ResidualHook
-from mmicl_kernels.testing.tiny_models import TEXT, TINY_MODELS, VISION, tiny_inputs, tiny_model
+from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_inputs, tiny_model
 from tests.patch.snapshots import assert_same_objects, changes, snapshot, used_model
 from tests.support.published import (
     SELF_ATTENTIONS,
     counted_calls,
     logits,
+    multiply,
     random_adapter,
     text_config,
 )
+from tests.support.residuals import library, random_shift
 
 
 @pytest.fixture(params=TINY_MODELS)
@@ -141,18 +143,17 @@ def test_another_instance_is_untouched():
         assert torch.equal(logits(model, inputs), both[0])
 
 
-def test_deepcopy_works_independently(model):
+@pytest.mark.parametrize("make", [random_adapter, random_shift])
+def test_deepcopy_works_independently(model, make):
     inputs = tiny_inputs(model)
     plain = logits(model, inputs)
-    adapter = random_adapter(model)
+    adapter = make(model)
     handle = mk.attach(model, adapter)
     shifted = logits(model, inputs)
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied, inputs), shifted)
 
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.mul_(-1.0)
+    multiply(adapter, 2.0)
     assert not torch.equal(logits(model, inputs), shifted)
     assert torch.equal(logits(copied, inputs), shifted), "the copy shares the adapter"
     handle.detach()
@@ -160,6 +161,8 @@ def test_deepcopy_works_independently(model):
     assert torch.equal(logits(copied, inputs), shifted), "the copy was detached too"
     with pytest.raises(ValueError, match="patched already"):
         mk.attach(copied, adapter)
+    mk.detach(copied)
+    assert torch.equal(logits(copied, inputs), plain)
 
 
 def test_enable_and_disable(model):
@@ -213,13 +216,15 @@ def test_second_handle_is_refused(enabled):
     shifted = logits(model, inputs)
     if not enabled:
         first.disable()
-    with pytest.raises(ValueError, match="patched already"):
+    with pytest.raises(ValueError, match=r"patched already.*mk.handle_of\(model\).*mk.detach\(model\)"):
         mk.attach(model, random_adapter(model, seed=1))
     first.enable()
     assert torch.equal(logits(model, inputs), shifted)
     first.detach()
-    with mk.attach(model, random_adapter(model, seed=1)):
-        assert not torch.equal(logits(model, inputs), shifted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of a handle that makes way
+        with mk.attach(model, random_adapter(model, seed=1)):
+            assert not torch.equal(logits(model, inputs), shifted)
 
 
 def test_nothing_is_kept_alive():
@@ -237,9 +242,7 @@ def test_adapter_changes_take_effect_at_once():
     adapter = random_adapter(model)
     with mk.attach(model, adapter):
         logits(model, inputs)
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.zero_()
+        multiply(adapter, 0.0)
         zeroed = logits(model, inputs)
     scale = float(zeroed.norm())
     # A shift of zero is the plain model up to rounding: sdpa and the op take other kernels.
@@ -271,138 +274,73 @@ def test_attention_dropout_is_refused(name):
             logits(model, inputs)
 
 
-class Unsupported:
-    """Models that are refused, with what the message must name."""
-
-    @staticmethod
-    def plain_module():
-        return nn.Linear(2, 2), ["Linear", "None", "idefics", "llava", "qwen2_5_vl"]
-
-    @staticmethod
-    def unknown_family():
-        model = tiny_model("llava-llama")
-        model.config.model_type = "video_llava"
-        return model, ["video_llava", "idefics2"]
-
-    @staticmethod
-    def unknown_text_model():
-        config = LlavaConfig(text_config=GPTNeoXConfig(**TEXT), vision_config=clip())
-        model = LlavaForConditionalGeneration(config)
-        return model, ["llava", "gpt_neox", "llama", "qwen2", "GPTNeoXAttention"]
-
-    @staticmethod
-    def missing_child():
-        model = tiny_model("llava-llama")
-        del model.model.language_model.layers[1].mlp
-        return model, ["llava", "layers.1", "mlp", "self_attn"]
-
-    @staticmethod
-    def missing_path():
-        model = tiny_model("idefics2")
-        model.model.decoder = model.model.text_model
-        del model.model.text_model
-        return model, ["idefics2", "text_model", "decoder"]
-
-    @staticmethod
-    def no_layers():
-        model = tiny_model("llava-llama")
-        model.model.language_model.layers = nn.ModuleList()
-        return model, ["llava", "layers"]
-
-    @staticmethod
-    def odd_head_dim():
-        model = tiny_model("llava-llama")
-        model.model.language_model.layers[2].self_attn.head_dim = 7
-        return model, ["layers.2", "head_dim", "7", "32"]
-
-
-def clip():
-    return tiny_model("llava-llama").config.vision_config if VISION else None
-
-
-@pytest.mark.parametrize("case", [x for x in vars(Unsupported) if not x.startswith("_")])
-def test_unsupported_models_name_what_was_looked_for(case):
-    model, words = getattr(Unsupported, case)()
-    before = snapshot(model)
-    adapter = random_adapter(tiny_model("llava-llama"))
-    for call in (
-        lambda: mk.attach(model, adapter),
-        lambda: mk.create(model, mk.MimICConfig()),
-        lambda: mk.load("nowhere", model),
-        lambda: mk.load_official("nowhere", model),
-    ):
-        with pytest.raises(mk.UnsupportedModelError) as error:
-            call()
-        assert [word for word in words if word not in str(error.value)] == []
-    assert_same_objects(snapshot(model), before)
-
-
-def of_other_weights():
-    return random_adapter(tiny_model("llava-llama", seed=1))
-
-
-def of_other_class():
-    return random_adapter(tiny_model("llava-qwen2"))
-
-
-def of_other_geometry():
-    model = tiny_model("llava-llama")
+def cut(model):
     model.model.language_model.layers = model.model.language_model.layers[:2]
-    return random_adapter(model)
+    return model
 
 
-def on_meta():
-    return random_adapter(tiny_model("llava-llama")).to("meta")
+OTHERS = [
+    (lambda make: make(tiny_model("llava-llama", seed=1)), mk.CheckpointError, "weights are not those"),
+    (
+        lambda make: make(tiny_model("llava-qwen2")),
+        mk.CheckpointError,
+        "text_model_type is 'qwen2' in the adapter and 'llama'",
+    ),
+    (lambda make: make(cut(tiny_model("llava-llama"))), mk.CheckpointError, "layers is"),
+    (lambda make: make(tiny_model("llava-llama")).to("meta"), ValueError, "on meta, expected cpu"),
+]
 
 
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        (of_other_weights, mk.CheckpointError, "weights are not those"),
-        (of_other_class, mk.CheckpointError, "text_model_type is 'qwen2' in the adapter and 'llama'"),
-        (of_other_geometry, mk.CheckpointError, "layers is"),
-        (on_meta, ValueError, "on meta, expected cpu"),
-        (lambda: nn.Linear(2, 2), TypeError, "expected an Adapter or a dict"),
-        (lambda: "adapter", TypeError, "'adapter', expected an Adapter"),
-        (dict, TypeError, "expected an Adapter or a dict"),
-        (lambda: {"a": nn.Linear(2, 2)}, TypeError, "'a' is a Linear, expected one of MimICAdapter"),
-        (
-            lambda: {
-                "a": random_adapter(tiny_model("llava-llama")),
-                "b": random_adapter(tiny_model("llava-llama"), normalizer="all_keys"),
-            },
-            ValueError,
-            "'b' has normalizer 'all_keys', expected 'visible'",
-        ),
-    ],
-)
-def test_refused_adapters_leave_the_model_alone(make, error, message):
+@pytest.mark.parametrize("make", [random_adapter, random_shift])
+@pytest.mark.parametrize("other, error, message", OTHERS)
+def test_adapters_of_other_models_leave_the_model_alone(other, error, message, make):
     model = tiny_model("llava-llama")
-    before, adapter = snapshot(model), make()
+    before, adapter = snapshot(model), other(make)
     with pytest.raises(error, match=message):
         mk.attach(model, adapter)
     assert_same_objects(snapshot(model), before)
-    with mk.attach(model, random_adapter(model)) as handle:  # a refusal is no handle
-        if isinstance(adapter, mk.MimICAdapter):
-            with pytest.raises(error, match=message):
-                handle.add("other", adapter)
-            assert list(handle.adapters) == ["default"]
+    with mk.attach(model, make(model)) as handle:  # a refusal is no handle
+        with pytest.raises(error, match=message):
+            handle.add("other", adapter)
+        assert list(handle.adapters) == ["default"]
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "adapter, options, error, message",
     [
-        ({"impl": "fast"}, "impl is 'fast'"),
-        ({"slots": 0}, "slots is 0"),
-        ({"slots": "many"}, "slots is 'many'"),
+        (lambda m: nn.Linear(2, 2), {}, TypeError, "expected an Adapter or a dict"),
+        (lambda m: "adapter", {}, TypeError, "'adapter', expected an Adapter"),
+        (lambda m: {}, {}, TypeError, "expected an Adapter or a dict"),
+        (lambda m: {"a": nn.Linear(2, 2)}, {}, TypeError, "'a' is a Linear, expected one of MimICAdapter"),
+        (lambda m: {"a": random_shift(m), "b": nn.Linear(2, 2)}, {}, TypeError, "'b' is a Linear"),
+        (
+            lambda m: {"a": random_adapter(m), "b": random_adapter(m, normalizer="all_keys")},
+            {},
+            ValueError,
+            "'b' has normalizer 'all_keys', expected 'visible'",
+        ),
+        (lambda m: dict.fromkeys("ab", random_shift(m)), {}, ValueError, "name 'b' or its adapter"),
+        (lambda m: {"a": random_shift(m), "b": random_shift(m)}, {"slots": 1}, ValueError, "slots is 1"),
+        (random_adapter, {"slots": 0}, ValueError, "slots is 0"),
+        (random_adapter, {"slots": "many"}, ValueError, "slots is 'many'"),
+        (random_adapter, {"impl": "fast"}, ValueError, "impl is 'fast'"),
+        (random_shift, {"impl": "fast"}, ValueError, "impl is 'fast'"),
+        (random_shift, {"strength": float("nan")}, ValueError, "strength is nan, expected a finite"),
+        (random_shift, {"strength": 1e39}, ValueError, r"strength is 1e\+39, expected a finite .* fp32"),
+        (random_shift, {"strength": 10**400}, ValueError, "strength is 1000.*, expected a finite"),
+        (random_shift, {"strength": "full"}, TypeError, "strength is 'full', expected a number"),
+        (random_shift, {"strength": True}, TypeError, "strength is True, expected a number"),
+        (random_adapter, {"strength": 0.5}, ValueError, r"is 0\.5, expected 1: 'default' is a MimIC"),
+        (library, {"strength": 2}, ValueError, "strength is 2.*'mimic' is a MimIC"),
     ],
 )
-def test_refused_options(options, message):
+def test_refused_arguments_leave_the_model_alone(adapter, options, error, message):
     model = tiny_model("llava-llama")
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        mk.attach(model, random_adapter(model), **options)
+    before, adapter = snapshot(model), adapter(model)
+    with pytest.raises(error, match=message):
+        mk.attach(model, adapter, **options)
     assert_same_objects(snapshot(model), before)
+    mk.attach(model, random_shift(model)).detach()  # a refusal is no handle
 
 
 def test_create_refuses_another_config():

@@ -18,6 +18,14 @@ def demonstrations(count):
     return [mk.Demonstration((image.numpy().tobytes(),), f"{k}", "") for k, image in enumerate(images)]
 
 
+@pytest.fixture
+def made(tmp_path):
+    """A model, an adapter and an empty bank of it."""
+    model = tiny_model("llava-llama")
+    adapter = mk.create(model, mk.AIMConfig())
+    return model, adapter, mk.DemonstrationBank.create(tmp_path / "bank", adapter)
+
+
 def collate_for(model, seen):
     """Prompts of different lengths, by the text; every one that is made is noted in ``seen``."""
 
@@ -56,26 +64,21 @@ def test_banked_ids_stand_for_their_tokens(name, dtype, tmp_path):
     assert sorted(bank.lengths.tolist()) != bank.lengths.tolist()  # of different lengths
 
 
-def test_nothing_is_read_twice(tmp_path):
-    model, seen = tiny_model("llava-llama"), []
-    adapter = mk.create(model, mk.AIMConfig())
-    bank = mk.DemonstrationBank.create(tmp_path / "bank", adapter)
-    given = demonstrations(4)
+def test_nothing_is_read_twice(made):
+    (model, adapter, bank), seen, given = made, [], demonstrations(4)
     with mk.attach(model, adapter, bank=bank) as handle:
         collate = collate_for(model, seen)
         handle.add_demonstrations(given[:2], collate, progress=False)
         ids = handle.add_demonstrations([*given, given[1], given[3]], collate, progress=False)
     assert ids == [0, 1, 2, 3, 1, 3]
     assert seen == ["0", "1", "2", "3"]
-    with mk.attach(model, adapter, bank=mk.DemonstrationBank(tmp_path / "bank")) as handle:
+    with mk.attach(model, adapter, bank=mk.DemonstrationBank(bank.folder)) as handle:
         assert handle.add_demonstrations(given, collate, progress=False) == [0, 1, 2, 3]
     assert len(seen) == 4
 
 
-def test_an_interruption_keeps_whole_batches(tmp_path):
-    model = tiny_model("llava-llama")
-    adapter = mk.create(model, mk.AIMConfig())
-    bank = mk.DemonstrationBank.create(tmp_path / "bank", adapter)
+def test_an_interruption_keeps_whole_batches(made):
+    model, adapter, bank = made
     collate = collate_for(model, [])
 
     def breaks(batch):
@@ -90,12 +93,11 @@ def test_an_interruption_keeps_whole_batches(tmp_path):
         assert handle.enabled
 
 
-def test_a_bank_belongs_to_its_projection(tmp_path):
-    model = tiny_model("llava-llama")
-    adapter, other = (mk.create(model, mk.AIMConfig()) for _ in range(2))
+def test_a_bank_belongs_to_its_projection(made):
+    model, adapter, bank = made
+    other = mk.create(model, mk.AIMConfig())
     with torch.no_grad():
         other.fuser.bias[0] = 1
-    bank = mk.DemonstrationBank.create(tmp_path / "bank", adapter)
     for wrong in (other, {"aim": other}):
         with pytest.raises(mk.CheckpointError, match="another projection"):
             mk.attach(model, wrong, bank=bank)
@@ -124,10 +126,8 @@ def test_saved_and_loaded(tmp_path):
         mk.load(tmp_path / "adapter", tiny_model("llava-llama", seed=1))
 
 
-def test_a_projection_that_changed_adds_nothing(tmp_path):
-    model = tiny_model("llava-llama")
-    adapter = mk.create(model, mk.AIMConfig())
-    bank = mk.DemonstrationBank.create(tmp_path / "bank", adapter)
+def test_a_projection_that_changed_adds_nothing(made):
+    model, adapter, bank = made
     with mk.attach(model, adapter, bank=bank) as handle:
         collate = collate_for(model, [])
         handle.add_demonstrations(demonstrations(2), collate, progress=False)

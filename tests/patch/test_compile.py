@@ -6,7 +6,7 @@ import torch
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from tests.patch.compiled_generation import assert_graphs, fresh_dynamo, generate  # noqa: F401
-from tests.support.published import published, random_adapter
+from tests.support.published import multiply, published, random_adapter
 
 NAMES = ["llava-llama", "qwen2_5_vl"]
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -24,9 +24,7 @@ def test_single_adapter(name, normalizer):
     with mk.attach(model, adapter):
         assert torch.equal(generate(model, inputs), expected)
         assert_graphs(1)
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.mul_(-1.0)
+        multiply(adapter, -1.0)
         changed = generate(model, inputs)
         assert_graphs(1)
         assert not torch.equal(changed, expected)

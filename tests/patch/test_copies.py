@@ -15,7 +15,7 @@ from mmicl_kernels.store import DemonstrationBank
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from tests.patch.family_oracles import METHODS, adapter_of, attached
 from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
-from tests.support.published import logits
+from tests.support.published import logits, multiply
 
 FAMILIES = ("llava-llama", "idefics2")
 OF_EVERY_FAMILY = [
@@ -79,9 +79,7 @@ def test_a_copy_of_a_patched_model_is_patched_by_itself(method, copier):
     assert torch.equal(logits(copied, inputs), expected) and not torch.equal(expected, plain)
     assert vars(copied_handle.adapters["default"].backbone) == vars(adapter.backbone)
 
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.mul_(-1.0)
+    multiply(adapter, 2.0)
     handle.detach()
     assert torch.equal(logits(model, inputs), plain)
     assert torch.equal(logits(copied, inputs), expected)

@@ -19,11 +19,12 @@ from tests.patch.trap_tools import (
     cross_attentions,
     families,
     frozen,
-    logits,
+    mimic_calls,
     recorded,
     recorded_attention,
     relative_error,
 )
+from tests.support.published import fix_gates, whole_logits
 
 
 def alone(inputs, row, padding):
@@ -56,9 +57,11 @@ def test_padding_on_the_left_changes_nothing(name):
     inputs = with_positions(model, name, tiny_inputs(model, padding="left"))
     adapter = adapter_of(model, "mimic")
     with mk.attach(model, adapter):
-        expected = logits(model, alone(inputs, 1, 2))[0]
-        actual = logits(model, inputs)[1, 2:]
-        unmasked = logits(model, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
+        expected = whole_logits(model, alone(inputs, 1, 2))[0]
+        actual = whole_logits(model, inputs)[1, 2:]
+        unmasked = whole_logits(
+            model, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+        )
     assert relative_error(actual, expected) <= logit_budget(name, "mimic")
     assert relative_error(unmasked[1, 2:], expected) > 1000 * logit_budget(name, "mimic")
 
@@ -72,13 +75,13 @@ def test_gemma4_slices_its_prefill_before_layers_that_share_keys(base, padding):
     inputs = tiny_inputs(model, padding=padding)
     adapter = adapter_of(model, "mimic")
     with independent(model, "mimic", adapter):
-        expected = logits(model, inputs)
+        expected = whole_logits(model, inputs)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=32)
     last = decoder_layers(model)["3"]
     with recorded(last) as calls, attached(model, "mimic", adapter):
-        full = logits(model, inputs)
-        two = logits(model, inputs, logits_to_keep=2)
-        one = logits(model, inputs, logits_to_keep=1, past_key_values=cache)
+        full = whole_logits(model, inputs)
+        two = whole_logits(model, inputs, logits_to_keep=2)
+        one = whole_logits(model, inputs, logits_to_keep=1, past_key_values=cache)
     budget = logit_budget("gemma4", "mimic")
     shown = inputs["attention_mask"].bool()
     assert relative_error(full[shown], expected[shown]) <= budget
@@ -95,13 +98,10 @@ def test_paligemma_without_token_types_is_not_causal():
     model = frozen("paligemma")
     inputs = {name: x for name, x in tiny_inputs(model).items() if name != "token_type_ids"}
     adapter = adapter_of(model, "mimic")
-    closed = copy.deepcopy(adapter).requires_grad_(False)
-    for layer in closed.layers.values():
-        layer.weight.zero_()
-        layer.bias.fill_(-1e4)
-    plain = logits(model, inputs)
-    with mk.attach(model, closed):
-        assert relative_error(logits(model, inputs), plain) <= logit_budget("paligemma", "mimic")
+    fix_gates(adapter, -1e4)
+    plain = whole_logits(model, inputs)
+    with mk.attach(model, adapter):
+        assert relative_error(whole_logits(model, inputs), plain) <= logit_budget("paligemma", "mimic")
     layers = decoder_layers(model).values()
     assert not any(layer.self_attn.is_causal for layer in layers)
 
@@ -113,7 +113,7 @@ def test_paligemmas_attention_of_a_prompt_goes_both_ways(monkeypatch):
     adapter, inputs = adapter_of(model, "mimic"), tiny_inputs(model)
     every = torch.ones(12, 12, dtype=torch.bool)
     with mk.attach(model, adapter):
-        logits(model, inputs)
+        whole_logits(model, inputs)
         for call, layer in zip(list(calls), adapter.layers.values(), strict=True):
             further = assert_by_hand(call, layer, every, scaling=8**-0.5)
             assert further(every.tril()) > 1000
@@ -129,13 +129,9 @@ def windows(size):
 @torch.no_grad()
 def test_llama4s_chunks_are_in_the_mask_alone(monkeypatch):
     """The attention function is told nothing of them: without the mask it would look into other chunks."""
-    model, calls = frozen("llama4"), recorded_attention(monkeypatch)
-    adapter = adapter_of(model, "mimic")
-    with mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
     causal = windows(12)
     chunks = causal & (torch.arange(12)[:, None] // 8 == torch.arange(12) // 8)
-    for call, layer, chunked in zip(calls, adapter.layers.values(), [1, 1, 0, 0], strict=True):
+    for (call, layer), chunked in zip(mimic_calls(monkeypatch, "llama4"), [1, 1, 0, 0], strict=True):
         assert call.options.get("sliding_window") is None
         further = assert_by_hand(call, layer, chunks if chunked else causal, scaling=16**-0.5)
         assert further(causal if chunked else chunks) > 1000
@@ -145,11 +141,7 @@ def test_llama4s_chunks_are_in_the_mask_alone(monkeypatch):
 @torch.no_grad()
 def test_mistrals_window_is_in_the_mask(monkeypatch, base):
     """The attention function is told a window too, which must not be cut out once more, nor be left out."""
-    model, calls = frozen("mistral", base), recorded_attention(monkeypatch)
-    adapter = adapter_of(model, "mimic")
-    with mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
-    for call, layer in zip(calls, adapter.layers.values(), strict=True):
+    for call, layer in mimic_calls(monkeypatch, "mistral", base):
         further = assert_by_hand(call, layer, windows(8), scaling=8**-0.5)
         assert further(windows(12)) > 1000
         assert further(windows(7)) > 1000
@@ -158,11 +150,7 @@ def test_mistrals_window_is_in_the_mask(monkeypatch, base):
 @torch.no_grad()
 def test_paligemma2s_cap_is_in_the_gates_normalizer(monkeypatch):
     """The lse is of the capped scores: softmax and gate must divide by the same sum."""
-    model, calls = frozen("paligemma2", "eager"), recorded_attention(monkeypatch)
-    adapter = adapter_of(model, "mimic")
-    with mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
-    for call, layer in zip(calls, adapter.layers.values(), strict=True):
+    for call, layer in mimic_calls(monkeypatch, "paligemma2", "eager"):
         seen = call.mask[0, 0] > -1
         further = assert_by_hand(call, layer, seen, scaling=0.25, softcap=50.0)
         assert further(capped_gate=False) > 100
@@ -176,7 +164,7 @@ def test_blip2s_queries_come_scaled(monkeypatch):
     adapter = adapter_of(model, "mimic")
     attentions = [layer.self_attn for layer in decoder_layers(model).values()]
     with recorded(*attentions) as inputs, mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
+        whole_logits(model, tiny_inputs(model))
     for call, layer, given in zip(calls, adapter.layers.values(), inputs, strict=True):
         scaled = given.module.q_proj(given.hidden).unflatten(-1, (4, 8)).transpose(1, 2) * 8**-0.5
         assert relative_error(call.query, scaled) <= EPS
@@ -187,16 +175,11 @@ def test_blip2s_queries_come_scaled(monkeypatch):
 @torch.no_grad()
 def test_gemma4s_layers_have_heads_of_different_size(monkeypatch):
     """Global layers have wider heads than sliding ones: one geometry for all would not fit."""
-    model, calls = frozen("gemma4"), recorded_attention(monkeypatch)
-    adapter = adapter_of(model, "mimic")
-    widths = [layer.self_attn.o_proj.in_features for layer in decoder_layers(model).values()]
-    assert widths == [32, 64, 32, 64]
-    with mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
-    for i, (call, layer) in enumerate(zip(calls, adapter.layers.values(), strict=True)):
-        assert layer.weight.shape == layer.shift.shape == (4, widths[i] // 4)
+    for (call, layer), width in zip(mimic_calls(monkeypatch, "gemma4"), [32, 64, 32, 64], strict=True):
+        assert call.module.o_proj.in_features == width
+        assert layer.weight.shape == layer.shift.shape == (4, width // 4)
         # Gemma4 norms its queries and scales no scores; its sliding layers see 8 keys.
-        assert_by_hand(call, layer, windows(8 if widths[i] == 32 else 12), scaling=1.0)
+        assert_by_hand(call, layer, windows(8 if width == 32 else 12), scaling=1.0)
 
 
 @torch.no_grad()
@@ -204,9 +187,7 @@ def test_qwen3_5s_output_gate_multiplies_the_shift():
     """A shift after the gate would reach o_proj whole, where attention itself does not."""
     model = frozen("qwen3_5")
     adapter = adapter_of(model, "mimic").requires_grad_(False)
-    for layer in adapter.layers.values():  # MimIC's own gate is open: 1 - exp(-1e4)
-        layer.weight.zero_()
-        layer.bias.fill_(1e4)
+    fix_gates(adapter, 1e4)  # MimIC's own gate is open: 1 - exp(-1e4)
     still = copy.deepcopy(adapter)
     first, *_ = still.layers
     still.layers[first].shift.zero_()
@@ -214,7 +195,7 @@ def test_qwen3_5s_output_gate_multiplies_the_shift():
     with recorded(attention, attention.o_proj) as calls:
         for x in (adapter, still):
             with mk.attach(model, x):
-                logits(model, tiny_inputs(model))
+                whole_logits(model, tiny_inputs(model))
     moved, whole, unmoved, _ = calls
     gate = attention.q_proj(whole.hidden).unflatten(-1, (4, 32))[..., 16:].sigmoid()
     expected = (gate * adapter.layers[first].shift).flatten(-2)
@@ -234,7 +215,7 @@ def test_idefics_numbers_its_cross_attention_anew(monkeypatch):
     assert numbers == [0, 1] and [x.self_attn.layer_idx for x in layers.values()] == [0, 1, 2, 3]
     adapter = adapter_of(model, "mimic")
     with mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
+        whole_logits(model, tiny_inputs(model))
     assert [call.module for call in calls] == [layer.self_attn for layer in layers.values()]
     for index, call in zip(layers, calls, strict=True):
         further = assert_by_hand(call, adapter.layers[index], windows(12), scaling=8**-0.5)

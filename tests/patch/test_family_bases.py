@@ -6,6 +6,7 @@ decoder is told that it has them, so it makes their masks, and the patched layer
 
 import copy
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -13,25 +14,17 @@ from transformers import DynamicCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.budgets import assert_within_budget
-from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
+from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs
 from tests.patch.empty_cells import REFUSED
 from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
-from tests.patch.test_support_matrix import base_of, generated, logit_budget, model_of, relative_error
-from tests.support.published import doubled, in_double, logits, published, random_adapter, text_config
+from tests.patch.test_support_matrix import generated, logit_budget, model_of, relative_error, with_base
+from tests.support.published import cast, doubled, in_double, logits, published, random_adapter, text_config
 
 FLASH = "flash_attention_2"
 
 
 def some_slow(values, but=()):
     return [pytest.param(x, marks=() if x in but else pytest.mark.slow) for x in values]
-
-
-def with_base(name, base):
-    """A model of its own, whose decoder makes the masks of ``base``, whether or not it could run."""
-    model = tiny_model(name, attn_implementation=base_of(name)).requires_grad_(False)
-    for config in (model.config, text_config(model)):  # generate() asks the first
-        config._attn_implementation_internal = base
-    return model
 
 
 # Packed sequences ----------------------------------------------------------------------------------------
@@ -87,20 +80,15 @@ def test_packed_on_flash(name, normalizer, told_by):
     adapter = random_adapter(model_of(name), normalizer=normalizer)
     with published(model_of(name), adapter):
         expected = alone(model_of(name))
-    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    longest = max(LENGTHS)
-    lengths = {
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-    options = lengths if told_by == "lengths" else {}
+    options = {}
+    if told_by == "lengths":
+        starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        options = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+        options |= dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS))
     model = with_base(name, FLASH)
-    with mk.attach(model, adapter):
-        assert relative_error(packed(model, **options), expected) <= logit_budget(name, "mimic")
-    with mk.attach(model, {"a": adapter}) as handle, handle.rows("a"):
-        assert relative_error(packed(model, **options), expected) <= logit_budget(name, "mimic")
+    for adapters, rows in ((adapter, "default"), ({"a": adapter}, "a")):
+        with mk.attach(model, adapters) as handle, handle.rows(rows):
+            assert relative_error(packed(model, **options), expected) <= logit_budget(name, "mimic")
 
 
 def test_packed_with_all_keys_counts_the_other_sequences():
@@ -157,8 +145,7 @@ def low_and_double(name, dtype):
 def test_low_precision(name, method, dtype):
     """The adapter stays in fp32 beside a model in bf16 or fp16."""
     model, double = low_and_double(name, dtype)
-    inputs = tiny_inputs(model, padding="left")
-    inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
+    inputs = cast(tiny_inputs(model, padding="left"), dtype)
     adapter = adapter_of(model, method)
     with torch.no_grad():
         for parameter_name, parameter in adapter.named_parameters():
@@ -181,20 +168,32 @@ def test_low_precision(name, method, dtype):
 FLASH_FAMILIES = ("cohere2_vision", "gemma3", "gemma4", "mistral", "phi4_multimodal", "qwen2_vl", "qwen3_vl")
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+FLEX_FAMILIES = ("gemma3", "llama4", "mistral", "paligemma2", "phi4_multimodal", "qwen3_vl")
+
+
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", some_slow(FLASH_FAMILIES, but=("gemma4", "mistral")))
-def test_flash(name, padding, cache):
-    """The mask is of the padding alone, windows are an argument, and a static cache is longer than both."""
+@pytest.mark.parametrize(
+    "base, name, options",
+    [
+        *(pytest.param(FLASH, *x, marks=() if x[0] in ("gemma4", "mistral") else pytest.mark.slow)
+          for x in product(FLASH_FAMILIES, ({}, {"cache_implementation": "static"}))),
+        # transformers compiles flex's mask, a minute each time its shape class changes
+        *(pytest.param("flex_attention", name, {}, marks=pytest.mark.slow) for name in FLEX_FAMILIES),
+    ],
+)  # fmt: skip
+def test_masks(base, name, padding, options):
+    """Flash's is of the padding alone, windows are an argument, and a static cache is longer than both.
+
+    A BlockMask of flex has all that a mask can say: windows, chunks, prefixes and images in both directions.
+    """
     adapter = random_adapter(model_of(name))
     inputs = tiny_inputs(model_of(name), padding=padding)
     with published(model_of(name), adapter):
         expected = logits(model_of(name), inputs)
         tokens, steps, _ = generated(model_of(name), inputs)
-    model, budget = with_base(name, FLASH), logit_budget(name, "mimic")
+    model, budget = with_base(name, base), logit_budget(name, "mimic")
     with mk.attach(model, adapter):
         assert relative_error(logits(model, inputs), expected) <= budget
-        options = {"cache_implementation": "static"} if cache == "static" else {}
         actual = generated(model, inputs, **options)
     assert torch.equal(actual[0], tokens)
     assert relative_error(actual[1], steps) <= budget
@@ -244,9 +243,12 @@ def test_flash_prefix_is_attended_in_both_directions(padding):
 
 
 @pytest.mark.parametrize("pieces", [(7, 5), (9, 3)])
-@pytest.mark.parametrize("name", ["mistral", "qwen3"])
-def test_flash_prefill_in_pieces(name, pieces):
-    """Beyond the window too: causal from the bottom right, with the window's keys alone in the cache."""
+@pytest.mark.parametrize(
+    "name, normalizer",
+    [*product(["llava-llama", "mistral", "qwen3"], ["visible"]), ("llava-llama", "all_keys")],
+)
+def test_flash_prefill_in_pieces(name, normalizer, pieces):
+    """Causal from the bottom right, beyond the window too, with the window's keys alone in the cache."""
     ids = torch.randint(3, 50, (1, sum(pieces)), generator=torch.Generator().manual_seed(3))
 
     @torch.no_grad()
@@ -255,30 +257,12 @@ def test_flash_prefill_in_pieces(name, pieces):
         model(input_ids=ids[:, : pieces[0]], past_key_values=cache)
         return model(input_ids=ids[:, pieces[0] :], past_key_values=cache).logits
 
-    adapter = random_adapter(model_of(name))
+    adapter = random_adapter(model_of(name), normalizer=normalizer)
     with published(model_of(name), adapter), torch.no_grad():
-        expected = model_of(name)(input_ids=ids).logits[:, pieces[0] :]
+        if normalizer == "visible":
+            expected = model_of(name)(input_ids=ids).logits[:, pieces[0] :]
+        else:  # which counts the keys that there are
+            expected = second(model_of(name))
     model = with_base(name, FLASH)
     with mk.attach(model, adapter):
         assert relative_error(second(model), expected) <= logit_budget(name, "mimic")
-
-
-FLEX_FAMILIES = ("gemma3", "llama4", "mistral", "paligemma2", "phi4_multimodal", "qwen3_vl")
-
-
-@pytest.mark.slow  # transformers compiles the mask, a minute each time its shape class changes
-@pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", FLEX_FAMILIES)
-def test_flex(name, padding):
-    """A BlockMask has all that a mask can say: windows, chunks, prefixes and images in both directions."""
-    adapter = random_adapter(model_of(name))
-    inputs = tiny_inputs(model_of(name), padding=padding)
-    with published(model_of(name), adapter):
-        expected = logits(model_of(name), inputs)
-        tokens, steps, _ = generated(model_of(name), inputs)
-    model, budget = with_base(name, "flex_attention"), logit_budget(name, "mimic")
-    with mk.attach(model, adapter):
-        assert relative_error(logits(model, inputs), expected) <= budget
-        actual = generated(model, inputs)
-    assert torch.equal(actual[0], tokens)
-    assert relative_error(actual[1], steps) <= budget

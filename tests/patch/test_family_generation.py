@@ -10,15 +10,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
-from tests.patch.compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo  # noqa: F401
+from tests.patch.compiled_generation import assert_graphs, assert_no_breaks, fresh_dynamo, one_graph  # noqa: F401
 from tests.patch.empty_cells import REFUSED, UNPATCHED_FAILS, VERSION
 from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
-from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
 from tests.patch.test_support_matrix import (
     base_of,
     generated,
@@ -27,7 +25,7 @@ from tests.patch.test_support_matrix import (
     model_of,
     relative_error,
 )
-from tests.support.published import doubled, logits, random_adapter
+from tests.support.published import doubled, logits, random_adapter, whole_logits
 from tests.support.residuals import random_shift
 
 NEW_TOKENS = 6
@@ -82,9 +80,7 @@ GRAPHS = {
 
 
 def compiled(model, inputs):
-    config = CompileConfig(fullgraph=True, backend="aot_eager")
-    config._compile_all_devices = True  # transformers compiles on accelerators only, otherwise
-    return generated(model, inputs, cache_implementation="static", compile_config=config)
+    return generated(model, inputs, **one_graph())
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -176,24 +172,10 @@ CANDIDATES = {
 }
 
 
-@contextmanager
-def one_prompt(model, method, adapter):
-    """The model patched, and inputs of one prompt; and the same by :func:`independent`'s means."""
-    inputs = tiny_inputs(model, batch=1)
-    if method == "aim":
-        with mk.attach(model, adapter, placeholder_ids=PLACEHOLDERS) as handle:
-            yield handle.splice(inputs, CHOSEN[:1], tokens=ordinary_tokens(model))
-    else:
-        with mk.attach(model, adapter):
-            yield inputs
-
-
 def greedy_alone(model, method, adapter):
-    """What :func:`one_prompt` has to say, by the independent form."""
+    """What one prompt is answered by the independent form."""
     with independent(model, method, adapter) as prompts:
-        inputs = tiny_inputs(model, batch=1)
-        inputs = longer(inputs, CHOSEN[:1]) if method == "aim" else prompts(inputs)
-        return generated(model, inputs, new_tokens=10)
+        return generated(model, prompts(tiny_inputs(model, batch=1)), new_tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +188,8 @@ def test_assisted(name, method):
     budget = logit_budget(name, method)
     plain = generated(model, tiny_inputs(model, batch=1), new_tokens=10)
     assert relative_error(plain[1], expected[1]) > 1000 * budget
-    with one_prompt(model, method, adapter) as inputs:
+    with attached(model, method, adapter) as prompts:
+        inputs = prompts(tiny_inputs(model, batch=1))
         assert_same(generated(model, inputs, new_tokens=10, prompt_lookup_num_tokens=3), expected, budget)
         for assistant_name in ASSISTANTS[name]:
             assistant = tiny_model(assistant_name, seed=1, attn_implementation=base_of(assistant_name))
@@ -382,18 +365,12 @@ def test_rows(name, rows):
     assert relative_error(whole_logits(model, inputs)[seen], expected) > 1000 * budget
 
 
-@torch.no_grad()
-def whole_logits(model, inputs):
-    return model(**inputs).logits
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", ROWS, ids=["some", "others"])
 @pytest.mark.parametrize("options", ["beams returned", "samples returned"])
 @pytest.mark.parametrize("name", MIXED)
 def test_rows_repeat_in_generate(name, options, rows):
-    if "returned" in options or "beams" in options:  # both repeat the prompts
-        skip_where_unpatched_fails(name, "beams")
+    skip_where_unpatched_fails(name, "beams")  # both repeat the prompts
     model, options = model_of(name), SAMPLED_OPTIONS[options]
     inputs = tiny_inputs(model, batch=4, length=14, padding="left")
     expected = by_rows(model, rows, lambda: generated(model, inputs, **options)[0])

@@ -12,7 +12,8 @@ from mmicl_kernels.testing.tiny_models import ALL_MODELS, IMAGE_ID, tiny_inputs
 from tests.patch.family_oracles import adapter_of, attached
 from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer
 from tests.patch.test_support_matrix import base_of
-from tests.patch.trap_tools import EPS, M_ROPE, families, frozen, logits, recorded, relative_error
+from tests.patch.trap_tools import EPS, M_ROPE, families, frozen, recorded, relative_error
+from tests.support.published import whole_logits
 
 
 def ids_within(config):
@@ -99,18 +100,18 @@ def test_a_prompt_with_a_placeholder_is_refused():
             for length in (0, 12):  # shorter and longer than what was spliced
                 ids = torch.nn.functional.pad(strange["input_ids"], (0, length), value=5)
                 with pytest.raises(RuntimeError, match="input_ids have a placeholder"):
-                    logits(model, {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+                    whole_logits(model, {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
             with pytest.raises(RuntimeError, match="input_ids have a placeholder"):
                 model.generate(**strange, max_new_tokens=1)
             expected = longer(inputs, CHOSEN)
             shown = expected["attention_mask"].bool()
-            actual = logits(model, spliced)[shown]
-        assert torch.equal(actual, logits(model, expected)[shown])
+            actual = whole_logits(model, spliced)[shown]
+        assert torch.equal(actual, whole_logits(model, expected)[shown])
         # Spliced itself it is known where its own token stands.
         expected = longer(strange, CHOSEN)
         with attached(model, "aim", adapter) as prompts:
-            actual = logits(model, prompts(strange))[shown]
-        assert torch.equal(actual, logits(model, expected)[shown])
+            actual = whole_logits(model, prompts(strange))[shown]
+        assert torch.equal(actual, whole_logits(model, expected)[shown])
 
 
 @families(*M_ROPE, "minicpmv4_6", "gemma3", quick=("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"))
@@ -120,12 +121,12 @@ def test_positions_of_spliced_prompts(name):
     inputs, decoder = tiny_inputs(model, padding="left"), model.model.language_model
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with recorded(decoder) as calls:
-        logits(model, longer(inputs, CHOSEN))
+        whole_logits(model, longer(inputs, CHOSEN))
         model.generate(**longer(inputs, CHOSEN), **options)
         expected = [call.kwargs["position_ids"] for call in calls]
         calls.clear()
         with attached(model, "aim", adapter_of(model, "aim")) as prompts:
-            logits(model, prompts(inputs))
+            whole_logits(model, prompts(inputs))
             model.generate(**prompts(inputs), **options)
         actual = [call.kwargs["position_ids"] for call in calls]
     assert len(actual) == len(expected) == 5
@@ -144,13 +145,13 @@ def test_token_types_grow_with_the_prefix(name):
     (key,) = [x for x in inputs if x.endswith("token_type_ids")]
     inputs[key][:, 8:11] = 1  # Gemma3's image has a single token, PaliGemma's prompt no target
     given = longer(inputs, CHOSEN)
-    expected = logits(model, given)
+    expected = whole_logits(model, given)
     with attached(model, "aim", adapter) as prompts:
         spliced = prompts(inputs)
         assert torch.equal(spliced[key], given[key]) and spliced[key].dtype == inputs[key].dtype
         shown = spliced["attention_mask"].bool()
-        assert torch.equal(logits(model, spliced)[shown], expected[shown])
+        assert torch.equal(whole_logits(model, spliced)[shown], expected[shown])
         fused = torch.isin(spliced["input_ids"], torch.tensor(PLACEHOLDERS))
         for types in (spliced[key].masked_fill(fused, 1), inputs[key]):
-            wrong = logits(model, {**spliced, key: types})
+            wrong = whole_logits(model, {**spliced, key: types})
             assert relative_error(wrong[shown], expected[shown]) > 1000 * EPS

@@ -9,23 +9,30 @@ from transformers import PreTrainedConfig
 
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import find_anchors
-from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
+from mmicl_kernels.testing.tiny_models import (
+    ALL_MODELS,
+    PRE_NORM_MODELS,
+    TINY_MODELS,
+    is_available,
+    tiny_inputs,
+    tiny_model,
+)
 from tests.patch.empty_cells import REFUSED
 from tests.patch.family_oracles import MLPS, MovedWithNorm, adapter_of, decoder_layers, independent, submodule
 from tests.patch.snapshots import snapshot
 from tests.patch.test_support_matrix import base_of, logit_budget
 from tests.patch.trap_tools import (
     EPS,
+    QUICK,
     cross_attentions,
     families,
     frozen,
-    logits,
     recorded,
     relative_error,
     restored,
     zero_shift,
 )
-from tests.support.published import random_adapter
+from tests.support.published import fix_gates, random_adapter, whole_logits
 from tests.support.residuals import random_shift
 
 ATTENTION = re.compile(r"norm|^(self_attn|linear_attn|conv)$")
@@ -41,7 +48,7 @@ def zero_all_but_attention(layer):
         layer.layer_scalar.fill_(1.0)
 
 
-@families()
+@families(quick=(*QUICK, *TINY_MODELS))
 @torch.no_grad()
 def test_after_attention_the_stream_moves_by_exactly_the_vector(name):
     """A vector before the norm of a branch, or in a module that only the MLP reads, moves it otherwise."""
@@ -66,7 +73,7 @@ def test_after_attention_the_stream_moves_by_exactly_the_vector(name):
             vector.zero_()
 
 
-@families()
+@families(quick=(*QUICK, *TINY_MODELS))
 @torch.no_grad()
 def test_after_the_mlp_the_stream_moves_by_exactly_the_vector(name):
     """Gemma4 adds per-layer embeddings after the MLP and scales the sum: the MLP's end is not the layer's."""
@@ -84,7 +91,10 @@ def test_after_the_mlp_the_stream_moves_by_exactly_the_vector(name):
             vector.zero_()
 
 
-@families("gemma4", "glm4v", "idefics", "mllama", "phi4_multimodal", "qwen3_5", quick=("glm4v", "mllama"))
+@families(
+    "gemma4", "glm4v", "mllama", "phi4_multimodal", "qwen3_5", *PRE_NORM_MODELS,
+    quick=("glm4v", "mllama", *PRE_NORM_MODELS),
+)  # fmt: skip
 @torch.no_grad()
 def test_recorded_hidden_states_see_the_shift(name):
     """HuggingFace records them with hooks: without prepend=True ours would come too late for them."""
@@ -112,7 +122,7 @@ def test_glm4vs_post_attention_layernorm_is_before_the_mlp():
     adapter = zero_shift(model)
     layer, vector = decoder_layers(model)["1"], adapter.layers["1"].attn.vector.normal_()
     with recorded(layer, layer.self_attn) as calls, mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
+        whole_logits(model, tiny_inputs(model))
     attention, whole = calls
     middle = whole.hidden + (layer.post_self_attn_layernorm(attention.result) + vector)
     expected = middle + layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(middle)))
@@ -130,7 +140,7 @@ def test_molmo2_may_norm_after_its_branches(name):
     adapter = zero_shift(model)
     layer, vector = decoder_layers(model)["1"], adapter.layers["1"].attn.vector.normal_()
     with recorded(layer, layer.self_attn) as calls, mk.attach(model, adapter):
-        logits(model, tiny_inputs(model))
+        whole_logits(model, tiny_inputs(model))
     attention, whole = calls
     middle = whole.hidden + (layer.input_layernorm(attention.result) + vector)
     expected = middle + layer.post_attention_layernorm(layer.mlp(middle))
@@ -159,7 +169,7 @@ def test_nothing_outside_of_the_text_decoder_changes(name):
     implementations = {path: config._attn_implementation for path, config in configs.items()}
     first = next(iter(layers.values()))
     with recorded(*outside.values(), first) as calls:
-        logits(model, inputs)
+        whole_logits(model, inputs)
         plain, before = up_to(calls, first), snapshot(model)
         calls.clear()
         with mk.attach(model, adapters_of_all(model, name)) as handle:
@@ -170,7 +180,7 @@ def test_nothing_outside_of_the_text_decoder_changes(name):
             assert all(outside[path].config is config for path, config in configs.items())
             assert {path: config._attn_implementation for path, config in configs.items()} == implementations
             with handle.rows(("mimic", "m2iv", "live")):
-                logits(model, inputs)
+                whole_logits(model, inputs)
     shifted = up_to(calls, first)
     assert [x.module for x in shifted] == [x.module for x in plain]
     # What images become is among it, and so is what the first layer is given.
@@ -202,7 +212,7 @@ def test_cross_attention_is_untouched(name):
     adapters = {method: adapter_of(model, method) for method in ("mimic", "m2iv", "live")}
     with recorded(*(module for pair in found for module in pair)) as calls:
         with mk.attach(model, adapters) as handle, handle.rows(("mimic", "m2iv", "live")):
-            logits(model, inputs, use_cache=False)
+            whole_logits(model, inputs, use_cache=False)
             for (_, attention), config in zip(found, configs, strict=True):
                 assert attention.config is config and not hasattr(attention, "mmicl_layer")
                 assert config._attn_implementation == "sdpa"
@@ -291,18 +301,15 @@ def test_the_official_shift_of_mlps_where_some_layers_have_no_gate(name):
     model = tiny_model(name)
     inputs = tiny_inputs(model)
     adapter = random_adapter(model, ffn_shift=True)
-    with torch.no_grad():
-        for layer in adapter.layers.values():  # gates closed: nothing else of the adapter acts
-            layer.weight.zero_()
-            layer.bias.fill_(-1e4)
+    fix_gates(adapter, -1e4)  # nothing else of the adapter acts
     shifts = dict(zip(map(str, adapter.backbone.layers), adapter.ffn_shift, strict=True))
     mlps = {index: submodule(layer, MLPS) for index, layer in decoder_layers(model).items()}
     for index, mlp in mlps.items():
         mlp.forward = MovedWithNorm(mlp.forward, shifts[index])
-    expected = logits(model, inputs)
+    expected = whole_logits(model, inputs)
     for mlp in mlps.values():
         del mlp.forward
     with mk.attach(model, adapter):
-        actual = logits(model, inputs)
-    assert relative_error(expected, logits(model, inputs)) > 1000 * logit_budget(name, "live")
+        actual = whole_logits(model, inputs)
+    assert relative_error(expected, whole_logits(model, inputs)) > 1000 * logit_budget(name, "live")
     assert relative_error(actual, expected) <= logit_budget(name, "live")

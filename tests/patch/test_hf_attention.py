@@ -39,24 +39,15 @@ def padding(S, hidden):
     return mask
 
 
+@pytest.mark.parametrize("hidden", [0, 2])
 @pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
 @pytest.mark.parametrize("T, S", [(6, 6), (3, 9), (1, 9)])
-def test_flash_without_a_mask_is_bottom_right(T, S, normalizer):
+def test_flash_is_bottom_right_and_its_padding_two_dimensional(T, S, normalizer, hidden):
     q, k, v, parameters = case(T, S)
     patched = module(parameters, "flash_attention_2", normalizer=normalizer)
-    out, weights = attention_forward(patched, q, k, v, None)
+    out, weights = attention_forward(patched, q, k, v, padding(S, hidden) if hidden else None)
     assert weights is None
-    assert torch.equal(out, expected(q, k, v, parameters, causal=True, normalizer=normalizer))
-
-
-@pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
-@pytest.mark.parametrize("T, S", [(6, 6), (3, 9), (1, 9)])
-def test_flash_padding_is_two_dimensional(T, S, normalizer):
-    q, k, v, parameters = case(T, S)
-    mask = padding(S, 2)
-    patched = module(parameters, "flash_attention_2", normalizer=normalizer)
-    out, _ = attention_forward(patched, q, k, v, mask)
-    start = torch.tensor([0, 2], dtype=torch.int32)
+    start = torch.tensor([0, hidden], dtype=torch.int32) if hidden else None
     assert torch.equal(out, expected(q, k, v, parameters, causal=True, kv_start=start, normalizer=normalizer))
 
 

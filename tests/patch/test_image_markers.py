@@ -11,7 +11,7 @@ from mmicl_kernels.data.prompts.image_markers import BARE, USUAL, image_markers
 from mmicl_kernels.data.records import text_pieces
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, QWEN
 from tests.support.example_images import BLUE, GREEN, RED
-from tests.support.example_processors import processor_of
+from tests.support.example_processors import chosen, processor_of, rows
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -22,31 +22,17 @@ def turn(image, *, begin="user: ", text="{{ part['text'] }}"):
     return begin + "{% for part in messages[0]['content'] %}" + parts + "{% endfor %}</s>"
 
 
-def tokens(builder, ids):
-    return builder.processor.tokenizer.convert_ids_to_tokens(ids)
-
-
-def rows(builder, inputs):
-    pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-    return [tokens(builder, ids[own]) for ids, own in pairs]
-
-
-def chosen(builder, inputs, mask):
-    return [tokens(builder, ids[own]) for ids, own in zip(inputs["input_ids"], mask, strict=True)]
-
-
 def written(processor, *pieces, text_first=False, marker=None):
     return image_markers(processor, processor.image_token, marker).write(pieces, text_first)
 
 
 GEMMA = ["\n", "\n", "<start_of_image>", *["<image_soft_token>"] * 3, "<end_of_image>", "\n", "\n"]
+FAKE = "<fake_token_around_image>"
 # Red, lime and blue, as a prompt of each family has them; and what follows the last of them.
 EXPECTED = {
-    "gemma3": [["\n", "\n", "<start_of_image>", *["<image_soft_token>"] * 3, "<end_of_image>", "\n", "\n"]]
-    * 3,
+    "gemma3": [GEMMA] * 3,
     "glm4v": [["<|begin_of_image|>", *["<|image|>"] * n, "<|end_of_image|>"] for n in (1, 2, 4)],
-    "idefics3": [["<fake_token_around_image>", "<global-img>", *["<image>"] * 2, "<fake_token_around_image>"]]
-    * 3,
+    "idefics3": [[FAKE, "<global-img>", *["<image>"] * 2, FAKE]] * 3,
     "internvl": [["<img>", *["<IMG_CONTEXT>"] * 2, "</img>", "\n"]] * 3,
     "llava": [[*["<image>"] * 4, "\n"]] * 3,
     "mllama": [["<|image|>"]] * 3,
@@ -146,10 +132,8 @@ def test_the_format_string_may_have_the_template_s_own_turn():
     builder = PromptBuilder(processor_of("llava"), template)
     alone = builder._alone(Demonstration((RED,), "what?", "")).before
     assert alone == "USER: <image>\nwhat? ASSISTANT: "  # one line break
-    assert (
-        builder._alone(Demonstration((RED, RED), "what?", "")).before
-        == "USER: <image>\n<image>\nwhat? ASSISTANT: "
-    )
+    two = builder._alone(Demonstration((RED, RED), "what?", "")).before
+    assert two == "USER: <image>\n<image>\nwhat? ASSISTANT: "
     qwen = PromptBuilder(processor_of("qwen2_vl"), "<|im_start|>user\n{image}{text}<|im_end|>\n{answer}")
     assert qwen._alone(Demonstration((RED,), "a", "")).before == f"<|im_start|>user\n{VISION}a<|im_end|>\n"
 
@@ -276,9 +260,8 @@ def test_a_given_marker():
         assert all(torch.equal(*pair) for pair in pairs)
     assert builder.description == own.description
     numbered = PromptBuilder(processor_of("llava"), image_marker="({number}) <image>\n")
-    assert numbered._alone(Demonstration((RED, RED), "a {image} b{image}", "")).before == (
-        "a (1) <image>\n b(2) <image>\n "
-    )
+    made = numbered._alone(Demonstration((RED, RED), "a {image} b{image}", "")).before
+    assert made == "a (1) <image>\n b(2) <image>\n "
 
 
 @pytest.mark.parametrize("marker", ["", "<|vision_start|>", VISION * 2, "<image>"])

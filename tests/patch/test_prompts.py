@@ -1,64 +1,32 @@
 """Prompts of demonstrations: which tokens they have, where their answers are, which image is whose."""
 
-import io
 import re
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from PIL import Image
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
-from mmicl_kernels.data.decoding import decode_image
 from mmicl_kernels.data.prompts.builder import TEMPLATE, PromptBuilder, builder_of
 from mmicl_kernels.testing.tiny_models import IMAGE_ID, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from tests.support.example_images import png
+from tests.support.example_processors import chosen, processor_of, rows, tokens
 
 PROCESSORS = ["llava", "idefics3"]
-MARK = {"llava": ["<image>"] * 4}
-MARK["idefics3"] = [
-    "<fake_token_around_image>",
-    "<global-img>",
-    *["<image>"] * 2,
-    "<fake_token_around_image>",
-]
-COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+FAKE = "<fake_token_around_image>"
+MARK = {"llava": ["<image>"] * 4, "idefics3": [FAKE, "<global-img>", *["<image>"] * 2, FAKE]}
+processor_of = partial(processor_of, chat=False)
 
 
-def png(colour, size=(9, 7)):
-    file = io.BytesIO()
-    Image.new("RGB", size, COLOURS.get(colour, colour)).save(file, "PNG")
-    return file.getvalue()
-
-
-RED, BLUE = png("red"), png("blue")
+RED, BLUE = png("red", (9, 7)), png("blue", (9, 7))
 DEMONSTRATIONS = [
     Demonstration((RED,), "what?", "red"),
     Demonstration((RED, BLUE), "which is {it}?", "dog or cat"),
     Demonstration((), "hi", "a  z"),
 ]
-
-
-def processor_of(name, **options):
-    try:
-        return tiny_processor(name, **options)
-    except ImportError as error:  # before transformers 5.23 Idefics3's needs torchvision
-        pytest.skip(str(error))
-
-
-def tokens(builder, ids):
-    return builder.processor.tokenizer.convert_ids_to_tokens(ids)
-
-
-def rows(builder, inputs):
-    """Each prompt's own tokens."""
-    pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-    return [tokens(builder, ids[own]) for ids, own in pairs]
-
-
-def chosen(builder, inputs, mask):
-    return [tokens(builder, ids[own]) for ids, own in zip(inputs["input_ids"], mask, strict=True)]
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -75,7 +43,7 @@ def test_demonstrations(name):
     assert found[2] == ["<s>", *"hi", "▁", "a", "▁", "▁", "z", ".", "\n"]
     padding = ~inputs["attention_mask"].bool()
     assert padding[:, 0].sum() == 0 and padding[2, -1]  # on the right
-    assert set(tokens(builder, inputs["input_ids"][padding])) == {"<pad>"}
+    assert set(tokens(builder, inputs["input_ids"], padding)) == {"<pad>"}
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -107,11 +75,7 @@ def test_answers_tokens(name, slow, monkeypatch):
 def test_a_token_that_the_answer_shares_is_the_answers():
     processor = tiny_processor("llava", words=("▁red", "bed", "d."))
     builder = PromptBuilder(processor, "{image}{text}{answer}.", positions="answer")
-    given = [
-        Demonstration((RED,), "a b", "ed"),
-        Demonstration((RED,), "a", "red"),
-        Demonstration((RED,), "a", "2d"),
-    ]
+    given = [Demonstration((RED,), *texts) for texts in (("a b", "ed"), ("a", "red"), ("a", "2d"))]
     found = chosen(builder, *builder.demonstrations(given))
     assert found == [["bed"], ["r", "e", "d."], ["2", "d."]]
     ended = PromptBuilder(processor, "{image}{text}{answer}.\n", positions="answer_end")
@@ -272,18 +236,6 @@ def test_a_processor_that_rewrites_the_answer_is_noticed():
         PromptBuilder(processor).queries([Demonstration((RED,), "a", "dog")])
 
 
-def test_decoded_images_stand_upright():
-    file = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned by a quarter
-    Image.new("RGBA", (4, 2), (255, 0, 0, 255)).save(file, "PNG", exif=exif)
-    image = decode_image(file.getvalue(), "x")
-    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (2, 4), (255, 0, 0))
-    for broken in (b"", b"not an image", RED[:-30], RED[:20] + b"\0" * 60):
-        with pytest.raises(ValueError, match="x cannot be decoded"):
-            decode_image(broken, "x")
-
-
 @pytest.mark.parametrize("positions", ["text", "answer", "answer_end"])
 def test_into_a_bank_and_out_again(positions, tmp_path):
     """What a handle fuses are the projected states of the tokens the builder means."""
@@ -294,11 +246,8 @@ def test_into_a_bank_and_out_again(positions, tmp_path):
     with mk.attach(model, adapter, bank=bank) as handle:
         ids = handle.add_demonstrations(DEMONSTRATIONS, builder.demonstrations, batch_size=2, progress=False)
         assert ids == [0, 1, 2]
-        assert handle.add_demonstrations(DEMONSTRATIONS[::-1], builder.demonstrations, progress=False) == [
-            2,
-            1,
-            0,
-        ]
+        again = handle.add_demonstrations(DEMONSTRATIONS[::-1], builder.demonstrations, progress=False)
+        assert again == [2, 1, 0]
         inputs = builder.prompt(DEMONSTRATIONS[:2])
         plain = model(**inputs).logits
         spliced = model(**handle.splice(inputs, [[2, 0], [1]])).logits

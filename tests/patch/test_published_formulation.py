@@ -8,15 +8,10 @@ from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.budgets import assert_within_budget, unit_roundoff
-from mmicl_kernels.testing.tiny_models import (
-    IMAGE_ID,
-    TINY_MODELS,
-    VOCABULARY,
-    tiny_inputs,
-    tiny_model,
-)
+from mmicl_kernels.testing.tiny_models import IMAGE_ID, TINY_MODELS, VOCABULARY, tiny_inputs, tiny_model
 from tests.patch.empty_cells import UNPATCHED_FAILS
 from tests.support.published import (
+    cast,
     doubled,
     in_double,
     logits,
@@ -96,10 +91,7 @@ def test_logits(name, base, normalizer, padding):
 def test_logits_at_low_precision(name, dtype, normalizer):
     """The adapter stays in fp32 beside a model in bf16 or fp16."""
     model, double = tiny_model(name).to(dtype), in_double(tiny_model(name).to(dtype))
-    inputs = {
-        key: x.to(dtype) if x.is_floating_point() else x
-        for key, x in tiny_inputs(model, padding="left").items()
-    }
+    inputs = cast(tiny_inputs(model, padding="left"), dtype)
     adapter = random_adapter(model, normalizer=normalizer)
     assert {x.dtype for x in adapter.parameters()} == {torch.float32}
     with published(model, adapter):
@@ -281,11 +273,21 @@ def test_implementation_changed_after_attach(name, base, later, normalizer):
     assert torch.equal(logits(model, inputs), plain)
 
 
+LLMS = ("idefics2", "llava-llama", "llava-qwen2")
+
+
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", ["idefics2", "llava-llama", "llava-qwen2", "qwen2_5_vl"])
-def test_flash_attention_masks(name, padding, normalizer):
-    """A decoder on flash gives no mask, or the padding alone; patched, it needs no flash kernel itself."""
+@pytest.mark.parametrize(
+    "base, name",
+    [
+        *(("flash_attention_2", name) for name in (*LLMS, "qwen2_5_vl")),
+        # transformers compiles flex's mask, a minute each time its shape class changes; Qwen2.5-VL refuses it
+        *(pytest.param("flex_attention", name, marks=pytest.mark.slow) for name in LLMS),
+    ],
+)
+def test_masks_of_flash_and_flex(base, name, padding, normalizer):
+    """No mask or the padding alone with flash, a BlockMask with flex: patched, it needs no kernel."""
     model = tiny_model(name)
     adapter = random_adapter(model, normalizer=normalizer)
     inputs = tiny_inputs(model, padding=padding)
@@ -293,63 +295,10 @@ def test_flash_attention_masks(name, padding, normalizer):
         expected = logits(model, inputs)
         tokens, _ = generate(model, inputs)
     with mk.attach(model, adapter):
-        text_config(model)._attn_implementation_internal = "flash_attention_2"
+        if base == "flex_attention":
+            model.set_attn_implementation({"text_config": base})
+        else:  # its checks look for a kernel
+            text_config(model)._attn_implementation_internal = base
+        assert text_config(model)._attn_implementation == base
         assert relative_error(logits(model, inputs), expected) < logit_budget(name, "sdpa")
         assert torch.equal(generate(model, inputs)[0], tokens)
-
-
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_flash_prefill_in_pieces(normalizer):
-    """Without a mask, flash is causal from the bottom right where sdpa is from the top left."""
-    model = tiny_model("llava-llama")
-    adapter = random_adapter(model, normalizer=normalizer)
-    ids = torch.randint(3, 50, (2, 12))
-
-    @torch.no_grad()
-    def second_half():
-        cache = DynamicCache(config=text_config(model))
-        model(input_ids=ids[:, :7], past_key_values=cache)
-        return model(input_ids=ids[:, 7:], past_key_values=cache).logits
-
-    with published(model, adapter):
-        expected = second_half()
-    with mk.attach(model, adapter):
-        text_config(model)._attn_implementation_internal = "flash_attention_2"
-        assert relative_error(second_half(), expected) < logit_budget("llava-llama", "sdpa")
-
-
-@pytest.mark.slow  # transformers compiles the mask, a minute each time its shape class changes
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("name", ["idefics2", "llava-llama", "llava-qwen2"])  # Qwen2.5-VL refuses flex
-def test_flex_attention_masks(name, padding, normalizer):
-    """A decoder on flex_attention hands over a BlockMask; patched, it needs no flex kernel itself."""
-    model = tiny_model(name)
-    adapter = random_adapter(model, normalizer=normalizer)
-    inputs = tiny_inputs(model, padding=padding)
-    with published(model, adapter):
-        expected = logits(model, inputs)
-        tokens, _ = generate(model, inputs)
-    with mk.attach(model, adapter):
-        model.set_attn_implementation({"text_config": "flex_attention"})
-        assert text_config(model)._attn_implementation == "flex_attention"
-        assert relative_error(logits(model, inputs), expected) < logit_budget(name, "sdpa")
-        assert torch.equal(generate(model, inputs)[0], tokens)
-
-
-def test_sliding_window_is_kept():
-    """A decoder whose window is shorter than the prompt hides the same keys from the gate."""
-    model = tiny_model("idefics2")
-    model.config.text_config.sliding_window = 4
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "sliding_window"):
-            module.config.sliding_window = 4
-    adapter = random_adapter(model)
-    inputs = tiny_inputs(model)
-    with published(model, adapter):
-        expected = logits(model, inputs)
-    full = model_of("idefics2")
-    with published(full, adapter):
-        assert relative_error(logits(full, inputs), expected) > 0.01
-    with mk.attach(model, adapter):
-        assert relative_error(logits(model, inputs), expected) < logit_budget("idefics2", "sdpa")

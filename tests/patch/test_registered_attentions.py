@@ -19,8 +19,8 @@ from transformers.masking_utils import (
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from tests.patch.family_oracles import adapter_of
-from tests.patch.test_support_matrix import logit_budget, model_of, relative_error
-from tests.support.published import logits, random_adapter, text_config
+from tests.patch.test_support_matrix import logit_budget, model_of, relative_error, with_base
+from tests.support.published import logits, random_adapter
 
 MASKS = {
     "sdpa_mask": sdpa_mask,
@@ -48,13 +48,6 @@ def registered(monkeypatch):
 
 def replaced(*args, **kwargs):
     raise AssertionError("a patched layer asked for the function it replaces")
-
-
-def with_base(name, base, family="llava-llama"):
-    model = tiny_model(family).requires_grad_(False)
-    for config in (model.config, text_config(model)):  # flash's checks look for a kernel
-        config._attn_implementation_internal = base
-    return model
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

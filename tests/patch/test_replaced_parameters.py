@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
-from tests.support.published import random_adapter
+from tests.support.published import multiply, random_adapter, whole_logits
 from tests.support.residuals import random_shift
 
 METHODS = {
@@ -68,9 +68,7 @@ def data_from_an_empty_place(adapter):
 
 
 def in_place(adapter):
-    with torch.no_grad():
-        for x in adapter.parameters():
-            x.mul_(FACTOR)
+    multiply(adapter, FACTOR)
 
 
 def wider(adapter):
@@ -90,11 +88,6 @@ CHANGES = [
 ]
 
 
-@torch.no_grad()
-def logits_of(model, inputs):
-    return model(**inputs).logits
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", METHODS)
 def test_open_rows_read_what_is_there_now(method, change):
@@ -103,15 +96,15 @@ def test_open_rows_read_what_is_there_now(method, change):
     other = METHODS[method](model, seed=1)
     with mk.attach(model, {"a": changed, "b": other}) as handle:
         with handle.rows(["a", "b"]):
-            before = logits_of(model, inputs)
+            before = whole_logits(model, inputs)
             change(changed)
-            inside = logits_of(model, inputs)
+            inside = whole_logits(model, inputs)
         with handle.rows(["a", "b"]):
-            assert torch.equal(logits_of(model, inputs), inside)
+            assert torch.equal(whole_logits(model, inputs), inside)
     expected = METHODS[method](model)
     in_place(expected)
     with mk.attach(model, {"a": expected, "b": other}) as handle, handle.rows(["a", "b"]):
-        torch.testing.assert_close(inside, logits_of(model, inputs))
+        torch.testing.assert_close(inside, whole_logits(model, inputs))
     assert torch.equal(inside[1], before[1]) and not torch.allclose(inside[0], before[0])
 
 
@@ -149,7 +142,7 @@ def test_gradients_reach_the_new_parameters(method):
     inputs, adapter = tiny_inputs(model), METHODS[method](model)
     adapters = {"a": adapter, "b": METHODS[method](model, seed=1).requires_grad_(False)}
     with mk.attach(model, adapters) as handle, handle.rows(["a", "b"]):
-        logits_of(model, inputs)
+        whole_logits(model, inputs)
         old = list(adapter.parameters())
         new_parameters(adapter)
         model(**inputs).logits.square().mean().backward()

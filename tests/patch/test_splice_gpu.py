@@ -8,6 +8,7 @@ from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from tests.patch.test_bank import collate_for, demonstrations
 from tests.patch.test_splice import CHOSEN, attached, longer, ordinary_tokens
+from tests.support.published import logits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,11 +18,6 @@ pytestmark = [
 
 def on_cuda(inputs):
     return {name: x.cuda() for name, x in inputs.items()}
-
-
-@torch.no_grad()
-def logits(model, inputs):
-    return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "qwen2_5_vl", "gemma3"])

@@ -23,7 +23,7 @@ from mmicl_kernels.testing.tiny_models import (
 from tests.patch.empty_cells import NEEDS_EAGER, REFUSED, UNPATCHED_FAILS
 from tests.patch.family_oracles import METHODS, adapter_of, attached, independent
 from tests.patch.snapshots import assert_same_objects, snapshot, used_model
-from tests.support.published import doubled, in_double, logits, relative_error
+from tests.support.published import doubled, in_double, logits, relative_error, text_config
 
 NEW_TOKENS = 4
 # Of each way in which families differ, one, in `make test`; the others in `make test-families`.
@@ -39,6 +39,14 @@ def base_of(name):
 def model_of(name, base=None):
     """Shared between the cells of a family: each detaches what it attaches."""
     return tiny_model(name, attn_implementation=base or base_of(name)).requires_grad_(False)
+
+
+def with_base(name, base):
+    """A model of its own, whose decoder makes the masks of ``base``, whether or not it could run."""
+    model = tiny_model(name, attn_implementation=base_of(name)).requires_grad_(False)
+    for config in (model.config, text_config(model)):  # generate() asks the first
+        config._attn_implementation_internal = base
+    return model
 
 
 @functools.lru_cache(maxsize=2)

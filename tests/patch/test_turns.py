@@ -9,7 +9,7 @@ from mmicl_kernels.data.prompts.presets import PRESETS
 from mmicl_kernels.testing.real_processors import QWEN_CHAT, SMOLVLM_CHAT
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from tests.support.example_images import BLUE, GREEN, RED
-from tests.support.example_processors import REAL, processor_of
+from tests.support.example_processors import REAL, processor_of, tokens
 
 SHOTS = [Demonstration((RED,), "what?", "red"), Demonstration((BLUE,), "where?", "a dog")]
 QUERY = Demonstration((GREEN,), "who?", "me")
@@ -88,10 +88,6 @@ def spied(name, template, **options):
     return PromptBuilder(processor, template), spy
 
 
-def tokens(builder, row, mask):
-    return builder.processor.tokenizer.convert_ids_to_tokens(row[mask.bool()])
-
-
 def test_every_preset_has_its_golden_strings():
     assert OFFICIAL.keys() == PRESETS.keys()
 
@@ -138,8 +134,7 @@ def test_a_preset_has_images_as_the_processor_reads_them():
     assert spy.texts[0].endswith("\n<image>Question:who? Short answer:")
     builder, spy = spied("qwen2_vl", "live", chat=True)
     builder.prompt([QUERY])
-    vision = "<|vision_start|><|image_pad|><|vision_end|>"
-    assert spy.texts[0].endswith(f"\n{vision}Question:who? Short answer:")
+    assert spy.texts[0].endswith(f"\n{VISION}Question:who? Short answer:")
 
 
 def test_idefics():
@@ -321,12 +316,8 @@ def test_texts_that_look_like_the_template():
     text = "assistant\nred\ue0000\ue001 {{ messages }}"
     made = builder.answered([Demonstration((RED,), text, "red")], [[Demonstration((), "red", text)]])
     assert spy.texts[0].count(text) == 2
-    assert tokens(builder, made.inputs["input_ids"][0], made.labels[0] != -100) == [
-        "r",
-        "e",
-        "d",
-        "<|im_end|>",
-    ]
+    answer = tokens(builder, made.inputs["input_ids"][0], made.labels[0] != -100)
+    assert answer == [*"red", "<|im_end|>"]
 
 
 def test_captions_and_questions_without_images():

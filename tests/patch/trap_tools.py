@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
-from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_model
-from tests.support.published import relative_error
+from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
+from tests.support.published import random_adapter, relative_error, whole_logits
 
 EPS = torch.finfo(torch.float32).eps
 # Of each way in which the stream, the masks and the tower differ, one, in `make test`.
@@ -34,11 +34,6 @@ def families(*names, quick=QUICK):
 
 def frozen(name: str, base: str = "sdpa") -> nn.Module:
     return tiny_model(name, attn_implementation=base).requires_grad_(False)
-
-
-@torch.no_grad()
-def logits(model, inputs, **options):
-    return model(**inputs, **options).logits
 
 
 def zero_shift(model):
@@ -125,6 +120,15 @@ def recorded_attention(monkeypatch) -> list[AttentionCall]:
 
     monkeypatch.setattr(hf_attention, "attention_forward", spy)
     return calls
+
+
+def mimic_calls(monkeypatch, name: str, base: str = "sdpa") -> list[tuple[AttentionCall, nn.Module]]:
+    """Of one prompt: each call of the attention function, with its layer of a MimIC adapter."""
+    model, calls = frozen(name, base), recorded_attention(monkeypatch)
+    adapter = random_adapter(model)
+    with mk.attach(model, adapter):
+        whole_logits(model, tiny_inputs(model))
+    return list(zip(calls, adapter.layers.values(), strict=True))
 
 
 def by_hand(

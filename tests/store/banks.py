@@ -1,5 +1,7 @@
 """Small demonstrations to store, each known by its number."""
 
+import os
+
 import torch
 
 import mmicl_kernels as mk
@@ -40,11 +42,24 @@ def filled(folder, dtype=torch.float32, calls=((0, 1, 2), (3,), (4, 5), (6,))):
     return bank
 
 
+def hollow(folder, made, dtype, count, length):
+    """The folder of a bank of ``count`` demonstrations of ``length`` rows, which are holes in their files."""
+    bank = mk.DemonstrationBank.create(folder, made, dtype)
+    records = []
+    for n in range(count):
+        digest = (n * 0x9E3779B97F4A7C15 % 2**64).to_bytes(8, "little") + bytes(24)
+        records.append(Record(length * (n + 1), 8 * n + 4, 8 * n + 8, 0, digest, 0, 0, 0))
+    write_records(folder, records)
+    row = bank.hidden_size * dtype.itemsize
+    for name, size in (("rows", length * row), ("means", 4 * bank.hidden_size), ("texts", 8)):
+        os.truncate(folder / f"{name}.bin", count * size)
+    return folder
+
+
 def records_of(folder):
     raw = (folder / "index.bin").read_bytes()
-    return [
-        Record(*fields[:-1]) for fields in RECORD.iter_unpack(raw[: len(raw) // RECORD.size * RECORD.size])
-    ]
+    whole = raw[: len(raw) // RECORD.size * RECORD.size]
+    return [Record(*fields[:-1]) for fields in RECORD.iter_unpack(whole)]
 
 
 def write_records(folder, records):

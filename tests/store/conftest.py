@@ -2,17 +2,13 @@
 
 import pytest
 
-import mmicl_kernels as mk
 from tests.store.banks import filled
-from tests.store.vectors import live
+from tests.store.vectors import library_of_three
 
 
 @pytest.fixture
 def library(tmp_path):
-    library = mk.VLibrary(tmp_path / "library")
-    for value, name in enumerate("abc", 1):
-        library.put(name, live(float(value)), embedding=[1.0, value])
-    return library
+    return library_of_three(tmp_path / "library")
 
 
 @pytest.fixture

@@ -1,4 +1,9 @@
-"""Power that is lost at a chosen moment, and an index that lies still."""
+"""Power that is lost at a chosen moment, processes that end, and an index that lies still."""
+
+import json
+import os
+
+import pytest
 
 from mmicl_kernels import durable
 
@@ -34,6 +39,41 @@ class Steps:
         self.step += 1
         if self.step == self.at:
             raise Crash
+
+
+def crashes(steps, at, work):
+    """Whether ``work`` is cut off by ``steps(monkeypatch, at)``."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps(patch, at)
+        try:
+            work()
+        except Crash:
+            return True
+    return False
+
+
+def in_child(work):
+    """Run ``work`` in a forked process; its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)  # no fixture, no report: those are the parent's
+    return child
+
+
+def told_by_child(work):
+    """What ``work`` returns in a process of its own, by way of JSON."""
+    ends = os.pipe()
+    child = in_child(lambda: os.write(ends[1], json.dumps(work()).encode()))
+    os.close(ends[1])
+    with open(ends[0]) as pipe:
+        text = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return json.loads(text)
 
 
 def index_at_rest(library):

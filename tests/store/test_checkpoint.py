@@ -64,7 +64,6 @@ def test_official_both_ways(model, tmp_path, dtype, ffn_shift):
     torch.save(encoder, tmp_path / "encoder.pth")
     adapter = mk.load_official(tmp_path / "encoder.pth", model)
     assert adapter.config.alignment == "mean_square" and adapter.config.normalizer == "all_keys"
-    assert adapter.config.normalizer == "all_keys"
     assert adapter.config.ffn_shift == ffn_shift
     for layer in range(LAYERS):
         of = adapter.layers[str(layer)]

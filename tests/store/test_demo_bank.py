@@ -369,12 +369,3 @@ def test_a_bank_made_anew_is_seen(tmp_path, bank):
             call()
     fresh.refresh()
     assert len(fresh) == 7 and fresh.verify() == []
-
-
-def test_without_flock(bank, monkeypatch):
-
-    add(bank, 1)
-    monkeypatch.setattr("mmicl_kernels.durable.fcntl", None)
-    with pytest.raises(OSError, match="needs flock"):
-        add(bank, 2)
-    assert_holds(mk.DemonstrationBank(bank.folder), 0, 1)

@@ -1,6 +1,5 @@
 """Adding, finding and refreshing cost the same however much there is: in bytes, not in seconds."""
 
-import json
 import os
 import tracemalloc
 from contextlib import contextmanager
@@ -13,36 +12,20 @@ from torch.utils._pytree import tree_leaves
 import mmicl_kernels as mk
 from mmicl_kernels import ops
 from mmicl_kernels.store import bank_files
-from mmicl_kernels.store.bank_files import Contents, Record, read_records
+from mmicl_kernels.store.bank_files import Contents, read_records
 from tests.store.banks import (
     adapter,
     add,
     assert_holds,
     demonstration,
     filled,
+    hollow,
     records_of,
     tokens,
     write_records,
 )
-from tests.store.test_vector_library_crash import in_child
+from tests.store.crashes import told_by_child
 from tests.store.vectors import WIDTH
-
-
-def large(folder, count):
-    """A bank of ``count`` demonstrations of two rows, which are holes in their files."""
-    mk.DemonstrationBank.create(folder, adapter(), torch.float32)
-    numbers = range(count)
-    digests = ((n * 0x9E3779B97F4A7C15 % 2**64).to_bytes(8, "little") + bytes(24) for n in numbers)
-    write_records(
-        folder,
-        [
-            Record(2 * n + 2, 8 * n + 4, 8 * n + 8, 0, digest, 0, 0, 0)
-            for n, digest in zip(numbers, digests, strict=True)
-        ],
-    )
-    for name, size in (("rows", 2 * 4 * WIDTH), ("means", 4 * WIDTH), ("texts", 8)):
-        os.truncate(folder / f"{name}.bin", count * size)
-    return folder
 
 
 class Made(TorchDispatchMode):
@@ -84,8 +67,7 @@ def counted(into):
 
 def costs(folder, count):
     """Of the first ``add``, the second, of ``find`` and of a refresh elsewhere, in a process of its own."""
-    ends = os.pipe()
-    large(folder, count)
+    hollow(folder, adapter(), torch.float32, count, length=2)
 
     def work():
         found, bank, other = [], mk.DemonstrationBank(folder), mk.DemonstrationBank(folder)
@@ -106,14 +88,9 @@ def costs(folder, count):
             assert other.find(shown[1]) == count + 1
         with counted(found):
             _ = other.fused.offsets[-1], len(other), other.tokens(count + 1)
-        os.write(ends[1], json.dumps(found).encode())
+        return found
 
-    child = in_child(work)
-    os.close(ends[1])
-    with open(ends[0]) as pipe:
-        found = json.loads(pipe.read())
-    assert os.waitpid(child, 0)[1] == 0
-    return found
+    return told_by_child(work)
 
 
 STEPS = ("add", "add again", "find", "find nothing", "add what is there", "refresh", "refresh of nothing",
@@ -132,9 +109,8 @@ def test_costs_do_not_grow(tmp_path, count):
         assert great_peak <= peak + page + 4096, (step, peak, great_peak)
         # Of ids that are looked for in a sorted table, one number each time.
         assert great_made <= made + 1024, (step, made, great_made)
-    assert (
-        few[0][1] < 2000 and few[5][0] < 8000
-    )  # what is written of one, what is read of it and of bank.json
+    # What is written of one, what is read of it and of bank.json.
+    assert few[0][1] < 2000 and few[5][0] < 8000
 
 
 def test_many_small_adds(tmp_path, monkeypatch):
@@ -172,9 +148,8 @@ def test_offsets_that_autograd_saved(tmp_path):
     with torch.inference_mode():
         add(bank, 9)
     bank.fused.offsets.view(-1)
-    assert not bank.fused.offsets.is_inference() and bank.fused.offsets.tolist()[-1] == sum(
-        n % 5 for n in range(10)
-    )
+    assert not bank.fused.offsets.is_inference()
+    assert bank.fused.offsets.tolist()[-1] == sum(n % 5 for n in range(10))
 
 
 def test_a_refresh_that_failed_is_done_again(tmp_path):
@@ -230,7 +205,5 @@ def test_records_of_an_empty_bank(tmp_path):
     bank = mk.DemonstrationBank.create(tmp_path, adapter())
     bank.refresh()
     assert len(bank) == 0 and bank.find(demonstration(0)) is None and bank.fused.offsets.tolist() == [0]
-    assert bank.add([demonstration(0)], [torch.empty(0, WIDTH)]) == [0] and bank.fused.offsets.tolist() == [
-        0,
-        0,
-    ]
+    assert bank.add([demonstration(0)], [torch.empty(0, WIDTH)]) == [0]
+    assert bank.fused.offsets.tolist() == [0, 0]

@@ -22,8 +22,7 @@ from tests.store.banks import (
     tokens,
     write_records,
 )
-from tests.store.crashes import Crash, Steps
-from tests.store.test_vector_library_crash import in_child
+from tests.store.crashes import Steps, crashes, in_child
 from tests.store.vectors import WIDTH
 
 ROWS = 500  # of a demonstration: 16 kB, so that a kill can come in the middle of it
@@ -101,14 +100,9 @@ def test_crash_at_every_step_of_add(tmp_path, dtype):
     counts = []
     for at in range(1, 100):
         folder = tmp_path / str(at)
-        bank, crashed = filled(folder, dtype, calls=[(0, 1), (2,)]), False
+        bank = filled(folder, dtype, calls=[(0, 1), (2,)])
         expected = [bank.tokens(id) for id in range(3)]
-        with pytest.MonkeyPatch.context() as patch:
-            BankSteps(patch, at)
-            try:
-                add(mk.DemonstrationBank(folder), 3, 4)
-            except Crash:
-                crashed = True
+        crashed = crashes(BankSteps, at, lambda folder=folder: add(mk.DemonstrationBank(folder), 3, 4))
         fresh = mk.DemonstrationBank(folder)
         bank.refresh()
         for reader in (bank, fresh):
@@ -117,9 +111,7 @@ def test_crash_at_every_step_of_add(tmp_path, dtype):
             assert reader.verify() == []
         assert len(bank) == len(fresh)
         counts.append(len(fresh))
-        assert add(fresh, 9, 3, 4) == (
-            [5, 3, 4] if counts[-1] == 5 else [3, 4, 5] if counts[-1] == 3 else [4, 3, 5]
-        )
+        assert add(fresh, 9, 3, 4) == {3: [3, 4, 5], 4: [4, 3, 5], 5: [5, 3, 4]}[counts[-1]]
         assert add(bank, 9, 8)[1] == 6 and bank.verify() == []
         if not crashed:
             break
@@ -131,13 +123,8 @@ def test_crash_at_every_step_of_add(tmp_path, dtype):
 def test_crash_at_every_step_of_create(tmp_path):
     for at in range(1, 100):
         folder = tmp_path / "parent" / str(at)
-        with pytest.MonkeyPatch.context() as patch:
-            BankSteps(patch, at)
-            try:
-                mk.DemonstrationBank.create(folder, adapter())
-                break
-            except Crash:
-                pass
+        if not crashes(BankSteps, at, lambda x=folder: mk.DemonstrationBank.create(x, adapter())):
+            break
         try:
             bank = mk.DemonstrationBank(folder)
         except FileNotFoundError:

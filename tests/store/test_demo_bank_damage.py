@@ -24,7 +24,7 @@ from tests.store.banks import (
     tokens,
     write_records,
 )
-from tests.store.test_vector_library_crash import in_child
+from tests.store.crashes import in_child
 from tests.store.vectors import WIDTH
 
 FILES = ("rows.bin", "means.bin", "texts.bin", "index.bin", "bank.json")

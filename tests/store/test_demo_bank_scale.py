@@ -1,6 +1,5 @@
 """A bank of 100,000 demonstrations of 30 tokens of width 1024, 6 GB: what opening and using it reads."""
 
-import json
 import os
 from dataclasses import replace
 
@@ -9,9 +8,8 @@ import torch
 
 import mmicl_kernels as mk
 from mmicl_kernels import ops
-from mmicl_kernels.store.bank_files import Record
-from tests.store.banks import adapter, write_records
-from tests.store.test_vector_library_crash import in_child
+from tests.store.banks import adapter, hollow
+from tests.store.crashes import told_by_child
 from tests.store.vectors import BACKBONE
 
 DEMONSTRATIONS, TOKENS, WIDTH = 100_000, 30, 1024
@@ -21,19 +19,9 @@ PAGES_AROUND = 2**16  # what Linux maps around a page that is touched
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The rows and means are holes in their files, so the disk holds nothing of them."""
-    folder = tmp_path_factory.mktemp("large")
     made = adapter()
     made.backbone = replace(BACKBONE, hidden_size=WIDTH)
-    mk.DemonstrationBank.create(folder, made, torch.bfloat16)
-    numbers = range(DEMONSTRATIONS)
-    write_records(
-        folder,
-        [Record((n + 1) * TOKENS, 8 * n, 8 * n, 0, n.to_bytes(32, "little"), 0, 0, 0) for n in numbers],
-    )
-    for name, size in (("rows", TOKENS * ROW_BYTES), ("means", 4 * WIDTH), ("texts", 8)):
-        os.truncate(folder / f"{name}.bin", DEMONSTRATIONS * size)
-    return folder
+    return hollow(tmp_path_factory.mktemp("large"), made, torch.bfloat16, DEMONSTRATIONS, TOKENS)
 
 
 def usage():
@@ -43,17 +31,6 @@ def usage():
     with open("/proc/self/io") as file:
         read = dict(line.split(": ") for line in file.read().splitlines())["rchar"]
     return torch.tensor([resident, int(read)])
-
-
-def measured(work):
-    """What ``work`` returns in a process of its own, by way of JSON."""
-    ends = os.pipe()
-    child = in_child(lambda: os.write(ends[1], json.dumps(work()).encode()))
-    os.close(ends[1])
-    with open(ends[0]) as pipe:
-        text = pipe.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return json.loads(text)
 
 
 @pytest.mark.slow
@@ -67,7 +44,7 @@ def test_opening_reads_the_index_alone(folder):
         assert fused.rows.shape == (DEMONSTRATIONS * TOKENS, WIDTH) and len(bank) == DEMONSTRATIONS
         return (usage() - before).tolist()
 
-    resident, read = measured(work)
+    resident, read = told_by_child(work)
     assert index <= read < index + 2**16  # and bank.json, and what is measured with
     assert resident < 10 * index, "more is in memory than what was made of the records"
 
@@ -84,12 +61,10 @@ def test_splicing_reads_what_it_splices(folder):
         before = usage()
         length = shots * TOKENS + 8
         out = ops.prefix_splice(fused.rows, fused.offsets, ids, cu_demos, prompt, length=length)
-        assert (
-            out.embeddings.shape == (requests, length, WIDTH)
-            and int(out.attention_mask.sum()) == requests * length
-        )
+        assert out.embeddings.shape == (requests, length, WIDTH)
+        assert int(out.attention_mask.sum()) == requests * length
         return [*(usage() - before).tolist(), out.embeddings.nbytes]
 
-    resident, _, result = measured(work)
+    resident, _, result = told_by_child(work)
     touched = requests * shots * (TOKENS * ROW_BYTES + 2 * PAGES_AROUND)
     assert resident < 2 * result + touched < DEMONSTRATIONS * TOKENS * ROW_BYTES / 20

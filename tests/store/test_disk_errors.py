@@ -7,7 +7,6 @@ import io
 import os
 import sqlite3
 import tempfile
-import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,8 @@ from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
 from mmicl_kernels.methods.mimic.official import read_official
 from mmicl_kernels.store import read_adapter
 from tests.store.banks import adapter, add, assert_holds, filled
-from tests.store.crashes import index_at_rest
-from tests.store.vectors import BACKBONE, MAKERS, assert_same, live
+from tests.store.crashes import in_child, index_at_rest
+from tests.store.vectors import BACKBONE, MAKERS, assert_same, library_of_three, live
 
 ERRORS = (errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE)
 named = pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
@@ -182,27 +181,21 @@ def test_an_index_that_cannot_be_written(library, kind, statement, monkeypatch):
             with pytest.raises(OSError, match=f"could not be used: {SQLITE[kind]}"):
                 work()
         library._index.close()
-    put = (
-        ["d"] if statement.startswith("DELETE") else []
-    )  # its file was there, and whoever removes settles first
+    # Its file was there, and whoever removes settles first.
+    put = ["d"] if statement.startswith("DELETE") else []
     assert library.list() == ["a", "b", "c", *put] and library.verify() == []
 
 
 def as_nobody(work):
     """Run ``work`` in a process that has no rights but those of others."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
+
+    def renounced():
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        work()
+
+    return os.waitpid(in_child(renounced), 0)[1] == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
@@ -212,9 +205,7 @@ def as_nobody(work):
 def test_reading_takes_no_right_to_write(beside, monkeypatch):
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         os.chmod(folder, 0o755)
-        library = mk.VLibrary(f"{folder}/library")
-        for value, name in enumerate("abc", 1):
-            library.put(name, live(float(value)), embedding=[1.0, value])
+        library = library_of_three(f"{folder}/library")
         path = index_at_rest(library)
         if beside == "a reader":
             other = sqlite3.connect(path)  # a fork would close ours
@@ -508,16 +499,13 @@ def test_a_create_that_fails_leaves_no_bank(tmp_path, monkeypatch, step):
     failed = OSError(errno.EIO, "Input/output error")
     with monkeypatch.context() as patch:
         if step == "fsync of a file":
-            patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(failed))
+            patch.setattr(os, "fsync", lambda handle: _raise(failed))
         elif step.startswith("fsync"):
             which = folder if "the folder" in step else folder.parent
             folders_fail(patch, errno.EIO, when=lambda path: path == str(which))
         elif step == "open":
-            opened = iter(range(100))
             real = mk.DemonstrationBank.__init__
-            patch.setattr(
-                mk.DemonstrationBank, "__init__", lambda *x: (next(opened), real(*x), _raise(failed))
-            )
+            patch.setattr(mk.DemonstrationBank, "__init__", lambda *x: (real(*x), _raise(failed)))
         else:
             patch.setattr("pathlib.Path.touch", lambda *x, **kw: _raise(failed))
         with pytest.raises(OSError, match="Input/output error"):
@@ -570,9 +558,18 @@ def test_a_file_system_without_flock(library, bank, monkeypatch, error):
         with pytest.raises(OSError, match="writing needs flock, which this file system lacks.*lock'"):
             work()
     assert set() == durable._LOCK_FILES and len(os.listdir("/proc/self/fd")) <= len(handles)
-    assert (
-        mk.VLibrary(library.folder).list() == ["a", "b", "c"] and len(mk.DemonstrationBank(bank.folder)) == 7
-    )
+    assert mk.VLibrary(library.folder).list() == ["a", "b", "c"]
+    assert len(mk.DemonstrationBank(bank.folder)) == 7
+
+
+def test_a_platform_without_locks(library, bank, monkeypatch):
+    monkeypatch.setattr("mmicl_kernels.durable.fcntl", None)
+    assert library.list() == ["a", "b", "c"]
+    assert_same(library.get("a"), live(1.0))
+    assert_holds(mk.DemonstrationBank(bank.folder), 0, 0)
+    for work in (lambda: library.put("d", live()), lambda: add(bank, 9)):
+        with pytest.raises(OSError, match="needs flock"):
+            work()
 
 
 # Paths that are not UTF-8

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import mmicl_kernels as mk
 from mmicl_kernels import durable
-from tests.store.banks import add, assert_holds
-from tests.store.test_vector_library_crash import in_child
+from tests.store.banks import add, assert_holds, demonstration, tokens
+from tests.store.crashes import in_child
 from tests.store.vectors import live
 
 fcntl = pytest.importorskip("fcntl")
@@ -187,16 +187,12 @@ class Stored(Dataset):
 
     def __getitem__(self, i):
         name = self.library.list()[i % 3]
-        found = self.bank.tokens(
-            self.bank.find(mk.Demonstration((b"image 4", b"another"), "question 4", "answer 4"))
-        )
+        found = self.bank.tokens(self.bank.find(demonstration(4)))
         return self.library.get(name).layers["0"].vector.detach()[0] + found.sum()
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader(library, bank, start):
-    from tests.store.banks import tokens
-
     library.search(embedding=[1.0, 1.0])
     loader = DataLoader(Stored(library, bank), num_workers=2, multiprocessing_context=start, timeout=60)
     values = torch.cat(list(loader))

@@ -15,10 +15,9 @@ import mmicl_kernels as mk
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
 from mmicl_kernels.store import adapter_folder, read_adapter
 from mmicl_kernels.testing.tiny_models import tiny_model
-from tests.store.banks import add, assert_holds, filled
-from tests.store.crashes import index_at_rest
-from tests.store.test_vector_library_crash import in_child
-from tests.store.vectors import assert_same, live
+from tests.store.banks import add, assert_holds, demonstration, filled
+from tests.store.crashes import in_child, index_at_rest
+from tests.store.vectors import assert_same, library_of_three, live
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -214,7 +213,7 @@ def test_a_bank_in_the_hubs_cache(tmp_path, monkeypatch, dtype, below):
             bank = mk.DemonstrationBank(folder)
             assert len(bank) == 7 and bank.verify() == []
             assert all(torch.equal(bank.tokens(id), x) for id, x in enumerate(expected))
-            assert bank.find(mk.Demonstration((b"image 4", b"another"), "question 4", "answer 4")) == 4
+            assert bank.find(demonstration(4)) == 4
             assert bank.nearest(bank.mean(3), 1)[0][1] == 3 and bank.text(2).answer == "answer 2"
             assert torch.equal(bank.fused.rows, original.fused.rows)
             assert bank.working_set("cpu", 10_000).load([2, 5])[1] == [0, 1]
@@ -224,9 +223,8 @@ def test_a_bank_in_the_hubs_cache(tmp_path, monkeypatch, dtype, below):
             add(bank, 9)
     blobs = {path: path.read_bytes() for path in (snapshot.parents[1] / "blobs").iterdir()}
     with pytest.raises(mk.CheckpointError, match="is not a regular file"):
-        add(
-            mk.DemonstrationBank(snapshot / below), 9
-        )  # where it could, too: a blob is named after its content
+        # Where it could, too: a blob is named after its content.
+        add(mk.DemonstrationBank(snapshot / below), 9)
     assert {path: path.read_bytes() for path in (snapshot.parents[1] / "blobs").iterdir()} == blobs
 
 
@@ -268,9 +266,7 @@ def test_other_links_lead_nowhere(tmp_path, target):
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_library_in_the_hubs_cache(tmp_path, indexed):
-    library = mk.VLibrary(tmp_path / "repo")
-    for value, name in enumerate("abc", 1):
-        library.put(name, live(float(value)), embedding=[1.0, value], tags=[f"v{value}"])
+    library = library_of_three(tmp_path / "repo")
     database = index_at_rest(library)
     for path in [library.folder / "lock"] + ([] if indexed else [database]):
         path.unlink()

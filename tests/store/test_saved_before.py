@@ -7,14 +7,6 @@ import pytest
 import torch
 
 import mmicl_kernels as mk
-from mmicl_kernels.methods import (
-    LIVEAdapter,
-    LIVEConfig,
-    M2IVAdapter,
-    M2IVConfig,
-    MimICAdapter,
-    MimICConfig,
-)  # fmt: skip
 from mmicl_kernels.store import read_adapter
 from mmicl_kernels.store.index import Index
 from tests.store.banks import records_of, tokens
@@ -23,9 +15,9 @@ from tests.store.vectors import BACKBONE, assert_same
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ADAPTERS = {
-    "live": (LIVEAdapter, LIVEConfig()),
-    "m2iv": (M2IVAdapter, M2IVConfig()),
-    "mimic": (MimICAdapter, MimICConfig(ffn_shift=True)),
+    "live": (mk.LIVEAdapter, mk.LIVEConfig()),
+    "m2iv": (mk.M2IVAdapter, mk.M2IVConfig()),
+    "mimic": (mk.MimICAdapter, mk.MimICConfig(ffn_shift=True)),
     "aim": (mk.AIMAdapter, mk.AIMConfig()),
 }
 

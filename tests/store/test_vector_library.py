@@ -468,15 +468,6 @@ def test_hub_is_optional(library, monkeypatch):
             call("me/shifts")
 
 
-def test_platform_without_locks(library, monkeypatch):
-    library.put("a", live(1.0))
-    monkeypatch.setattr("mmicl_kernels.durable.fcntl", None)
-    assert library.list() == ["a"]
-    assert_same(library.get("a"), live(1.0))
-    with pytest.raises(OSError, match="needs flock"):
-        library.put("b", live())
-
-
 def test_threads_share_one_object(library):
     errors = []
 

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import threading
 import time
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import mmicl_kernels as mk
 from mmicl_kernels.store import index as index_module
 from mmicl_kernels.store import vector_library as module
-from tests.store.crashes import Crash, Steps
+from tests.store.crashes import Steps, crashes, in_child
 from tests.store.vectors import assert_same, live
 
 NAMES = ["a", "b", "c"]
@@ -48,19 +47,6 @@ def check(folder):
     assert len(library.search(embedding=[1.0, 1.0], limit=len(values) + 1)) == len(values)
     assert library.verify() == []
     return values
-
-
-def in_child(work):
-    """Run ``work`` in a forked process; its id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)  # no fixture, no report: those are the parent's
-    return child
 
 
 def test_killed_at_random_moments(tmp_path):
@@ -137,22 +123,15 @@ def test_crash_at_every_step(tmp_path, work):
         store(mk.VLibrary(folder), "old", 1)
         reader = mk.VLibrary(folder)
         assert reader.list() == ["old"]
-        with pytest.MonkeyPatch.context() as patch:
-            LibrarySteps(patch, at)
-            try:
-                do(mk.VLibrary(folder))
-                crashed = False
-            except Crash:
-                crashed = True
+        crashed = crashes(LibrarySteps, at, lambda folder=folder: do(mk.VLibrary(folder)))
         outcome = check(folder)
         assert outcome in (before, after)
         assert {name: value_of(reader, name) for name in reader.list()} == outcome
         outcomes.append(outcome)
         if at % 2:  # the next writer, which clears up, is killed as well
-            with pytest.MonkeyPatch.context() as patch:
-                LibrarySteps(patch, at // 2 + 1)
-                with pytest.raises(Crash):
-                    store(mk.VLibrary(folder), "next", 3)
+            assert crashes(
+                LibrarySteps, at // 2 + 1, lambda folder=folder: store(mk.VLibrary(folder), "next", 3)
+            )
             assert {k: v for k, v in check(folder).items() if k != "next"} == outcome
         store(mk.VLibrary(folder), "next", 3)
         assert check(folder) == {**outcome, "next": 3}
@@ -174,13 +153,9 @@ def test_crash_while_the_only_embedding_changes_its_dimension(tmp_path):
         library = mk.VLibrary(folder)
         store(library, "a", 1)
         library.put("other", live())
-        crashed = False
-        with pytest.MonkeyPatch.context() as patch:
-            LibrarySteps(patch, at)
-            try:
-                mk.VLibrary(folder).put("a", live(2.0), embedding=[1.0, 2.0, 3.0], overwrite=True)
-            except Crash:
-                crashed = True
+        change = {"embedding": [1.0, 2.0, 3.0], "overwrite": True}
+        writer = mk.VLibrary(folder)
+        crashed = crashes(LibrarySteps, at, lambda x=writer, change=change: x.put("a", live(2.0), **change))
         for reader in (library, mk.VLibrary(folder)):
             query = reader.embedding("a")
             assert [entry.name for entry in reader.search(embedding=query)] == ["a"]
@@ -197,16 +172,12 @@ def test_crash_while_the_only_embedding_changes_its_dimension(tmp_path):
 
 def test_crash_while_the_first_entry_is_put(tmp_path):
     for at in range(1, 100):
-        with pytest.MonkeyPatch.context() as patch:
-            LibrarySteps(patch, at)
-            try:
-                store(mk.VLibrary(tmp_path / str(at)), "a", 1)
-                break
-            except Crash:
-                pass
-        assert check(tmp_path / str(at)) in ({}, {"a": 1})
-        store(mk.VLibrary(tmp_path / str(at)), "b", 2)
-        assert check(tmp_path / str(at))["b"] == 2
+        folder = tmp_path / str(at)
+        if not crashes(LibrarySteps, at, lambda folder=folder: store(mk.VLibrary(folder), "a", 1)):
+            break
+        assert check(folder) in ({}, {"a": 1})
+        store(mk.VLibrary(folder), "b", 2)
+        assert check(folder)["b"] == 2
     assert at > 10
 
 
@@ -283,18 +254,3 @@ def test_reader_beside_a_writer(tmp_path):
         looks += 1
     assert looks > 5
     assert sorted(check(folder).values()) == [119, 120, 121]
-
-
-def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    """A process forked while a thread holds the lock, and living on, blocks nobody."""
-    library, forked = mk.VLibrary(tmp_path / "library"), []
-    with library._writing():
-        forked.append(in_child(lambda: time.sleep(60)))
-    try:
-        done = threading.Thread(target=lambda: store(mk.VLibrary(library.folder), "a", 1), daemon=True)
-        done.start()
-        done.join(20)
-        assert not done.is_alive(), "the lock is held"
-    finally:
-        os.kill(forked[0], signal.SIGKILL)
-        os.waitpid(forked[0], 0)

@@ -15,19 +15,14 @@ from safetensors.torch import load_file, save_file
 import mmicl_kernels as mk
 from mmicl_kernels.store import entry_file
 from tests.store.crashes import index_at_rest
-from tests.store.vectors import assert_same, live
+from tests.store.vectors import assert_same, library_of_three, live
 
 NAMES = ["a", "b", "c"]
 
 
 @pytest.fixture
 def library(tmp_path):
-    library = mk.VLibrary(tmp_path / "library")
-    for value, name in enumerate(NAMES, 1):
-        library.put(
-            name, live(float(value)), task="t", tags=[name], record={"x": [1]}, embedding=[1.0, value]
-        )
-    return library
+    return library_of_three(tmp_path / "library", task="t", record={"x": [1]})
 
 
 def damaged(good, generator, places):
@@ -66,7 +61,7 @@ def test_damaged_entry(library):
                 call()
         # The others do not suffer, and a search that does not meet the file does not notice.
         assert_same(library.get("a"), live(1.0))
-        assert [x.name for x in library.search(tags=["c"])] == ["c"] and library.list() == NAMES
+        assert [x.name for x in library.search(tags=["v3"])] == ["c"] and library.list() == NAMES
     assert harmless < 5
     library.put("b", expected, overwrite=True)
     library.put("d", live())

@@ -5,17 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmicl_kernels.methods import (
-    Adapter,
-    Backbone,
-    LIVEAdapter,
-    LIVEConfig,
-    M2IVAdapter,
-    M2IVConfig,
-    MimICAdapter,
-    MimICConfig,
-    ResidualSite,
-)  # fmt: skip
+import mmicl_kernels as mk
+from mmicl_kernels.methods import Adapter, Backbone, ResidualSite
 
 WIDTH, LAYERS = 8, 3
 BACKBONE = Backbone(
@@ -56,21 +47,29 @@ class PlainAdapter(Adapter):
 
 
 MAKERS = {
-    "mimic": lambda: MimICAdapter(MimICConfig(ffn_shift=True), BACKBONE),
-    "m2iv": lambda: M2IVAdapter(M2IVConfig(), BACKBONE),
-    "live": lambda: LIVEAdapter(LIVEConfig(), BACKBONE),
+    "mimic": lambda: mk.MimICAdapter(mk.MimICConfig(ffn_shift=True), BACKBONE),
+    "m2iv": lambda: mk.M2IVAdapter(mk.M2IVConfig(), BACKBONE),
+    "live": lambda: mk.LIVEAdapter(mk.LIVEConfig(), BACKBONE),
     "plain": lambda: PlainAdapter(PlainConfig(), BACKBONE),
 }
 
 
 def live(value=None, config=None, backbone=BACKBONE):
     """A LIVE adapter, every number of it ``value`` if that is given."""
-    adapter = LIVEAdapter(config or LIVEConfig(), backbone)
+    adapter = mk.LIVEAdapter(config or mk.LIVEConfig(), backbone)
     if value is not None:
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.fill_(value)
     return adapter
+
+
+def library_of_three(folder, **labels):
+    """Entries a, b and c, of which the numbers are 1, 2 and 3, as are the tags: v1, v2 and v3."""
+    library = mk.VLibrary(folder)
+    for value, name in enumerate("abc", 1):
+        library.put(name, live(float(value)), tags=[f"v{value}"], embedding=[1.0, value], **labels)
+    return library
 
 
 def assert_same(actual, expected):

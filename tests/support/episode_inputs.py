@@ -12,6 +12,11 @@ from mmicl_kernels.training import AggregationBatch, EpisodeBatch, ManyShotBatch
 DEMONSTRATION = 5  # tokens
 
 
+def objective_of(handle):
+    """That of the adapter's method, as ``TrainedModule`` has it."""
+    return handle.single.objective_class()(handle)
+
+
 def episode(model, *, padding=None, seed=0, length=12, batch=2):
     """Two queries; the last three tokens are the answer, the first is not compared."""
     student = tiny_inputs(model, batch=batch, length=length, padding=padding)

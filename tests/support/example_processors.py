@@ -1,5 +1,6 @@
 """Tiny processors with chat templates, and real ones, where this environment can make them."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -20,3 +21,28 @@ def processor_of(name, *, chat=True, template=None, **options):
     if template is not None:
         processor.chat_template = template
     return processor
+
+
+@contextmanager
+def needs_torchvision():
+    """In transformers 5.17 some image processors are found with torchvision alone."""
+    try:
+        yield
+    except ValueError as error:
+        if "None of these classes could be imported" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def tokens(builder, row, mask):
+    return builder.processor.tokenizer.convert_ids_to_tokens(row[mask.bool()])
+
+
+def chosen(builder, inputs, mask):
+    """Of each prompt those tokens that ``mask`` has."""
+    return [tokens(builder, *pair) for pair in zip(inputs["input_ids"], mask, strict=True)]
+
+
+def rows(builder, inputs):
+    """Each prompt's own tokens."""
+    return chosen(builder, inputs, inputs["attention_mask"])

@@ -124,8 +124,33 @@ def _rms_norm(hidden: Tensor, *, scale: Tensor | float, eps: float) -> Tensor:
     return scale * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps))
 
 
+@torch.no_grad()
+def multiply(adapter: nn.Module, factor: float) -> None:
+    """Every parameter in its place, behind the back of whoever is attached."""
+    for parameter in adapter.parameters():
+        parameter.mul_(factor)
+
+
+@torch.no_grad()
+def fix_gates(adapter: mk.MimICAdapter, bias: float) -> None:
+    """Whatever the query is: closed by a bias of -1e4, open by one of 1e4."""
+    for layer in adapter.layers.values():
+        layer.weight.zero_()
+        layer.bias.fill_(bias)
+
+
+def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
 def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    return cast(inputs, torch.float64)
+
+
+@torch.no_grad()
+def whole_logits(model: PreTrainedModel, inputs: dict[str, Tensor], **options) -> Tensor:
+    """Logits of all tokens, padding too."""
+    return model(**inputs, **options).logits
 
 
 @torch.no_grad()

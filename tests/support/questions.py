@@ -1,32 +1,25 @@
 """A tiny model with its processor, questions on disk, and what it answers to them one by one."""
 
-import io
 import json
 
 import torch
-from PIL import Image
 
 import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
+from tests.support.example_images import png
 
 QUESTIONS = ["what?", "which is it?", "is this a cat or a dog?", "red or blue?"]
-COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+COLOURS = ("red", "blue")
 PROCESSORS = {"llava-llama": "llava", "idefics": "idefics", "idefics2": "idefics2"}
 NEW_TOKENS = 6
-
-
-def png(colour, size):
-    file = io.BytesIO()
-    Image.new("RGB", size, COLOURS[colour]).save(file, "PNG")
-    return file.getvalue()
 
 
 def rows_of(name, count, images=1):
     """Rows of questions of different lengths, with images of different sizes; other names ask others."""
     rows, more = [], "" if name == "q" else " it"
     for i in range(count):
-        answer = list(COLOURS)[i % 2]
+        answer = COLOURS[i % 2]
         shown = [f"{name}{i}-{j}.png" for j in range(images)]
         rows.append({"id": f"{name}{i}", "images": shown, "text": QUESTIONS[i % 4] + more, "answer": answer})
     return rows
@@ -36,9 +29,8 @@ def write(folder, name, rows):
     """The file of records, and their images."""
     for i, row in enumerate(rows):
         for image in row["images"]:
-            (folder / image).write_bytes(
-                png(row["answer"] if row["answer"] in COLOURS else "red", (9 + i, 7))
-            )
+            colour = row["answer"] if row["answer"] in COLOURS else "red"
+            (folder / image).write_bytes(png(colour, (9 + i, 7)))
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

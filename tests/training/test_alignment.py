@@ -16,7 +16,7 @@ from mmicl_kernels.methods.teaching import student_rows, teacher_rows
 from mmicl_kernels.testing.tiny_processors import CHAT_TEMPLATES, MAKERS, tiny_processor
 from mmicl_kernels.training import EpisodeBatch, ManyShotBatch, align, episode_batch
 from tests.support.example_images import BLUE, GREEN, RED
-from tests.support.example_processors import REAL, processor_of
+from tests.support.example_processors import REAL, processor_of, tokens
 from tests.training.example_questions import PLAIN, QUERIES, SHOTS
 
 TWO = QUERIES[:2]
@@ -96,10 +96,6 @@ def shared(name, **options):
 @cache
 def builder_of(name, template, **options):
     return PromptBuilder(shared(name, **options), template)
-
-
-def tokens(builder, row, mask):
-    return builder.processor.tokenizer.convert_ids_to_tokens(row[mask.bool()])
 
 
 def text_of(builder, ids):
@@ -274,12 +270,6 @@ def test_merged_in_the_student_s_head():
     with pytest.raises(ValueError, match="prompts of query 1: only the last 5 tokens .* of 6 that"):
         queries = [Demonstration((RED,), "a", "red"), Demonstration((), "hi x", "red")]
         episode_batch(builder, queries, [SHOTS[:1]] * 2)
-
-
-def test_an_image_alone_that_has_other_tokens():
-    builder = builder_of("llava_onevision", PLAIN)
-    with pytest.raises(ValueError, match="only the last .* other tokens of an image among several"):
-        episode_batch(builder, QUERIES[:1], [SHOTS[:1]])
 
 
 def test_long_tails_are_shown_where_they_part():

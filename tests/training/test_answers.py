@@ -7,18 +7,14 @@ import torch
 from torch.nn import functional as F
 
 import mmicl_kernels as mk
-from mmicl_kernels.methods.aim.objective import AIMObjective
 from mmicl_kernels.methods.answers import answer_cross_entropy, answer_logits, answer_loss, rows_before
-from mmicl_kernels.methods.live.objective import LIVEObjective
-from mmicl_kernels.methods.m2iv.objective import M2IVObjective
-from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, tiny_model
-from tests.support.episode_inputs import aggregation, episode, many_shot
+from tests.support.episode_inputs import aggregation, episode, many_shot, objective_of
 from tests.support.published import in_double, random_adapter
 from tests.support.residuals import random_shift
 from tests.training.watching import Largest
 
-OBJECTIVES = {"mimic": MimICObjective, "live": LIVEObjective, "m2iv": M2IVObjective, "aim": AIMObjective}
+METHODS = ("mimic", "live", "m2iv", "aim")
 # Some hundreds of fp64 roundings one after another; a wrong row or label is off by far more.
 TOLERANCE = 1024 * torch.finfo(torch.float64).eps
 
@@ -32,7 +28,7 @@ def adapter_and_batch(model, method):
     return random_shift(model, config), many_shot(model, padding="left")
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_no_logits_but_the_answers(name, method):
     """No result of V columns has more rows than answer tokens: in the teacher, forward and backward."""
@@ -54,18 +50,18 @@ def test_no_logits_but_the_answers(name, method):
         model(**prompts)
     assert full.most == batch.labels.numel() * V, "the counter sees what it should"
     with mk.attach(model, adapter) as handle, Largest(of) as cut:
-        OBJECTIVES[method](handle)(batch).total.backward()
+        objective_of(handle)(batch).total.backward()
     assert cut.most == int((batch.labels != -100).sum()) * V
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_the_head_is_asked_for(method):
     """Each student's answer; the teacher's, or of a teacher whose logits nobody reads one row."""
     model = tiny_model("llava-llama").requires_grad_(False)
     adapter, batch = adapter_and_batch(model, method)
     asked = []
     with mk.attach(model, adapter) as handle:
-        objective = OBJECTIVES[method](handle)
+        objective = objective_of(handle)
         model.lm_head.register_forward_hook(lambda head, args, out: asked.append(out.shape[:-1].numel()))
         objective(batch)
     n = int((batch.labels != -100).sum())
@@ -97,7 +93,7 @@ def test_the_teacher_has_no_dropout(method):
     )
     seen = []
     with mk.attach(model, adapter) as handle:
-        objective = OBJECTIVES[method](handle)
+        objective = objective_of(handle)
         head = model.lm_head.register_forward_hook(
             lambda module, args, out: None if torch.is_grad_enabled() else seen.append(args[0])
         )
@@ -122,12 +118,12 @@ def test_cross_entropy_ignores_what_has_no_label():
     assert answer_cross_entropy(rows.bfloat16(), labels).dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
 def test_an_answer_is_needed(method):
     model = tiny_model("llava-llama")
     adapter, batch = adapter_and_batch(model, method)
     with mk.attach(model, adapter, placeholder_ids=(59, 58)) as handle:
-        objective = OBJECTIVES[method](handle)
+        objective = objective_of(handle)
         with pytest.raises(ValueError, match="labels marks no token to predict, expected at least one"):
             objective(replace(batch, labels=torch.full_like(batch.labels, -100)))
         if method in ("mimic", "aim"):  # the others' labels must be the query's
@@ -151,8 +147,7 @@ def test_mimics_answer_may_be_outside_of_what_is_aligned():
     mine[:, -3:] = theirs[:, -3:] = False
     with mk.attach(model, adapter) as handle:
         whole, part = (
-            MimICObjective(handle)(x)
-            for x in (batch, replace(batch, student_query=mine, teacher_query=theirs))
+            objective_of(handle)(x) for x in (batch, replace(batch, student_query=mine, teacher_query=theirs))
         )
     assert torch.equal(whole.parts["ce"], part.parts["ce"])
     assert not torch.equal(whole.parts["align"], part.parts["align"])

@@ -35,6 +35,7 @@ from mmicl_kernels.training import (
     trainable,
 )
 from tests.support.example_images import BLUE, GREEN, RED
+from tests.training.test_batches import tensors_of
 
 IMAGES = {"red": RED, "blue": BLUE, "do": GREEN}
 TEXTS = ["a", "b c", "what?", "0.1", "so", "it", "go", "x y z"]
@@ -349,17 +350,7 @@ def test_pinned_memory(builder, kind, monkeypatch):
     batch = make(builder, POOL, 3, **options)(POOL[:2])
     found = batch.pin_memory()
     assert_equal(found, batch)
-    tensors = []
-
-    def collect(x):
-        if isinstance(x, torch.Tensor):
-            tensors.append(x)
-        elif isinstance(x, dict):
-            [collect(y) for y in x.values()]
-        elif isinstance(x, list | tuple):
-            [collect(y) for y in x]
-
-    collect(list(vars(batch).values()))
+    tensors = tensors_of(vars(batch))
     assert {id(x) for x in tensors} == {id(x) for x in pinned} and len(tensors) == len(pinned) > 6
     moved = found.to("meta")
     assert moved.labels.device.type == "meta" and found.labels.device.type == "cpu"
@@ -409,30 +400,3 @@ def test_from_examples_to_an_adapter(method, builder):
     with torch.no_grad():
         after = module(**fixed.arguments())["loss"]
     assert len(log) == 20 and after < 0.98 * before, (before, after)
-
-
-@pytest.mark.slow
-def test_a_trainer_collates_with_it(builder, tmp_path):
-    """Its steps are those of a loop over the same batches."""
-    pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    def module():
-        model = tiny_model("llava-llama")
-        torch.manual_seed(0)
-        return TrainedModule(model, mk.create(model, mk.LIVEConfig()))
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=0.5, optim="sgd",
-        lr_scheduler_type="constant", max_grad_norm=0.0, remove_unused_columns=False, use_cpu=True,
-        report_to=[], disable_tqdm=True, save_strategy="no", train_sampling_strategy="sequential",
-    )  # fmt: skip
-    collate, one, other = EpisodeCollator(builder, POOL, 2), module(), module()
-    Trainer(one, arguments, train_dataset=POOL, data_collator=collate.arguments).train()
-    optimizer = torch.optim.SGD(trainable(other.adapter).values(), lr=0.5)
-    for queries in (POOL[:4], POOL[4:]):
-        optimizer.zero_grad()
-        other(**collate.arguments(queries))["loss"].backward()
-        optimizer.step()
-    for x, y in zip(one.adapter.parameters(), other.adapter.parameters(), strict=True):
-        assert torch.equal(x, y)

@@ -23,8 +23,8 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
-from tests.support.episode_inputs import episode, many_shot
-from tests.support.published import in_double, logits
+from tests.support.episode_inputs import episode, many_shot, objective_of
+from tests.support.published import in_double, logits, random_adapter
 from tests.support.residuals import decoder_layers, random_shift
 from tests.training.watching import Largest
 
@@ -47,10 +47,6 @@ def sharp_model(name):
         for parameter in model.get_output_embeddings().parameters():
             parameter.mul_(32.0)
     return model
-
-
-def objective(handle):
-    return (LIVEObjective if handle.single.method == "live" else M2IVObjective)(handle)
 
 
 def naive_synergy(a, m, gamma, of):
@@ -136,7 +132,7 @@ def test_loss_and_gradient(name, config, padding):
     batch = many_shot(model, padding=padding) if padding == "left" else episode(model, padding=padding)
     expected, parts = written_out(model, adapter, batch)
     with mk.attach(model, adapter) as handle:
-        losses = objective(handle)(batch)
+        losses = objective_of(handle)(batch)
     assert losses.parts.keys() == parts.keys()
     for actual, wanted in ((losses.total, expected), *((losses.parts[x], parts[x]) for x in parts)):
         assert wanted > 0.01
@@ -210,18 +206,23 @@ def test_what_has_no_weight_is_not_computed(method):
     assert found["loss"].item() == pytest.approx(config.ce_weight * found["ce"].item())
 
 
+@pytest.mark.parametrize("make, passes", [(random_adapter, 1), (random_shift, 3)])
 @pytest.mark.parametrize("name", TINY_MODELS)
-def test_teachers_are_the_plain_model_without_gradients(name):
+def test_teachers_are_the_plain_model_without_gradients(name, make, passes):
     model = tiny_model(name)
-    batch = many_shot(model)
+    batch = many_shot(model, passes=passes)
     plain, seen = logits(model, batch.teacher), []
-    with mk.attach(model, random_shift(model)) as handle:
-        hook = model.register_forward_pre_hook(
+    with mk.attach(model, make(model)) as handle:
+        shifted = logits(model, batch.student)
+        hook = model.base_model.register_forward_pre_hook(
             lambda module, args: seen.append((torch.is_grad_enabled(), handle.enabled))
         )
-        objective(handle)(batch).total.backward()
+        objective_of(handle)(batch).total.backward()
         hook.remove()
-        assert seen == [(False, False)] * 3 + [(True, True)]
+        assert seen == [(False, False)] * passes + [(True, True)]
+        assert torch.equal(logits(model, batch.student), shifted)
+        with handle.disabled():
+            assert torch.equal(logits(model, batch.teacher), plain)
     assert torch.equal(logits(model, batch.teacher), plain)
 
 
@@ -242,7 +243,7 @@ def test_the_handles_strength_is_in_the_loss(config):
     model = in_double(sharp_model("llava-llama"))
     adapter, batch = random_shift(model, CONFIGS[config]).double(), episode(model)
     with mk.attach(model, adapter, strength=2.0) as handle:
-        strong = objective(handle)(batch).total.item()
+        strong = objective_of(handle)(batch).total.item()
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
             if name.endswith("scale"):
@@ -270,7 +271,7 @@ def test_checkpointing(config):
 
     def gradient():
         adapter.zero_grad()
-        objective(handle)(batch).total.backward()
+        objective_of(handle)(batch).total.backward()
         return torch.cat([x.grad.flatten() for x in adapter.parameters()])
 
     with mk.attach(model, adapter) as handle:
@@ -290,7 +291,7 @@ def trained(model, config, steps=40):
     before = {name: x.detach().clone() for name, x in adapter.named_parameters()}
     batches = [episode(model, padding="left")] * steps
     with mk.attach(model, adapter) as handle:
-        log = train(objective(handle), trainable(adapter), batches, steps, model=model, progress=False)
+        log = train(objective_of(handle), trainable(adapter), batches, steps, model=model, progress=False)
     return adapter, before, log
 
 
@@ -311,10 +312,11 @@ def test_the_answers_distribution_is_learned(name, config):
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
 
 
-@pytest.mark.parametrize("config", [mk.LIVEConfig(), mk.M2IVConfig()])
+@pytest.mark.parametrize("config", [mk.MimICConfig(), mk.LIVEConfig(), mk.M2IVConfig()])
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_training_moves_the_adapter_alone(name, config):
     model = sharp_model(name)
+    model.lm_head.requires_grad_(False)
     weights = {name: x.clone() for name, x in model.state_dict().items()}
     flags = [x.requires_grad for x in model.parameters()]
     adapter, before, log = trained(model, config)
@@ -332,7 +334,7 @@ def test_losses_of_a_bf16_model_are_fp32(config):
     model = sharp_model("llava-llama").bfloat16()
     adapter, batch = random_shift(model, CONFIGS[config]).float(), episode(model, padding="right")
     with mk.attach(model, adapter) as handle:
-        losses = objective(handle)(batch)
+        losses = objective_of(handle)(batch)
         losses.total.backward()
     assert all(x.dtype == torch.float32 for x in (losses.total, *losses.parts.values()))
     assert all(x.grad.isfinite().all() and x.grad.any() for x in adapter.parameters())
@@ -360,14 +362,9 @@ def test_scales_learn_at_their_own_rate(monkeypatch, config):
     optimisation = TrainingConfig(learning_rate=0.125, weight_decay=0.5, warmup=0.5)
     with mk.attach(model, adapter) as handle:
         train(
-            objective(handle),
-            trainable(adapter),
-            [episode(model)] * 4,
-            4,
-            model=model,
-            config=optimisation,
-            progress=False,
-        )
+            objective_of(handle), trainable(adapter), [episode(model)] * 4, 4, model=model,
+            config=optimisation, progress=False,
+        )  # fmt: skip
     for rates, factor in zip(steps, (0.5, 1.0, 1.0, 0.5), strict=True):
         for name, x in adapter.named_parameters():
             rate = config.scale_learning_rate if name.endswith("scale") else 0.125
@@ -453,9 +450,8 @@ def test_queries_are_nearest_to_their_centroids():
 def test_every_query_is_drawn_twice():
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     draws = draw_demonstrations(features, 8, 16, seed=3)
-    assert (
-        draws == draw_demonstrations(features, 8, 16, seed=3) != draw_demonstrations(features, 8, 16, seed=4)
-    )
+    same, other = (draw_demonstrations(features, 8, 16, seed=seed) for seed in (3, 4))
+    assert draws == same != other
     queries = nearest_to_centroids(features, 8, seed=3).tolist()
     assert [draw.query for draw in draws] == [x for x in queries for _ in range(2)]
     for first, second in zip(draws[::2], draws[1::2], strict=True):

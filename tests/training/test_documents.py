@@ -1,6 +1,5 @@
 """Interleaved documents: what is read, what is skipped and why, which pairs become demonstrations."""
 
-import io
 import json
 import os
 from dataclasses import replace
@@ -19,12 +18,11 @@ from mmicl_kernels.methods.aim.objective import AIMObjective
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from mmicl_kernels.training import Documents, TrainingConfig, document_batches, train, trainable
+from tests.support.example_images import png
 
 
-def png(value):
-    file = io.BytesIO()
-    Image.new("L", (5, 4), value).save(file, "PNG")
-    return file.getvalue()
+def grey(value):
+    return png((value,) * 3, (5, 4))
 
 
 def record(*pairs, sentences=None):
@@ -40,7 +38,7 @@ def write(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for value in range(6):
-        (images / f"{value}.png").write_bytes(png(value))
+        (images / f"{value}.png").write_bytes(grey(value))
 
     def write(*lines, name="data.jsonl"):
         (tmp_path / name).write_bytes(b"\n".join(lines))
@@ -50,7 +48,7 @@ def write(tmp_path):
 
 
 def pair(value, sentence):
-    return Demonstration((png(value),), "", sentence)
+    return Demonstration((grey(value),), "", sentence)
 
 
 def test_pairs_in_the_order_of_their_sentences(write):
@@ -100,12 +98,12 @@ def test_several_files(write):
 def test_what_is_skipped(write, tmp_path, line, reason):
     file, images = write(line, record(("1.png", 1)), line)
     secret = tmp_path / "secret.png"
-    secret.write_bytes(png(9))
-    (tmp_path / "images.png").write_bytes(png(9))
+    secret.write_bytes(grey(9))
+    (tmp_path / "images.png").write_bytes(grey(9))
     (images / "link.png").symlink_to(secret)
     (images / "folder").symlink_to(tmp_path, target_is_directory=True)
     (images / "loop").symlink_to(images / "loop")
-    (images / "broken.png").write_bytes(png(1)[:-20])
+    (images / "broken.png").write_bytes(grey(1)[:-30])
     os.mkfifo(images / "fifo")
     documents = Documents(file, images)
     assert list(documents) == [(pair(1, "one"),)]
@@ -223,9 +221,8 @@ def described(builder, batch):
     given = batch.demonstrations
     texts = [last(*x) for x in zip(given["input_ids"], given["attention_mask"], strict=True)]
     queries = [decode(row[row != -100], skip_special_tokens=True).strip() for row in batch.labels]
-    assert [
-        last(*x) for x in zip(batch.queries["input_ids"], batch.queries["attention_mask"], strict=True)
-    ] == queries
+    prompts = batch.queries
+    assert [last(*x) for x in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)] == queries
     return [([texts[i] for i in of], query) for of, query in zip(batch.chosen, queries, strict=True)]
 
 
@@ -300,13 +297,8 @@ def test_loss_falls(write):
         before = loss(batch.chosen)
         config = TrainingConfig(learning_rate=0.05)
         train(
-            objective,
-            trainable(adapter),
-            batches(endless=True),
-            30,
-            model=model,
-            config=config,
+            objective, trainable(adapter), batches(endless=True), 30, model=model, config=config,
             progress=False,
-        )
+        )  # fmt: skip
         others = batch.chosen[1:] + batch.chosen[:1]
         assert 2 * loss(batch.chosen) < min(before, loss(others))

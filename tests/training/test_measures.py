@@ -6,15 +6,12 @@ import pytest
 import torch
 
 import mmicl_kernels as mk
-from mmicl_kernels.methods.aim.objective import AIMObjective
-from mmicl_kernels.methods.live.objective import LIVEObjective
-from mmicl_kernels.methods.m2iv.objective import M2IVObjective, synergy
+from mmicl_kernels.methods.m2iv.objective import synergy
 from mmicl_kernels.methods.measures import alignment_shares, describe_large_shares, layer_shares
-from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.ops import alignment_loss
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
-from tests.support.episode_inputs import aggregation, episode
+from tests.support.episode_inputs import aggregation, episode, objective_of
 from tests.support.published import in_double, random_adapter
 from tests.support.residuals import random_shift
 from tests.training.watching import Largest
@@ -130,19 +127,19 @@ def test_nothing_of_all_layers_is_made():
     assert largest.most == 64 * 32
 
 
-def measured(model, adapter, kind, batch, **options):
-    with mk.attach(model, adapter, **options) as handle:
-        objective = kind(handle)
+def measured(model, adapter, batch):
+    with mk.attach(model, adapter) as handle:
+        objective = objective_of(handle)
         objective.measures = True
         losses = objective(batch)
         losses.total.backward()
-    return objective, losses
+    return losses
 
 
 CASES = {
-    "mimic": (MimICObjective, lambda model: random_adapter(model, align_weight=2.0)),
-    "live": (LIVEObjective, lambda model: random_shift(model, mk.LIVEConfig(kl_weight=3.0))),
-    "m2iv": (M2IVObjective, lambda model: random_shift(model, mk.M2IVConfig(synergy_weight=0.25))),
+    "mimic": lambda model: random_adapter(model, align_weight=2.0),
+    "live": lambda model: random_shift(model, mk.LIVEConfig(kl_weight=3.0)),
+    "m2iv": lambda model: random_shift(model, mk.M2IVConfig(synergy_weight=0.25)),
 }
 
 
@@ -152,12 +149,11 @@ CASES = {
 def test_gradient_norms_are_those_of_the_weighted_parts(method, checkpointing):
     """Of each as if it were alone, its weight included; the gradient of the total stays what it is."""
     model = in_double(tiny_model("llava-llama")).requires_grad_(False)
-    kind, make = CASES[method]
     batch = episode(model)
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = make(model).double()
-    objective, losses = measured(model, adapter, kind, batch)
+    adapter = CASES[method](model).double()
+    losses = measured(model, adapter, batch)
     total = {name: x.grad.clone() for name, x in adapter.named_parameters()}
     config = adapter.config
     names = [name for name in losses.parts if "/" not in name]
@@ -168,13 +164,13 @@ def test_gradient_norms_are_those_of_the_weighted_parts(method, checkpointing):
         only = type(adapter)(alone, adapter.backbone).double()
         only.load_state_dict(adapter.state_dict())
         with mk.attach(model, only) as handle:
-            kind(handle)(batch).total.backward()
+            objective_of(handle)(batch).total.backward()
         expected = torch.cat([x.grad.flatten() for x in only.parameters()]).norm()
         assert losses.parts[f"{name}/gradient_norm"].item() == pytest.approx(expected.item(), rel=ROUNDING)
         assert expected > 0
     adapter.zero_grad()
     with mk.attach(model, adapter) as handle:
-        plain = kind(handle)(batch)
+        plain = objective_of(handle)(batch)
         plain.total.backward()
     assert set(plain.parts) == set(names)
     assert torch.equal(plain.total, losses.total)
@@ -187,7 +183,7 @@ def test_reentrant_checkpointing_has_no_gradients_of_parts():
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     adapter = random_shift(model, mk.LIVEConfig())
-    _, losses = measured(model, adapter, LIVEObjective, episode(model))
+    losses = measured(model, adapter, episode(model))
     assert set(losses.parts) == {"kl", "ce"}
     assert all(x.grad.any() for x in adapter.parameters())
 
@@ -195,7 +191,7 @@ def test_reentrant_checkpointing_has_no_gradients_of_parts():
 def test_aim_has_one_part():
     model = tiny_model("llava-llama").requires_grad_(False)
     adapter = mk.create(model, mk.AIMConfig())
-    _, losses = measured(model, adapter, AIMObjective, aggregation(model))
+    losses = measured(model, adapter, aggregation(model))
     norm = torch.cat([x.grad.flatten() for x in adapter.parameters()]).norm()
     assert set(losses.parts) == {"ce", "ce/gradient_norm"}
     assert losses.parts["ce/gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
@@ -211,7 +207,7 @@ def test_m2ivs_layers():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmicl_kernels.methods.m2iv.objective.synergy", watch)
-        _, losses = measured(model, adapter, M2IVObjective, episode(model))
+        losses = measured(model, adapter, episode(model))
     seen = torch.stack(seen)
     assert losses.parts["synergy/layer"] == seen.argmax() and len(seen) > 1
     assert losses.parts["synergy/layer_share"].item() == pytest.approx((seen.max() / seen.sum()).item())

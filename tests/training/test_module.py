@@ -15,7 +15,7 @@ from mmicl_kernels.methods.m2iv.objective import M2IVObjective
 from mmicl_kernels.methods.mimic.objective import MimICObjective
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
-from tests.support.episode_inputs import aggregation, episode, many_shot
+from tests.support.episode_inputs import aggregation, episode, many_shot, objective_of
 from tests.support.published import logits, random_adapter
 from tests.support.residuals import random_shift
 
@@ -98,7 +98,7 @@ def test_an_adapter_without_an_objective():
 @pytest.mark.parametrize("method", CASES)
 def test_train_is_that_of_the_objective(method):
     """With the learning rates of scales and the decay to the identity, however parameters are named."""
-    kind, make, draw = CASES[method]
+    _, make, draw = CASES[method]
     config = TrainingConfig(learning_rate=0.05, weight_decay=0.5)
     logs, states = [], []
     for through in ("objective", "module", "module's names"):
@@ -106,18 +106,9 @@ def test_train_is_that_of_the_objective(method):
         torch.manual_seed(0)
         adapter, batch = make(model), draw(model)
         if through == "objective":
+            given = {"model": model, "config": config, "progress": False}
             with mk.attach(model, adapter) as handle:
-                logs.append(
-                    train(
-                        kind(handle),
-                        trainable(adapter),
-                        [batch] * 3,
-                        3,
-                        model=model,
-                        config=config,
-                        progress=False,
-                    )  # fmt: skip
-                )
+                logs.append(train(objective_of(handle), trainable(adapter), [batch] * 3, 3, **given))
         else:
             module = TrainedModule(model, adapter)
             parameters = trainable(adapter if through == "module" else module)

@@ -21,7 +21,7 @@ from mmicl_kernels.training import (
     train,
     trainable,
 )
-from tests.support.example_processors import processor_of
+from tests.support.example_processors import needs_torchvision, processor_of
 
 METHODS = {
     "mimic": mk.MimICConfig(align="layer"),
@@ -59,12 +59,8 @@ def folder(request, tmp_path_factory):
 
 
 def loaded(folder):
-    try:
+    with needs_torchvision():
         return mk.load_model(folder, device="cpu"), mk.load_processor(folder)
-    except ValueError as error:  # transformers 5.17 without torchvision
-        if "None of these classes could be imported" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def asked(model, adapter, builder, records, folder):
