@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,19 @@ def assert_all_pass(*processes, at_least):
         assert int(re.search(r"(\d+) passed", output).group(1)) >= at_least, output[-2000:]
 
 
+def far_rows(x):
+    """``x``, whose rows lie along one dimension, with 2^29 elements from each to the next.
+
+    From row 4 on the product of row and stride passes int32.
+    """
+    *sizes, m = x.shape
+    n, stride = max(sizes), 2**29
+    storage = np.zeros((n - 1) * stride + m, {2: np.float16, 1: np.uint8}[x.element_size()])
+    flat = torch.from_numpy(storage).to(x.device).view(x.dtype)
+    far = flat.as_strided(x.shape, (*(stride if size > 1 else n * stride for size in sizes), 1))
+    return far.copy_(x)
+
+
 @contextmanager
 def launches(*kernels):
     """Yields the list of those of ``kernels`` that are launched inside, in order."""
@@ -67,10 +81,11 @@ def captured(step):
     return graph, results
 
 
-def assert_replays(step, data):
+def assert_replays(step, *data):
     """A graph of ``step`` reads ``data`` anew: with other values it needs no other graph."""
     graph, replayed = captured(step)
-    data.copy_(data.roll(1))
+    for x in data:
+        x.copy_(x.roll(1))
     graph.replay()
     for a, b in zip(replayed, step(), strict=True):
         assert torch.equal(a, b)
