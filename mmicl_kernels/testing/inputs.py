@@ -29,7 +29,7 @@ def normal(
         row = normal(1, *shape[1:], dtype=dtype, device=device, seed=seed)
         return row.expand(*shape)
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, dtype=torch.float64, generator=generator)
+    values = torch.randn(shape, dtype=torch.float64, generator=generator)
     return values.to(dtype=dtype, device=device)
 
 

@@ -212,16 +212,6 @@ def test_gradcheck(options, impl):
     assert torch.autograd.gradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("constant", (True, False), ids=("constant_dout", "dout_with_grad"))
-def test_double_backward_is_refused(constant, operator, device):
-    inputs = [x.requires_grad_() for x in shifted_attention_inputs(device=device)]
-    out = shifted_attention(*inputs, impl=operator)
-    dout = torch.ones_like(out).requires_grad_(not constant)
-    (dq,) = torch.autograd.grad(out, inputs[:1], dout, create_graph=True)
-    with pytest.raises(RuntimeError, match="shifted_attention cannot be differentiated twice"):
-        dq.sum().backward()
-
-
 def test_func_grad(impl, device):
     """torch.func.grad builds a graph of the backward, which must not be refused before it is used."""
     q, *others = shifted_attention_inputs(device=device)
@@ -229,26 +219,6 @@ def test_func_grad(impl, device):
     (expected,) = torch.autograd.grad(shifted_attention(leaf, *others, impl=impl).sum(), leaf)
     dq = torch.func.grad(lambda x: shifted_attention(x, *others, impl=impl).sum())(q)
     torch.testing.assert_close(dq, expected)
-
-
-def test_vmap_is_refused(operator, device):
-    q, k, v, *parameters = shifted_attention_inputs(device=device)
-    with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
-        torch.func.vmap(lambda x: shifted_attention(x, k, v, *parameters, impl=operator))(q[None])
-
-
-def test_only_the_parameters_may_train(operator, device):
-    """As in MimIC: the model is frozen, and k and v need no gradient."""
-    inputs = shifted_attention_inputs(device=device)
-    douts = output_gradients(*inputs[0].shape, dtype=torch.float32, device=device)
-    all_grads = run(inputs, {"causal": True}, (douts[0], None), operator)[1]
-    for parameter in inputs[3:]:
-        parameter.requires_grad_()
-    out = shifted_attention(*inputs, causal=True, impl=operator)
-    assert all(
-        torch.equal(x, y)
-        for x, y in zip(torch.autograd.grad(out, inputs[3:], douts[0]), all_grads[3:], strict=True)
-    )
 
 
 def test_gradients_of_any_layout(operator, device):
