@@ -5,7 +5,6 @@
 
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +21,13 @@ from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # n
 from mmicl_kernels.testing.inputs import normal  # noqa: E402
 from tests.ops.test_attention_shift import DTYPES, GRID, make_inputs  # noqa: E402
 from tests.ops.triton_process import (  # noqa: E402
-    assert_all_pass,
     assert_no_synchronisation,
+    assert_passes_interpreted,
     assert_replays,
     compiles,
     far_rows,
-    interpreted,
     on_device,
+    on_gpu_alone,
 )
 
 COUNTS = {"attention_shift": 80, "attention_shift_triton": 50}
@@ -51,9 +50,7 @@ def inputs_of(name, dtype, device, **changes):
 @pytest.mark.parametrize("name", COUNTS)
 def test_values_in_the_interpreter(name):
     """Runs the value tests of one file on the CPU."""
-    selection = ("-k", "not independent_code and not compile", "-m", "not gpu")
-    process = interpreted(*selection, Path(__file__).with_name(f"test_{name}.py"))
-    assert_all_pass(process, at_least=COUNTS[name])
+    assert_passes_interpreted("not independent_code", name, at_least=COUNTS[name])
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -183,8 +180,7 @@ def test_no_spills_at_other_head_dims(D, dtype):
 # ---- on a GPU alone ----
 
 
-@pytest.mark.gpu
-@compiles
+@on_gpu_alone
 @pytest.mark.parametrize("T", (1, 300))
 def test_cuda_graph_replay(T):
     inputs, ids, dout = inputs_of("plain", torch.bfloat16, "cuda", B=3, H=8, T=T, D=128, **ADAPTERS)
@@ -196,8 +192,7 @@ def test_cuda_graph_replay(T):
     assert_replays(step, ids, inputs[2])  # ids are data: another request needs no new graph
 
 
-@pytest.mark.gpu
-@compiles
+@on_gpu_alone
 def test_no_host_synchronisation():
     inputs, ids = make_inputs(torch.bfloat16, "cuda", B=3, H=8, T=100, D=128, **ADAPTERS)
     shifted = functools.partial(attention_shift, adapter_ids=ids, impl="triton")

@@ -21,7 +21,7 @@ from tests.ops import test_alignment_loss as alignment
 from tests.ops import test_prefix_splice as splice
 from tests.ops import test_prefix_splice_in_place as in_place
 from tests.ops import test_row_projection as projection
-from tests.ops.triton_process import slow_if_interpreted
+from tests.ops.triton_process import INTERPRETED, slow_if_interpreted
 
 IDS = torch.tensor([1, -1], dtype=torch.int32)
 ENTRIES = torch.tensor([[1, 0], [-1, 1]])
@@ -164,10 +164,10 @@ def test_autocast_changes_nothing(name, operator):
 
 @every_op
 def test_only_what_is_needed_is_computed(name, operator, device):
-    """A gradient alone, or beside one other, is the one beside all of them."""
+    """A gradient alone, and beside one other, is the one beside all of them."""
     inputs, call, _ = made(name, device=device)
     _, full = evaluate(call, leaves_of(inputs), operator)
-    for count in (1, 2):
+    for count in (1,) if INTERPRETED else (1, 2):
         for needed in itertools.combinations(range(len(inputs)), count):
             leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(inputs)]
             _, grads = evaluate(call, leaves, operator)

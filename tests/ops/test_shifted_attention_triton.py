@@ -6,7 +6,6 @@ alone is in test_shifted_attention_gpu.py.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -46,6 +45,7 @@ from tests.ops.triton_process import (  # noqa: E402
     INTERPRETED,
     assert_all_pass,
     compiles,
+    far_rows,
     interpreted,
     on_device,
 )
@@ -388,16 +388,6 @@ def assert_same_bits(first, second):
 
 
 # ---- offsets past 2^31 elements ----
-
-
-def far_rows(x):
-    """``x [1, 1, n, m]`` with its rows 2^29 elements apart: row 4 begins at 2^31."""
-    n, m, stride = *x.shape[2:], 2**29
-    storage = np.zeros((n - 1) * stride + m, {2: np.float16, 1: np.uint8}[x.element_size()])
-    flat = torch.from_numpy(storage).to(x.device).view(x.dtype)
-    far = flat.as_strided((1, 1, n, m), (n * stride, n * stride, stride, 1))
-    far.copy_(x)
-    return far
 
 
 @on_device

@@ -23,6 +23,10 @@ slow_if_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
 compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
 
 
+def on_gpu_alone(test):
+    return pytest.mark.gpu(compiles(test))
+
+
 def interpreted(*arguments):
     """A pytest process that interprets its kernels; it stops at the first failure."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:warnings"]
@@ -57,6 +61,23 @@ def far_rows(x):
     return far.copy_(x)
 
 
+def assert_passes_interpreted(selection, *names, at_least):
+    """Of the tests of these files those that ``-k selection`` selects."""
+    files = (Path(__file__).with_name(f"test_{name}.py") for name in names)
+    assert_all_pass(interpreted("-k", selection, "-m", "not gpu", *files), at_least=at_least)
+
+
+def assert_machine_code(codes, kernels, registers, *, reads_nothing=None, writes_nothing=None):
+    """Of each kernel: no spills, few registers, and rows touched 16 bytes at a time."""
+    assert [code.name for code in codes] == [kernel.__name__ for kernel in kernels]
+    for code, kernel in zip(codes, kernels, strict=True):
+        assert code.spilled_bytes == 0, code.name
+        assert code.registers <= registers, (code.name, code.registers)
+        assert "ld.global.v4.b32" in code.ptx or kernel is reads_nothing, code.name
+        assert "st.global.v4.b32" in code.ptx or kernel is writes_nothing, code.name
+        assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
+
+
 @contextmanager
 def launches(*kernels):
     """Yields the list of those of ``kernels`` that are launched inside, in order."""
@@ -82,7 +103,8 @@ def captured(step):
 
 
 def assert_replays(step, *data):
-    """A graph of ``step`` reads ``data`` anew: with other values it needs no other graph."""
+    """``step`` never waits for the GPU, and a graph of it reads ``data`` anew: other values need no other."""
+    assert_no_synchronisation(step)
     graph, replayed = captured(step)
     for x in data:
         x.copy_(x.roll(1))
