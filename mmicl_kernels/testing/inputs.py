@@ -8,6 +8,10 @@ from torch import Tensor
 LAYOUTS = ("dense", "heads_last", "sliced", "expanded")
 
 
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def normal(
     *shape: int, dtype: torch.dtype, device: str = "cpu", layout: str = "dense", seed: int = 0
 ) -> Tensor:

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from mmicl_kernels.ops.alignment_loss import alignment_loss
-from mmicl_kernels.testing.budgets import assert_within_budget, gradients
+from mmicl_kernels.testing.budgets import assert_all_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
 from tests.ops.triton_process import INTERPRETED
 
@@ -111,10 +111,8 @@ def budget(case, dtype, device):
 def test_value_and_gradients(case, dtype, impl, device):
     states, fn, dout, lows, exact = budget(case, dtype, device)
     (out,), grads = gradients(functools.partial(fn, impl=impl), states, (dout,))
-    lows, exact = [sum(x, ()) for x in lows], sum(exact, ())
-    for i, actual in enumerate((out, *grads)):
-        name = f"gradient {i - 1}" if i else "loss"
-        assert_within_budget(name, actual, [x[i] for x in lows], exact[i])
+    names = ("loss", *(f"gradient {i}" for i in range(len(grads))))
+    assert_all_within_budget(names, (out, *grads), [sum(x, ()) for x in lows], sum(exact, ()))
     assert out.dtype == dout.dtype and out.shape == ()
     assert [g.dtype for g in grads] == [x.dtype for x in states]
 

@@ -9,15 +9,12 @@ from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.ops.shifted_attention.options import Options
 from mmicl_kernels.testing.inputs import (
     attention_shift_inputs,
+    ints,
     output_gradients,
     shifted_attention_inputs,
 )
 
 OPS = torch.ops.mmicl
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 # Which branch of the operators each takes.

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mmicl_kernels.ops.row_projection import row_projection
-from mmicl_kernels.testing.budgets import assert_within_budget, gradients
+from mmicl_kernels.testing.budgets import assert_all_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
 from tests.ops.triton_process import INTERPRETED
 
@@ -117,9 +117,7 @@ def budget(case, dtype, device):
 def test_value_and_gradients(case, dtype, impl, device):
     inputs, fn, dout, lows, exact, names = budget(case, dtype, device)
     (out,), grads = gradients(functools.partial(fn, impl=impl), inputs, (dout,))
-    lows, exact = [sum(x, ()) for x in lows], sum(exact, ())
-    for i, (name, actual) in enumerate(zip(names, (out, *grads), strict=True)):
-        assert_within_budget(name, actual, [x[i] for x in lows], exact[i])
+    assert_all_within_budget(names, (out, *grads), [sum(x, ()) for x in lows], sum(exact, ()))
     assert out.dtype == dout.dtype and out.is_contiguous()
     assert [g.dtype for g in grads] == [x.dtype for x in inputs]
 
