@@ -13,6 +13,7 @@ from mmicl_kernels.testing.budgets import (
     product_error,
 )
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+from tests.ops.test_compiled_ops import same_when_compiled
 from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
@@ -381,17 +382,11 @@ def test_opcheck(name, preserve_norm, operator):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_compile(name, preserve_norm, composed):
     """First and second call, then another length, without a graph break, forward and backward."""
-    torch.compiler.reset()
-    options = {**ENTRIES[name], "preserve_norm": preserve_norm, "impl": composed}
-    fn = functools.partial(residual_shift, **options)
-    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
-    for T in (27, 27, 35):
-        inputs = residual_shift_inputs(T=T, adapters=2 if ENTRIES[name] else None)
-        dout = torch.ones_like(inputs[0])
-        pairs = zip(*(sum(gradients(f, inputs, (dout,)), ()) for f in (fn, compiled)), strict=True)
-        for eager, other in pairs:
-            assert eager.stride() == other.stride()
-            torch.testing.assert_close(other, eager)
+    fn = functools.partial(residual_shift, **ENTRIES[name], preserve_norm=preserve_norm, impl=composed)
+    adapters = 2 if ENTRIES[name] else None
+    calls = [residual_shift_inputs(T=T, adapters=adapters) for T in (27, 27, 35)]
+    calls = [(inputs, [torch.ones_like(inputs[0])]) for inputs in calls]
+    same_when_compiled(fn, calls, backend="aot_eager", dynamic=True)
 
 
 def changed(**changes):

@@ -13,6 +13,7 @@ from mmicl_kernels.testing.budgets import (
     product_error,
 )
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+from tests.ops.test_compiled_ops import same_when_compiled
 from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
@@ -292,15 +293,10 @@ def test_opcheck(ids, operator):
 
 @pytest.mark.parametrize("ids", (None, torch.tensor([1, -1])), ids=("shared", "ids"))
 def test_compile(ids, composed):
-    torch.compiler.reset()
     fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=composed)
-    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
-    for T in (27, 27, 35):
-        inputs = make_inputs(T=T, adapters=None if ids is None else 2)
-        pairs = (sum(gradients(f, inputs, output_gradients(inputs[0])), ()) for f in (fn, compiled))
-        for eager, other in zip(*pairs, strict=True):
-            assert eager.stride() == other.stride()
-            torch.testing.assert_close(other, eager)
+    calls = [make_inputs(T=T, adapters=None if ids is None else 2) for T in (27, 27, 35)]
+    calls = [(inputs, output_gradients(inputs[0])) for inputs in calls]
+    same_when_compiled(fn, calls, backend="aot_eager", dynamic=True)
 
 
 BAD = {
