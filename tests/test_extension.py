@@ -1,10 +1,11 @@
 """The C++ operators of `torch.ops.mmicl_cpu` against the formula in float64.
 
-Errors are relative Frobenius norms. An operator may err twice as much as eager PyTorch does with the
-formula in the operator's own dtype, plus one rounding of its result. In float64 the formula errs as much
-as its peer would, so the peer is float32, scaled by the ratio of the precisions, and counts three times.
+An operator may err twice as much as eager PyTorch does with the formula in the operator's own dtype, plus
+one rounding of its result. In float64 the formula errs as much as its peer would, so the peer is float32,
+scaled by the ratio of the precisions, and counts three times.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,17 +17,17 @@ from mmicl_kernels import _extension
 from mmicl_kernels.ops._core.rows import uses_of
 from mmicl_kernels.ops.alignment_loss import _torch as alignment_loss_torch
 from mmicl_kernels.ops.prefix_splice import _torch as prefix_splice_torch
-from mmicl_kernels.testing.budgets import assert_base
+from mmicl_kernels.testing.budgets import (
+    assert_base,
+    assert_within_budget,
+    eager_attention_shift,
+    gradients,
+)
 
 B, H, T, A = 3, 5, 63, 2  # T is odd and no multiple of the kernel's eight lanes
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HEAD_DIMS = [8, 40, 72, 80, 96, 128, 131]
 NAMES = ["out", "lse", "q", "weight", "bias", "shift"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -39,58 +40,24 @@ def ops():
 # ---- the formula ----
 
 
-def gate(lse, q, weight, bias, ids):
-    """mu [B, H, T], in lse's dtype; the matrix product is in q's."""
-    adapter = ids.clamp(min=0)
-    g = (q @ weight[adapter][..., None]).squeeze(-1) + bias[adapter][..., None]
-    shifted = ~torch.isinf(lse) & (ids >= 0)[:, None, None]
-    return torch.where(shifted, torch.sigmoid(g - torch.where(shifted, lse, 0)), 0)
-
-
-def shift_rows(shift, ids):
-    return shift[ids.clamp(min=0)][:, :, None]  # [B, H, 1, D]
-
-
-def formula(out, lse, q, weight, bias, shift, ids):
-    mu = gate(lse, q, weight, bias, ids).to(out.dtype)
-    return out + mu[..., None] * shift_rows(shift, ids)
-
-
 def evaluate(inputs, dout, ids, dtype):
-    """Every result of the two operators, by autograd of the formula in `dtype` (lse at least float32)."""
+    """Every result of the two operators, by autograd of the eager form in `dtype` (lse at least float32)."""
     acc = torch.promote_types(dtype, torch.float32)
-    leaves = [inputs[n].to(acc if n == "lse" else dtype).detach().requires_grad_() for n in NAMES]
-    value = formula(*leaves, ids)
-    _, dlse, dq, dweight, dbias, dshift = torch.autograd.grad(value, leaves, dout.to(dtype))
-    return {
-        "value": value.detach(),
-        "dg": -dlse,
-        "dq": dq,
-        "dgate": torch.cat([dweight, dbias[..., None]], -1),  # bias is the weight of a constant feature
-        "dshift": dshift,
-    }
+    tensors = [inputs[n].to(acc if n == "lse" else dtype) for n in NAMES]
+    fn = functools.partial(eager_attention_shift, adapter_ids=ids)
+    (value,), (_, dlse, dq, dweight, dbias, dshift) = gradients(fn, tensors, [dout.to(dtype)])
+    dgate = torch.cat([dweight, dbias[..., None]], -1)  # bias is the weight of a constant feature
+    return {"value": value, "dg": -dlse, "dq": dq, "dgate": dgate, "dshift": dshift}
 
 
-def relative_error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-def peer_of(dtype):
-    """The dtype eager PyTorch is tried in, and how often its error may be made."""
-    if dtype != torch.float64:
-        return dtype, 2
-    return torch.float32, 3 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-
-def assert_within_budget(actual, inputs, dout, ids):
-    dtype = inputs["q"].dtype
-    exact = evaluate(inputs, dout, ids, torch.float64)
-    peer, times = peer_of(dtype)
-    eager = evaluate(inputs, dout, ids, peer)
+def assert_near(actual, dtype, formula):
+    """Results by name within twice the error of ``formula(dtype)``, and one rounding of each."""
+    exact = formula(torch.float64)
+    eager = formula(torch.float32 if dtype == torch.float64 else dtype)
+    scale = 1.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if dtype == torch.float64 else 1.0
     for name, result in actual.items():
-        error = relative_error(result, exact[name])
-        budget = times * relative_error(eager[name], exact[name])
-        assert error <= budget + torch.finfo(result.dtype).eps / 2, name
+        low = exact[name] + scale * (eager[name].double() - exact[name])
+        assert_within_budget(name, result, low, exact[name], roundings=0)
 
 
 # ---- inputs ----
@@ -143,8 +110,9 @@ def test_formula(ops, dtype, D, layout, ids):
     value = ops.attention_shift_fwd(*inputs.values(), ids)
     results = {"value": value, **backward(ops, inputs, dout, ids, a=inputs["out"])}
     compared = {name: x for name, x in results.items() if name != "base"}
-    assert_within_budget(compared, inputs, dout, FIRST if ids is None else ids)
-    assert_base(results["base"], dout, list(inputs.values()), FIRST if ids is None else ids)
+    adapters = FIRST if ids is None else ids
+    assert_near(compared, dtype, functools.partial(evaluate, inputs, dout, adapters))
+    assert_base(results["base"], dout, list(inputs.values()), adapters)
 
     for name in ("value", "dq", "base"):
         assert results[name].dtype == dtype and results[name].transpose(1, 2).is_contiguous(), name
@@ -172,14 +140,12 @@ def test_formula_add_gate_grad(ops, dtype, D):
     before = dq.clone()
     ops.add_gate_grad_(dq, dg, weight, IDS)
 
-    def add(x, dg, weight):
-        return x + dg.to(x.dtype)[..., None] * weight[IDS.clamp(min=0)][:, :, None].to(x.dtype)
+    def add(dtype):
+        rows = weight[IDS.clamp(min=0)][:, :, None].to(dtype)
+        return {"dq": (before.to(dtype) + dg.to(dtype)[..., None] * rows)[on]}
 
     on = IDS >= 0
-    exact = add(before.double(), dg, weight)[on]
-    peer, times = peer_of(dtype)
-    budget = times * relative_error(add(before.to(peer), dg, weight)[on], exact)
-    assert relative_error(dq[on], exact) <= budget + torch.finfo(dtype).eps / 2
+    assert_near({"dq": dq[on]}, dtype, add)
     assert torch.equal(dq[~on], before[~on])
 
 
@@ -254,23 +220,30 @@ def test_empty(ops, shape):
     ops.add_gate_grad_(dq, dg, parameters[0], ids)
 
 
+def assert_same_for_any_number_of_threads(run):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_result_does_not_depend_on_the_number_of_threads(ops):
     b, h, t, d = 2, 8, 1000, 128
     x, out, dout = (torch.randn(b, t, h, d).transpose(1, 2) for _ in range(3))
     lse = torch.randn(b, h, t)
     parameters = torch.randn(A, h, d), torch.randn(A, h), torch.randn(A, h, d)
     ids = torch.tensor([1, 0], dtype=torch.int32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            value = ops.attention_shift_fwd(out, lse, x, *parameters, ids)
-            grads = ops.attention_shift_bwd(dout, lse, x, *parameters, ids, out, True)
-            results.append([value, *grads])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        value = ops.attention_shift_fwd(out, lse, x, *parameters, ids)
+        return value, *ops.attention_shift_bwd(dout, lse, x, *parameters, ids, out, True)
+
+    assert_same_for_any_number_of_threads(run)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
@@ -407,19 +380,15 @@ def test_formula_splice_dequantises_as_pytorch_does(ops, scale_dtype, prompt_dty
 def test_splice_does_not_depend_on_the_number_of_threads(ops):
     arguments = make_splice(torch.bfloat16, torch.float32, 3000, R=8, T=40)
     bank, _, offsets, ids, _, prompt, *_ = arguments
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            outputs = ops.prefix_splice_fwd(*arguments, "right", 100, 100)
-            grads = splice_gradients(ops, outputs[0], outputs, bank, offsets, ids, prompt)
-            batch = torch.zeros(16, 50, 3000)
-            places = ops.prefix_splice_place_(batch, *arguments[:5], torch.arange(8) - 4)
-            results.append([*outputs, *grads, batch, *places])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+
+    def run():
+        outputs = ops.prefix_splice_fwd(*arguments, "right", 100, 100)
+        grads = splice_gradients(ops, outputs[0], outputs, bank, offsets, ids, prompt)
+        batch = torch.zeros(16, 50, 3000)
+        places = ops.prefix_splice_place_(batch, *arguments[:5], torch.arange(8) - 4)
+        return *outputs, *grads, batch, *places
+
+    assert_same_for_any_number_of_threads(run)
 
 
 def test_splice_into_large_pages(ops):
@@ -521,25 +490,20 @@ def test_formula_alignment(ops, dtype, target_dtype, C):
     exact = [*alignment_loss_torch.alignment_squares_fwd(*wide, index)]
     squares = [x.double() for x in squares]
     exact.append(alignment_loss_torch.alignment_squares_bwd(*squares, *wide, order, starts))
-    for actual, expected in zip(results, exact, strict=True):
-        bound = torch.finfo(actual.dtype).eps / 2 + 8 * torch.finfo(acc).eps / 2
-        assert relative_error(actual, expected) <= bound
+    for name, actual, expected in zip(("d", "s", "dstates"), results, exact, strict=True):
+        assert_within_budget(name, actual, expected, expected, roundings=8)
         assert torch.equal(actual == 0, expected == 0)
     assert [x.dtype for x in results] == [acc, acc, dtype]
 
 
 def test_alignment_does_not_depend_on_the_number_of_threads(ops):
     squares, *rows, index, order, starts = make_alignment(torch.bfloat16, torch.float32, 9000)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            outputs = ops.alignment_squares_fwd(*rows, index)
-            results.append([*outputs, ops.alignment_squares_bwd(*squares, *rows, order, starts)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+
+    def run():
+        outputs = ops.alignment_squares_fwd(*rows, index)
+        return *outputs, ops.alignment_squares_bwd(*squares, *rows, order, starts)
+
+    assert_same_for_any_number_of_threads(run)
 
 
 ALIGNMENT = ("dd", "ds", "states", "targets", "order", "starts")

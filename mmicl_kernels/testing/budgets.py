@@ -67,6 +67,18 @@ def assert_within_budget(
     )
 
 
+def assert_all_within_budget(
+    names: Sequence[str],
+    actual: Sequence[Tensor],
+    lows: Sequence[Sequence[Tensor]],
+    exact: Sequence[Tensor],
+    roundings: float = GATE_ROUNDINGS,
+) -> None:
+    """:func:`assert_within_budget` of several results at once; ``lows`` has the eager ones of every order."""
+    for name, x, *low, wide in zip(names, actual, *lows, exact, strict=True):
+        assert_within_budget(name, x, low, wide, roundings)
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 

@@ -8,6 +8,10 @@ from torch import Tensor
 LAYOUTS = ("dense", "heads_last", "sliced", "expanded")
 
 
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 def normal(
     *shape: int, dtype: torch.dtype, device: str = "cpu", layout: str = "dense", seed: int = 0
 ) -> Tensor:
@@ -29,7 +33,7 @@ def normal(
         row = normal(1, *shape[1:], dtype=dtype, device=device, seed=seed)
         return row.expand(*shape)
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, dtype=torch.float64, generator=generator)
+    values = torch.randn(shape, dtype=torch.float64, generator=generator)
     return values.to(dtype=dtype, device=device)
 
 

@@ -20,7 +20,12 @@ from benchmarks.ops.attention_shift import shift_formula
 from benchmarks.ops.shifted_attention import plain_attention
 from benchmarks.peers import published, published_shifted_attention
 from mmicl_kernels.ops import alignment_loss, attention_shift, shifted_attention
-from mmicl_kernels.testing.budgets import assert_within_budget, eager_shifted_attention, gradients
+from mmicl_kernels.testing.budgets import (
+    assert_all_within_budget,
+    assert_within_budget,
+    eager_shifted_attention,
+    gradients,
+)
 from mmicl_kernels.testing.inputs import (
     attention_shift_inputs,
     normal,
@@ -47,8 +52,7 @@ def test_published_is_the_op_with_all_keys(G, causal, dtype):
         [x.double() for x in inputs],
         [dout[0].double()],
     )
-    for name, *values in zip(NAMES, *(sum(x, ()) for x in (actual, low, exact)), strict=True):
-        assert_within_budget(name, *values)
+    assert_all_within_budget(NAMES, sum(actual, ()), [sum(low, ())], sum(exact, ()))
 
 
 @pytest.mark.parametrize("causal", (False, True))

@@ -9,21 +9,17 @@ import torch
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.testing.budgets import (
     GATE_ROUNDINGS,
-    assert_within_budget,
+    assert_all_within_budget,
     eager_shifted_attention,
     gradients,
 )
-from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs
+from mmicl_kernels.testing.inputs import ints, normal, output_gradients, shifted_attention_inputs
 from tests.ops.triton_process import INTERPRETED
 
 # Triton has no fp64 here, and its interpreter rounds bf16 towards zero.
 WIDE = (torch.float32,) if INTERPRETED else (torch.float64, torch.float32)
 DTYPES = (*WIDE, torch.float16) if INTERPRETED else (*WIDE, torch.bfloat16, torch.float16)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dweight", "dbias", "dshift")
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def keep(*shape, seed=0):
@@ -327,6 +323,21 @@ def largest_resolved(values):
     return float(sizes.max()) if sizes.numel() else 0.0
 
 
+def assert_forward(given):
+    """``out`` and ``lse`` of a call by Triton within their budgets."""
+    inputs, arguments, _, low, exact = given
+    outputs = shifted_attention(*inputs, **arguments, return_lse=True, impl="triton")
+    lows = [results[0] for results in low[False]]
+    roundings = GATE_ROUNDINGS + largest_resolved(outputs[1])
+    assert_all_within_budget(NAMES[:2], outputs, lows, exact[False][0], roundings)
+
+
+def assert_same_bits(first, second, *context):
+    """Of two pairs of outputs and gradients."""
+    for label, x, y in zip(NAMES, sum(first, ()), sum(second, ()), strict=True):
+        assert torch.equal(x, y), (label, *context)
+
+
 def assert_values(name, dtype, impl, device, through_lse):
     """A call of the grid by ``impl``, forward and backward, within its budgets."""
     assert_within(budget(name, dtype, device), impl, through_lse)
@@ -335,12 +346,10 @@ def assert_values(name, dtype, impl, device, through_lse):
 def assert_within(given, impl, through_lse):
     inputs, arguments, (dout, dlse), low, exact = given
     outputs, grads = run(inputs, arguments, (dout, dlse if through_lse else None), impl)
-    eager = zip(*(sum(results, ()) for results in low[through_lse]), strict=True)
-    compared = zip(NAMES, outputs + grads, eager, sum(exact[through_lse], ()), strict=True)
+    lows = [sum(results, ()) for results in low[through_lse]]
+    labels = [f"{name}, through_lse={through_lse}" for name in NAMES]
     roundings = GATE_ROUNDINGS + largest_resolved(outputs[1])
-    for label, actual, lows, wide in compared:
-        label = f"{label}, through_lse={through_lse}"
-        assert_within_budget(label, actual, lows, wide, roundings)
+    assert_all_within_budget(labels, outputs + grads, lows, sum(exact[through_lse], ()), roundings)
     assert outputs[0].dtype == inputs[0].dtype
     assert outputs[1].dtype == torch.promote_types(inputs[0].dtype, torch.float32)
     assert [g.dtype for g in grads] == [x.dtype for x in inputs]

@@ -4,11 +4,8 @@
 """
 
 import functools
-import re
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,36 +18,34 @@ from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # n
 from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
 from tests.ops.chosen_rows import INDICES  # noqa: E402
 from tests.ops.triton_process import (  # noqa: E402
-    assert_all_pass,
-    assert_no_synchronisation,
+    assert_machine_code,
+    assert_passes_interpreted,
     assert_replays,
     compiles,
-    interpreted,
+    far_rows,
     launches,
     on_device,
+    on_gpu_alone,
 )
 
 FORWARD, BACKWARD = KERNELS = (_triton.squares_fwd_kernel, _triton.squares_bwd_kernel)
-FOLDER = Path(__file__).parent
 COUNTS = {"alignment_loss": 90, "alignment_loss_triton": 20}
 OTHERS = "not bad_input and not independent_code"
-# Of test_alignment_loss.py: fp16, 4096 uses of a row, and what compares with differences.
-SLOW = "value_and_gradients and torch.float16] or duplicates_are_summed or gradcheck"
+# Of test_alignment_loss.py: fp16, and 4096 uses of a row.
+SLOW = "value_and_gradients and torch.float16] or duplicates_are_summed"
 
 
 @compiles
 @pytest.mark.parametrize("name", COUNTS)
 def test_values_in_the_interpreter(name):
     """Runs the value tests of one file on the CPU, but for the slow ones."""
-    process = interpreted("-k", f"{OTHERS} and not ({SLOW})", FOLDER / f"test_{name}.py")
-    assert_all_pass(process, at_least=COUNTS[name])
+    assert_passes_interpreted(f"{OTHERS} and not ({SLOW})", name, at_least=COUNTS[name])
 
 
 @compiles
 @pytest.mark.slow
 def test_slow_values_in_the_interpreter():
-    process = interpreted("-k", f"{OTHERS} and ({SLOW})", FOLDER / "test_alignment_loss.py")
-    assert_all_pass(process, at_least=30)
+    assert_passes_interpreted(f"{OTHERS} and ({SLOW})", "alignment_loss", at_least=20)
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -80,27 +75,19 @@ def test_squares_are_the_stock_ones(name, layout, device):
 @on_device
 def test_offsets_past_two_to_the_31(device):
     """Rows 2^29 elements apart: the product of row and stride passes int32, of each dimension."""
-    n, C, stride = 6, 16, 2**29
-    storage = torch.from_numpy(np.zeros((n - 1) * stride + C, np.float16)).to(device)
-    index = torch.tensor([5, 0, 4, 5], device=device)
-    near, dd = normal(4, C, dtype=torch.float16, device=device, seed=1), torch.ones(4, device=device)
-    for shape, strides in (((1, n, C), (0, stride, 1)), ((n, 1, C), (stride, 0, 1))):
-        far = storage.as_strided(shape, strides)
-        far.copy_(normal(*shape, dtype=torch.float16, device=device))
-        pairs = (_triton.alignment_squares_fwd(x, near, index) for x in (far, far.contiguous()))
-        assert all(map(torch.equal, *pairs))
-        uses = (near, *uses_of(index, n))
-        grads = (_triton.alignment_squares_bwd(dd, dd, x, *uses) for x in (far, far.contiguous()))
-        assert torch.equal(*grads)
-    states = normal(1, n, C, dtype=torch.float16, device=device)
-    targets = storage.as_strided((4, C), (stride, 1))
-    pairs = (_triton.alignment_squares_fwd(states, y, index) for y in (targets, targets.contiguous()))
-    assert all(map(torch.equal, *pairs))
-    grads = (
-        _triton.alignment_squares_bwd(dd, dd, states, y, *uses_of(index, n))
-        for y in (targets, targets.contiguous())
-    )
-    assert torch.equal(*grads)
+    index, dd = torch.tensor([5, 0, 4, 5], device=device), torch.ones(4, device=device)
+    options = {"dtype": torch.float16, "device": device}
+    uses, targets = uses_of(index, 6), normal(4, 16, **options, seed=1)
+
+    def assert_same(near, far):
+        """Of states and targets."""
+        assert all(map(torch.equal, *(_triton.alignment_squares_fwd(*x, index) for x in (near, far))))
+        assert torch.equal(*(_triton.alignment_squares_bwd(dd, dd, *x, *uses) for x in (near, far)))
+
+    for shape in ((1, 6, 16), (6, 1, 16)):
+        states = normal(*shape, **options)
+        assert_same((states, targets), (far_rows(states), targets))
+    assert_same((states, targets), (states, far_rows(targets)))
 
 
 @on_device
@@ -139,14 +126,7 @@ def compiled(capability, C, dtype, layout="dense", target_dtype=None):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 def test_registers_and_vector_accesses(dtype, capability):
     """Registers leave room for 24 warps on an SM of 65536; rows are touched 16 bytes at a time."""
-    codes = compiled(capability, 4096, dtype)
-    assert [code.name for code in codes] == [kernel.__name__ for kernel in KERNELS]
-    for code in codes:
-        assert code.spilled_bytes == 0, code.name
-        assert code.registers <= 80, (code.name, code.registers)
-        assert "ld.global.v4.b32" in code.ptx, code.name
-        assert "st.global.v4.b32" in code.ptx or code.name == FORWARD.__name__, code.name
-        assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
+    assert_machine_code(compiled(capability, 4096, dtype), KERNELS, 80, writes_nothing=FORWARD)
 
 
 @compiles
@@ -190,14 +170,6 @@ def step_on_cuda():
     return step, mask
 
 
-@pytest.mark.gpu
-@compiles
-def test_cuda_graph_replay():
+@on_gpu_alone
+def test_cuda_graph_replay_without_synchronisation():
     assert_replays(*step_on_cuda())
-
-
-@pytest.mark.gpu
-@compiles
-def test_no_host_synchronisation():
-    step, _ = step_on_cuda()
-    assert_no_synchronisation(step)

@@ -9,15 +9,12 @@ from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.ops.shifted_attention.options import Options
 from mmicl_kernels.testing.inputs import (
     attention_shift_inputs,
+    ints,
     output_gradients,
     shifted_attention_inputs,
 )
 
 OPS = torch.ops.mmicl
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 # Which branch of the operators each takes.
@@ -71,17 +68,6 @@ def test_opcheck_shifted_attention(name, dtype, impl):
         )
 
 
-@pytest.mark.parametrize("ids", (None, ints(1, -1)), ids=("shared", "ids"))
-def test_opcheck_attention_shift(ids, composed):
-    adapters = None if ids is None else 2
-    inputs = attention_shift_inputs(adapters=adapters, dtype=torch.bfloat16, layout="heads_last")
-    torch.library.opcheck(OPS.attention_shift_fwd, (*inputs, ids, "composed"))
-    dout = torch.ones_like(inputs[0])
-    torch.library.opcheck(
-        OPS.attention_shift_bwd, (dout, *inputs[1:], ids, "composed"), test_utils=BACKWARD_CHECKS
-    )
-
-
 def results(fn, inputs, douts):
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = fn(*leaves)
@@ -94,8 +80,7 @@ def same_when_compiled(fn, calls, **compile_options):
     torch.compiler.reset()
     compiled = torch.compile(fn, fullgraph=True, **compile_options)
     for inputs, douts in calls:
-        compared = zip(results(fn, inputs, douts), results(compiled, inputs, douts), strict=True)
-        for eager, other in compared:
+        for eager, other in zip(*(results(f, inputs, douts) for f in (fn, compiled)), strict=True):
             assert eager.dtype == other.dtype and eager.stride() == other.stride()
             torch.testing.assert_close(other, eager)
 

@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from mmicl_kernels.ops import attention_shift, shifted_attention
-from mmicl_kernels.testing.inputs import attention_shift_inputs, shifted_attention_inputs
+from mmicl_kernels.testing.inputs import attention_shift_inputs, ints, shifted_attention_inputs
 
 HALF = torch.float16
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def packed(**changes):

@@ -31,19 +31,19 @@ def test_expanded_gradients_of_an_empty_shift(B, T, impl):
 # Hidden keys must stay hidden whatever the scale does to their scores; 1e-50 is 0 in fp32.
 @pytest.mark.parametrize("scale", (0.0, -0.3, 1e-50))
 @pytest.mark.parametrize("normalizer", ("visible", "all_keys"))
-def test_scale_that_does_not_scale_up(scale, normalizer, composed):
-    inputs = shifted_attention_inputs(B=2, H=4, G=2, T=9, S=9, D=8, dtype=torch.float32)
+def test_scale_that_does_not_scale_up(scale, normalizer, operator, device):
+    inputs = shifted_attention_inputs(B=2, H=4, G=2, T=9, S=9, D=8, dtype=torch.float32, device=device)
     arguments = {"causal": True, "scale": scale, "normalizer": normalizer}
 
     def run(inputs, impl):
         torch.manual_seed(1)
-        dout = torch.randn(2, 4, 9, 8).to(inputs[0].dtype)
+        dout = torch.randn(2, 4, 9, 8).to(inputs[0])
         values, grads = gradients(lambda *x: (shifted_attention(*x, impl=impl, **arguments),), inputs, [dout])
         return *values, *grads
 
     exact = run([x.double() for x in inputs], "reference")
     low = run(inputs, "reference")
-    for name, got, eager, truth in zip(("out", *NAMES), run(inputs, composed), low, exact, strict=True):
+    for name, got, eager, truth in zip(("out", *NAMES), run(inputs, operator), low, exact, strict=True):
         assert torch.isfinite(got).all(), name
         if truth.norm() > 1e-20:  # with scale 0 nothing reaches k
             assert_within_budget(name, got, eager, truth)

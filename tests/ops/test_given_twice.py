@@ -14,13 +14,9 @@ from mmicl_kernels.ops import (
     row_projection,
     shifted_attention,
 )
-from mmicl_kernels.testing.inputs import normal
+from mmicl_kernels.testing.inputs import ints, normal
 
 FP32 = torch.float32
-
-
-def ints(*values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype)
 
 
 CU, LONG_CU, ROWS, MASK = ints(0, 2, 5), ints(0, 1, 2).long(), ints(2, 5), torch.ones(5, dtype=torch.bool)

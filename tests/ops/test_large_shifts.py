@@ -20,16 +20,12 @@ from mmicl_kernels.testing.budgets import (
     gradients,
     unit_roundoff,
 )
-from mmicl_kernels.testing.inputs import normal
+from mmicl_kernels.testing.inputs import ints, normal
 from tests.ops.triton_process import INTERPRETED, slow_if_interpreted
 
 # The interpreter rounds bf16 towards zero.
 DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
 NAMES = ("dq", "dk", "dv", "dweight", "dbias", "dshift")
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @dataclass(frozen=True)

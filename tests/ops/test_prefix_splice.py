@@ -283,29 +283,6 @@ def test_uses_are_summed_in_fp32(dtype, operator, device):
     assert torch.equal(dbank, torch.full_like(dbank, large + 8))
 
 
-def test_bit_equal_twice(impl):
-    inputs, arguments = make_inputs("many", torch.float32)
-    fn = embeddings_of(arguments, impl)
-    dout = normal(*fn(*inputs).shape, dtype=torch.float32)
-    first, second = (sum(gradients(fn, inputs, (dout,)), ()) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
-def test_only_what_is_needed_is_computed(operator):
-    inputs, arguments = make_inputs("shared")
-    dout = call(*inputs, **arguments).embeddings
-    _, both = gradients(embeddings_of(arguments, operator), inputs, (dout,))
-    for number, x in enumerate(inputs):
-        frozen = list(inputs)
-
-        def fn(y, number=number, frozen=frozen):
-            frozen[number] = y
-            return embeddings_of(arguments, operator)(*frozen)
-
-        _, (grad,) = gradients(fn, (x,), (dout,))
-        assert torch.equal(grad, both[number])
-
-
 def test_outputs_without_a_gradient_cost_nothing_backward(operator):
     """Autograd would fill zeros for each of them, by a launch each."""
     inputs, arguments = make_inputs("plain")
@@ -314,45 +291,6 @@ def test_outputs_without_a_gradient_cost_nothing_backward(operator):
     with stopped, torch.profiler.profile() as profile, pytest.raises(KeyError, match="only call"):
         torch.autograd.grad(out, inputs, torch.ones_like(out))
     assert "aten::zeros" not in {event.key for event in profile.key_averages()}
-
-
-def test_the_inputs_are_not_written_to(impl):
-    inputs, arguments = make_inputs("bounds")
-    before = [x.clone() for x in inputs]
-    gradients(embeddings_of(arguments, impl), inputs, (torch.ones(4, arguments["length"], 5),))
-    assert all(map(torch.equal, inputs, before))
-
-
-def test_autocast_changes_nothing(impl):
-    inputs, arguments = make_inputs("repeated")
-    plain = call(*inputs, **arguments, impl=impl)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = call(*inputs, **arguments, impl=impl)
-    assert all(map(torch.equal, plain, cast))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradcheck(layout, impl):
-    small = {"sizes": (2, 1), "requests": ((0, 1, 1), (1, 0)), "T": 2, "C": 2, "max_length": 5}
-    inputs, arguments = make_inputs(small, torch.float64, layout=layout)
-    leaves = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(embeddings_of(arguments, impl), leaves)
-
-
-def test_double_backward_is_refused(operator):
-    inputs, arguments = make_inputs("plain")
-    bank, prompt = (x.requires_grad_() for x in inputs)
-    out = call(bank, prompt, **arguments, impl=operator).embeddings
-    dout = torch.ones_like(out).requires_grad_()
-    (dbank,) = torch.autograd.grad(out, bank, dout, create_graph=True)
-    with pytest.raises(RuntimeError, match="prefix_splice cannot be differentiated twice"):
-        dbank.sum().backward()
-
-
-def test_vmap_is_refused(operator):
-    (bank, prompt), arguments = make_inputs("plain")
-    with pytest.raises(NotImplementedError, match="prefix_splice does not support torch.func.vmap"):
-        torch.func.vmap(lambda p: call(bank, p, **arguments, impl=operator).embeddings)(prompt[None])
 
 
 OPCHECKED = {"dropped": LAYOUTS, "bounds": ("left",), "packed_prompt": ("right", "packed")}

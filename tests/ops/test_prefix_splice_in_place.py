@@ -34,7 +34,7 @@ GRID = {
 
 def make_inputs(name, dtype=torch.float32, device="cpu"):
     """``embeddings, bank`` and the other arguments, by name."""
-    case = GRID[name]
+    case = GRID[name] if isinstance(name, str) else name
     sizes, requests, C = case["sizes"], case["requests"], case.get("C", 5)
     ints = functools.partial(torch.tensor, dtype=torch.int32, device=device)
     rows = len(requests) * case.get("copies", 1)
@@ -147,15 +147,6 @@ def test_only_the_bank_needs_a_gradient(impl):
     assert out is embeddings and out.requires_grad
     (dbank,) = torch.autograd.grad(out, bank, torch.ones_like(out))
     assert torch.equal(dbank[:, 0], torch.tensor([2.0] * 4 + [2.0] * 5))
-
-
-def test_double_backward_is_refused(operator):
-    (embeddings, bank), arguments = make_inputs("plain")
-    out = prefix_splice_(embeddings, bank.requires_grad_(), **arguments, impl=operator)
-    dout = torch.ones_like(out).requires_grad_()
-    (dbank,) = torch.autograd.grad(out, bank, dout, create_graph=True)
-    with pytest.raises(RuntimeError, match="prefix_splice_ cannot be differentiated twice"):
-        dbank.sum().backward()
 
 
 def test_opcheck(operator):

@@ -13,6 +13,7 @@ from mmicl_kernels.testing.budgets import (
     product_error,
 )
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+from tests.ops.test_compiled_ops import same_when_compiled
 from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
@@ -350,72 +351,8 @@ def test_ids_of_64_bits_and_other_strides(impl):
     assert torch.equal(out, expected)
 
 
-def test_bit_equal_twice(impl):
-    inputs = residual_shift_inputs(3, 67, 72, adapters=2)
-    ids, dout = torch.tensor([1, 0, 1]), normal(3, 67, 72, dtype=torch.float32)
-    fn = functools.partial(residual_shift, adapter_ids=ids, preserve_norm=True, impl=impl)
-    first, second = (sum(gradients(fn, inputs, (dout,)), ()) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
-def test_only_what_is_needed_is_computed(operator):
-    """Frozen entries: the gradient of x alone, equal to the one beside the others."""
+def test_vmap_of_the_reference():
     x, vector, scale = residual_shift_inputs()
-    for preserve_norm in (False, True):
-        fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl=operator)
-        _, full = gradients(fn, (x, vector, scale), (x,))
-        _, (dx,) = gradients(lambda y, fn=fn: fn(y, vector, scale), (x,), (x,))
-        _, (dscale,) = gradients(lambda s, fn=fn: fn(x, vector, s), (scale,), (x,))
-        assert torch.equal(dx, full[0]) and torch.equal(dscale, full[2])
-
-
-def test_the_input_is_not_written_to(impl):
-    inputs = residual_shift_inputs()
-    before = [x.clone() for x in inputs]
-    for preserve_norm in (False, True):
-        fn = functools.partial(residual_shift, preserve_norm=preserve_norm, impl=impl)
-        gradients(fn, inputs, (torch.ones_like(inputs[0]),))
-    assert all(map(torch.equal, inputs, before))
-
-
-def test_autocast_changes_nothing(impl):
-    inputs, ids = residual_shift_inputs(adapters=2), torch.tensor([1, 0])
-    fn = functools.partial(residual_shift, preserve_norm=True, adapter_ids=ids, impl=impl)
-    plain = sum(gradients(fn, inputs, (inputs[0],)), ())
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = sum(gradients(fn, inputs, (inputs[0],)), ())
-    assert all(map(torch.equal, plain, cast))
-
-
-@pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
-def test_gradcheck(preserve_norm, impl):
-    inputs = residual_shift_inputs(2, 3, 4, adapters=2, dtype=torch.float64)
-    strengths = normal(2, 2, dtype=torch.float64, seed=5)
-    ids = torch.tensor([[1, 0], [-1, 1]])
-    leaves = [x.requires_grad_() for x in (*inputs, strengths)]
-
-    def fn(x, vector, scale, strengths):
-        return residual_shift(
-            x, vector, scale, adapter_ids=ids, strengths=strengths, preserve_norm=preserve_norm, impl=impl
-        )
-
-    assert torch.autograd.gradcheck(fn, leaves)
-    if impl == "reference":
-        assert torch.autograd.gradgradcheck(fn, leaves)
-
-
-def test_double_backward_is_refused(operator):
-    x, vector, scale = (p.requires_grad_() for p in residual_shift_inputs())
-    out = residual_shift(x, vector, scale, preserve_norm=True, impl=operator)
-    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out), create_graph=True)
-    with pytest.raises(RuntimeError, match="residual_shift cannot be differentiated twice"):
-        dx.sum().backward()
-
-
-def test_vmap(operator):
-    x, vector, scale = residual_shift_inputs()
-    with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
-        torch.func.vmap(lambda y: residual_shift(y, vector, scale, impl=operator))(x[None])
     mapped = torch.func.vmap(lambda y: residual_shift(y, vector, scale, impl="reference"))(x[None])
     assert torch.equal(mapped[0], residual_shift(x, vector, scale, impl="reference"))
 
@@ -445,17 +382,11 @@ def test_opcheck(name, preserve_norm, operator):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_compile(name, preserve_norm, composed):
     """First and second call, then another length, without a graph break, forward and backward."""
-    torch.compiler.reset()
-    options = {**ENTRIES[name], "preserve_norm": preserve_norm, "impl": composed}
-    fn = functools.partial(residual_shift, **options)
-    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
-    for T in (27, 27, 35):
-        inputs = residual_shift_inputs(T=T, adapters=2 if ENTRIES[name] else None)
-        dout = torch.ones_like(inputs[0])
-        pairs = zip(*(sum(gradients(f, inputs, (dout,)), ()) for f in (fn, compiled)), strict=True)
-        for eager, other in pairs:
-            assert eager.stride() == other.stride()
-            torch.testing.assert_close(other, eager)
+    fn = functools.partial(residual_shift, **ENTRIES[name], preserve_norm=preserve_norm, impl=composed)
+    adapters = 2 if ENTRIES[name] else None
+    calls = [residual_shift_inputs(T=T, adapters=adapters) for T in (27, 27, 35)]
+    calls = [(inputs, [torch.ones_like(inputs[0])]) for inputs in calls]
+    same_when_compiled(fn, calls, backend="aot_eager", dynamic=True)
 
 
 def changed(**changes):

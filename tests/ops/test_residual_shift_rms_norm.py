@@ -13,6 +13,7 @@ from mmicl_kernels.testing.budgets import (
     product_error,
 )
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+from tests.ops.test_compiled_ops import same_when_compiled
 from tests.ops.triton_process import INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
@@ -220,24 +221,6 @@ def test_no_adapters(scale, impl):
     torch.testing.assert_close(grads[4], others[4])
 
 
-@pytest.mark.parametrize("frozen", ("entry", "weight", "both"))
-def test_only_what_is_needed_is_computed(frozen, operator):
-    inputs, ids = make_inputs(adapters=2), torch.tensor([1, 0])
-    douts = output_gradients(inputs[0])
-    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=operator)
-    _, full = gradients(fn, inputs, douts)
-    live = {"entry": (0, 1, 4), "weight": (0, 2, 3), "both": (1,)}[frozen]
-
-    def partly(*leaves):
-        everything = list(inputs)
-        for i, leaf in zip(live, leaves, strict=True):
-            everything[i] = leaf
-        return fn(*everything)
-
-    _, grads = gradients(partly, [inputs[i] for i in live], douts)
-    assert all(torch.equal(grad, full[i]) for grad, i in zip(grads, live, strict=True))
-
-
 def test_off_is_the_plain_norm_bit_for_bit(impl):
     x, residual, vector, scale, weight = make_inputs(adapters=2, dtype=torch.float16)
     fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=impl)
@@ -294,45 +277,6 @@ def test_empty(shape, impl):
     assert not any(g.any() for g in grads[2:])
 
 
-def test_the_input_is_not_written_to_and_twice_is_equal(impl):
-    inputs = make_inputs(3, 67, adapters=2)
-    before = [x.clone() for x in inputs]
-    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=torch.tensor([1, 0, 1]), impl=impl)
-    first, second = (sum(gradients(fn, inputs, output_gradients(inputs[0])), ()) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-    assert all(map(torch.equal, inputs, before))
-
-
-def test_autocast_changes_nothing(impl):
-    inputs, ids = make_inputs(adapters=2), torch.tensor([1, 0])
-    fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=impl)
-    plain = sum(gradients(fn, inputs, output_gradients(inputs[0])), ())
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = sum(gradients(fn, inputs, output_gradients(inputs[0])), ())
-    assert all(map(torch.equal, plain, cast))
-
-
-@pytest.mark.parametrize("convention", CONVENTIONS)
-def test_gradcheck(convention, impl):
-    leaves = [x.requires_grad_() for x in make_inputs(2, 3, 4, adapters=2, dtype=torch.float64)]
-    fn = functools.partial(
-        residual_shift_rms_norm, eps=EPS, weight_offset=CONVENTIONS[convention],
-        adapter_ids=torch.tensor([1, -1]), impl=impl,
-    )  # fmt: skip
-    assert torch.autograd.gradcheck(fn, leaves)
-
-
-def test_double_backward_and_vmap_are_refused(operator):
-    leaves = [x.requires_grad_() for x in make_inputs()]
-    fn = functools.partial(residual_shift_rms_norm, eps=EPS, impl=operator)
-    (dx,) = torch.autograd.grad(fn(*leaves)[0].sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="residual_shift_rms_norm cannot be differentiated twice"):
-        dx.sum().backward()
-    x, *rest = make_inputs()
-    with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
-        torch.func.vmap(lambda y: fn(y, *rest))(x[None])
-
-
 @pytest.mark.parametrize("ids", (None, torch.tensor([[1], [-1]], dtype=torch.int32)), ids=("shared", "ids"))
 def test_opcheck(ids, operator):
     adapters = None if ids is None else 2
@@ -349,15 +293,10 @@ def test_opcheck(ids, operator):
 
 @pytest.mark.parametrize("ids", (None, torch.tensor([1, -1])), ids=("shared", "ids"))
 def test_compile(ids, composed):
-    torch.compiler.reset()
     fn = functools.partial(residual_shift_rms_norm, eps=EPS, adapter_ids=ids, impl=composed)
-    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
-    for T in (27, 27, 35):
-        inputs = make_inputs(T=T, adapters=None if ids is None else 2)
-        pairs = (sum(gradients(f, inputs, output_gradients(inputs[0])), ()) for f in (fn, compiled))
-        for eager, other in zip(*pairs, strict=True):
-            assert eager.stride() == other.stride()
-            torch.testing.assert_close(other, eager)
+    calls = [make_inputs(T=T, adapters=None if ids is None else 2) for T in (27, 27, 35)]
+    calls = [(inputs, output_gradients(inputs[0])) for inputs in calls]
+    same_when_compiled(fn, calls, backend="aot_eager", dynamic=True)
 
 
 BAD = {

@@ -5,9 +5,7 @@
 
 import functools
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,13 +19,13 @@ from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs  # noqa: E402
 from tests.ops.triton_process import (  # noqa: E402
-    assert_all_pass,
-    assert_no_synchronisation,
+    assert_passes_interpreted,
     assert_replays,
     compiles,
-    interpreted,
+    far_rows,
     launches,
     on_device,
+    on_gpu_alone,
 )
 
 KERNELS = (
@@ -37,7 +35,6 @@ KERNELS = (
     norm.residual_shift_rms_norm_fwd_kernel,
     norm.residual_shift_rms_norm_bwd_kernel,
 )
-FOLDER = Path(__file__).parent
 
 
 @compiles
@@ -52,7 +49,7 @@ FOLDER = Path(__file__).parent
 def test_values_in_the_interpreter(name):
     """Runs every value test of one file on the CPU."""
     at_least = 5 if name.endswith("triton") else 100
-    assert_all_pass(interpreted("-k", "not bad_input", FOLDER / f"test_{name}.py"), at_least=at_least)
+    assert_passes_interpreted("not bad_input", name, at_least=at_least)
 
 
 # ---- values: the interpreter's, or a GPU's ----
@@ -80,12 +77,8 @@ def test_many_blocks_and_adapters(preserve_norm, device):
 @on_device
 def test_offsets_past_two_to_the_31(device):
     """Five rows, 2^29 elements apart: the product of row and stride passes int32."""
-    T, C, stride = 5, 16, 2**29
-    storage = torch.from_numpy(np.zeros((T - 1) * stride + C, np.float16)).to(device)
-    far = storage.as_strided((1, T, C), (stride, stride, 1))
-    x, vector, scale = (p.to(device) for p in residual_shift_inputs(1, T, C, dtype=torch.float16))
-    far.copy_(x)
-    weight = torch.ones(C, device=device)
+    x, vector, scale = residual_shift_inputs(1, 5, 16, dtype=torch.float16, device=device)
+    far, weight = far_rows(x), torch.ones(16, device=device)
     for preserve_norm in (False, True):
         results = [
             residual_shift(y, vector, scale, preserve_norm=preserve_norm, impl="triton") for y in (x, far)
@@ -209,14 +202,6 @@ def step_on_cuda():
     return step, options["adapter_ids"]
 
 
-@pytest.mark.gpu
-@compiles
-def test_cuda_graph_replay():
+@on_gpu_alone
+def test_cuda_graph_replay_without_synchronisation():
     assert_replays(*step_on_cuda())
-
-
-@pytest.mark.gpu
-@compiles
-def test_no_host_synchronisation():
-    step, _ = step_on_cuda()
-    assert_no_synchronisation(step)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mmicl_kernels.ops.row_projection import row_projection
-from mmicl_kernels.testing.budgets import assert_within_budget, gradients
+from mmicl_kernels.testing.budgets import assert_all_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
 from tests.ops.triton_process import INTERPRETED
 
@@ -117,9 +117,7 @@ def budget(case, dtype, device):
 def test_value_and_gradients(case, dtype, impl, device):
     inputs, fn, dout, lows, exact, names = budget(case, dtype, device)
     (out,), grads = gradients(functools.partial(fn, impl=impl), inputs, (dout,))
-    lows, exact = [sum(x, ()) for x in lows], sum(exact, ())
-    for i, (name, actual) in enumerate(zip(names, (out, *grads), strict=True)):
-        assert_within_budget(name, actual, [x[i] for x in lows], exact[i])
+    assert_all_within_budget(names, (out, *grads), [sum(x, ()) for x in lows], sum(exact, ()))
     assert out.dtype == dout.dtype and out.is_contiguous()
     assert [g.dtype for g in grads] == [x.dtype for x in inputs]
 
@@ -206,78 +204,16 @@ def test_duplicates_are_summed_in_fp32(impl):
     assert torch.equal(dhidden[0, :, 0], torch.tensor([0.0, 4096.0, 0.0], dtype=torch.float16))
 
 
-def test_bit_equal_twice(impl):
-    hidden, weight, named = make_inputs("norm", torch.float32, C=72)
-    rows = torch.arange(300) ** 2 % 26
-    fn = functools.partial(op, rows, None, tuple(named), impl=impl)
-    inputs, dout = (hidden, weight, *named.values()), normal(300, 24, dtype=torch.float32)
-    first, second = (sum(gradients(fn, inputs, (dout,)), ()) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
 @pytest.mark.parametrize("form", ("bias", "norm"))
-def test_only_what_is_needed_is_computed(form, operator):
-    """Each gradient alone equals the one beside the others; a frozen weight saves no gathered rows."""
+def test_a_frozen_weight_saves_no_gathered_rows(form, operator):
     hidden, weight, named = make_inputs(form, torch.float32)
-    inputs, dout = (hidden, weight, *named.values()), torch.ones(4, 24)
     fn = functools.partial(op, torch.tensor([3, 3, -1, 9]), None, tuple(named), impl=operator)
-    _, full = gradients(fn, inputs, (dout,))
-    for i, expected in enumerate(full):
-
-        def alone(x, i=i):
-            return fn(*inputs[:i], x, *inputs[i + 1 :])
-
-        assert torch.equal(gradients(alone, (inputs[i],), (dout,))[1][0], expected)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.shape), x)[1], lambda x: x):
         fn(hidden.requires_grad_(), weight, *named.values())
         assert (4, 40) not in saved
         fn(hidden.detach(), weight.requires_grad_(), *named.values())
         assert (4, 40) in saved and hidden.shape not in saved
-
-
-def test_the_input_is_not_written_to(impl):
-    hidden, weight, named = make_inputs("norm", torch.float32)
-    inputs, rows = (hidden, weight, *named.values()), torch.tensor([3, -1, 9])
-    before = [x.clone() for x in (*inputs, rows)]
-    fn = functools.partial(op, rows, None, tuple(named), impl=impl)
-    gradients(fn, inputs, (torch.ones(3, 24),))
-    assert all(map(torch.equal, (*inputs, rows), before))
-
-
-def test_autocast_changes_nothing(operator):
-    hidden, weight, named = make_inputs("norm", torch.float32)
-    inputs, dout = (hidden, weight, *named.values()), torch.ones(3, 24)
-    fn = functools.partial(op, torch.tensor([3, -1, 9]), None, tuple(named), impl=operator)
-    plain = sum(gradients(fn, inputs, (dout,)), ())
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = sum(gradients(fn, inputs, (dout,)), ())
-    assert all(map(torch.equal, plain, cast))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form, impl):
-    hidden, weight, named = make_inputs(form, torch.float64, T=3, C=4, D=5)
-    leaves = [x.requires_grad_() for x in (hidden, weight, *named.values())]
-    fn = functools.partial(op, torch.tensor([5, 0, -1, 5]), None, tuple(named), impl=impl)
-    assert torch.autograd.gradcheck(fn, leaves)
-    if impl == "reference":
-        assert torch.autograd.gradgradcheck(fn, leaves)
-
-
-def test_double_backward_is_refused(operator):
-    hidden, weight, _ = make_inputs("linear", torch.float32)
-    out = row_projection(hidden.requires_grad_(), torch.tensor([1]), weight.requires_grad_(), impl=operator)
-    (dhidden,) = torch.autograd.grad(out, hidden, torch.ones_like(out), create_graph=True)
-    with pytest.raises(RuntimeError, match="row_projection cannot be differentiated twice"):
-        dhidden.sum().backward()
-
-
-def test_vmap(operator):
-    hidden, weight, _ = make_inputs("linear", torch.float32)
-    fn = functools.partial(row_projection, rows=torch.tensor([1]), weight=weight)
-    with pytest.raises(NotImplementedError, match="vmap.*impl='reference'"):
-        torch.func.vmap(lambda x: fn(x, impl=operator))(hidden[None])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,17 +17,17 @@ from torch.profiler import ProfilerActivity  # noqa: E402
 from mmicl_kernels.ops import shifted_attention  # noqa: E402
 from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
-from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
 from mmicl_kernels.testing.cross_compile import SHARED_MEMORY, compiling_for  # noqa: E402
 from mmicl_kernels.testing.inputs import normal, output_gradients, shifted_attention_inputs  # noqa: E402
 from tests.ops.shifted_attention_grid import (  # noqa: E402
     NAMES,
+    assert_forward,
+    assert_same_bits,
     assert_within,
     budget_of,
     case,
     ints,
     keep,
-    largest_resolved,
     run,
 )
 from tests.ops.shifted_attention_launches import COMBINE, DELTA, DKDV, DQ, FORWARD, names, note_launches  # noqa: E402
@@ -135,12 +135,7 @@ def test_prefill(name, dtype, launches):
 @halves
 @decodes
 def test_decode(name, dtype, launches):
-    inputs, arguments, _, low, exact = budget_of(DECODES[name], dtype, CUDA, ways=(False,))
-    outputs = shifted_attention(*inputs, **arguments, return_lse=True, impl="triton")
-    eager = zip(*(results[0] for results in low[False]), strict=True)
-    roundings = GATE_ROUNDINGS + largest_resolved(outputs[1])
-    for label, actual, lows, wide in zip(NAMES[:2], outputs, eager, exact[False][0], strict=True):
-        assert_within_budget(label, actual, lows, wide, roundings)
+    assert_forward(budget_of(DECODES[name], dtype, CUDA, ways=(False,)))
     is_split = launches[0].arguments["SPLITS"] > 1
     assert names(launches) == [FORWARD, *[COMBINE] * is_split]
     assert not (is_split and name in ("batch", "short"))
@@ -159,8 +154,7 @@ def test_descriptors_and_pointers_agree(name, dtype, launches):
     first, second = (run([*qkv, *parameters], arguments, douts, "triton") for qkv in ((q, k, v), unaligned))
     used = [x.arguments["TMA"] for x in launches if x.name not in DELTA]
     assert used == [True] * 3 + [False] * 3
-    for label, x, y in zip(NAMES, sum(first, ()), sum(second, ()), strict=True):
-        assert torch.equal(x, y), label
+    assert_same_bits(first, second)
 
 
 @gpu
@@ -169,8 +163,7 @@ def test_bit_equal_twice(name):
     inputs, arguments, douts = arguments_of(PREFILLS[name])
     first, *others = (run(inputs, arguments, douts, "triton") for _ in range(3))
     for other in others:
-        for label, x, y in zip(NAMES, sum(first, ()), sum(other, ()), strict=True):
-            assert torch.equal(x, y), label
+        assert_same_bits(first, other)
 
 
 @gpu

@@ -21,6 +21,7 @@ from mmicl_kernels.testing.cross_compile import (  # noqa: E402
     compiling_for,
     machine_code,
 )
+from mmicl_kernels.testing.inputs import ints  # noqa: E402
 from tests.ops.triton_process import compiles  # noqa: E402
 
 pytestmark = compiles
@@ -43,10 +44,6 @@ ALL = (
 )
 # Rows of sm_89 are those of sm_80 that fit its shared memory; the code is the same.
 ROWS = [row for row in launch.CONFIGS if row[2] in (launch.SM_80, launch.SM_90)]
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def variants(is_general, T, S, dtype):

@@ -6,7 +6,6 @@ alone is in test_shifted_attention_gpu.py.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,16 +17,15 @@ from mmicl_kernels.ops import shifted_attention  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import launch  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton.launch import LaunchConfig  # noqa: E402
 from mmicl_kernels.ops.shifted_attention.options import Options  # noqa: E402
-from mmicl_kernels.testing.budgets import GATE_ROUNDINGS, assert_within_budget  # noqa: E402
 from mmicl_kernels.testing.inputs import output_gradients, shifted_attention_inputs  # noqa: E402
 from tests.ops.shifted_attention_grid import (  # noqa: E402
     GRID,
-    NAMES,
     TYPICAL,
+    assert_forward,
+    assert_same_bits,
     assert_values,
     budget,
     ints,
-    largest_resolved,
     run,
 )
 from tests.ops.shifted_attention_launches import (  # noqa: E402
@@ -46,6 +44,7 @@ from tests.ops.triton_process import (  # noqa: E402
     INTERPRETED,
     assert_all_pass,
     compiles,
+    far_rows,
     interpreted,
     on_device,
 )
@@ -57,7 +56,7 @@ FP32 = torch.float32
 
 
 GRID_TESTS = Path(__file__).with_name("test_shifted_attention.py")
-SHARED = ("extremes", "adapter_stacks", "far_numbers", "large_shifts", "overlapping_rows")
+SHARED = ("every_op", "extremes", "adapter_stacks", "far_numbers", "large_shifts", "overlapping_rows")
 
 
 @compiles
@@ -86,16 +85,6 @@ def test_slow_values_in_the_interpreter():
 @pytest.fixture
 def launches(monkeypatch):
     return note_launches(monkeypatch)
-
-
-def assert_forward(name, dtype, device):
-    """``out`` and ``lse`` of a call of the grid within their budgets."""
-    inputs, arguments, _, low, exact = budget(name, dtype, device)
-    outputs = shifted_attention(*inputs, **arguments, return_lse=True, impl="triton")
-    eager = zip(*(results[0] for results in low[False]), strict=True)
-    roundings = GATE_ROUNDINGS + largest_resolved(outputs[1])
-    for label, actual, lows, wide in zip(NAMES[:2], outputs, eager, exact[False][0], strict=True):
-        assert_within_budget(label, actual, lows, wide, roundings)
 
 
 # ---- tiles, TMA, heads ----
@@ -130,7 +119,7 @@ def test_descriptors(name, device, monkeypatch, launches):
 @pytest.mark.parametrize("name", ("sliced", "expanded", "head_dim_1"))
 def test_no_descriptors_of_rows_that_the_copy_engine_refuses(name, device, monkeypatch, launches):
     use(monkeypatch, SQUARE_TMA)
-    assert_forward(name, FP32, device)
+    assert_forward(budget(name, FP32, device))
     assert [x.arguments["TMA"] for x in launches] == [False]
 
 
@@ -181,7 +170,7 @@ SLOW_CHUNKS = (
 def test_splits(name, parts, device, monkeypatch, launches):
     """Of 64 parts most have no key."""
     split(monkeypatch, parts, rows=256)
-    assert_forward(name, FP32, device)
+    assert_forward(budget(name, FP32, device))
     assert names(launches) == [FORWARD, COMBINE]
     forward = launches[0].arguments
     assert forward["SPLITS"] == parts and forward["PACK"] == forward["GROUP"]
@@ -192,7 +181,7 @@ def test_splits(name, parts, device, monkeypatch, launches):
 @pytest.mark.parametrize("name", DECODES)
 def test_one_launch_where_one_part_is_enough(name, device, monkeypatch, launches):
     split(monkeypatch, 1)
-    assert_forward(name, FP32, device)
+    assert_forward(budget(name, FP32, device))
     assert names(launches) == [FORWARD]
     assert launches[0].arguments["PACK"] == launches[0].arguments["GROUP"]
 
@@ -284,8 +273,7 @@ def test_bit_equal_twice(name, device, monkeypatch):
         list(every_launch(lambda: run(inputs, arguments, douts, "triton"), monkeypatch)) for _ in range(2)
     )
     for (way, one), (_, other) in zip(first, second, strict=True):
-        for label, x, y in zip(NAMES, sum(one, ()), sum(other, ()), strict=True):
-            assert torch.equal(x, y), (way, label)
+        assert_same_bits(one, other, way)
 
 
 def garbage(device, T, softcap=None):
@@ -304,8 +292,7 @@ def garbage(device, T, softcap=None):
 def test_finite_rows_beyond_kv_end_mean_nothing(T, softcap, device, monkeypatch):
     """In the last partial tile too, whichever way it is loaded; bit for bit. NaN there is no contract."""
     for way, (clean, dirty) in every_launch(lambda: garbage(device, T, softcap), monkeypatch):
-        for label, x, y in zip(NAMES, sum(clean, ()), sum(dirty, ()), strict=True):
-            assert torch.equal(x, y), (way, label)
+        assert_same_bits(clean, dirty, way)
         dk, dv = dirty[1][1:3]
         assert not dk[:, :, 11:].any() and not dv[:, :, 11:].any(), way
 
@@ -331,20 +318,6 @@ def test_nan_is_not_hidden(T, normalizer, device, monkeypatch):
         assert torch.equal(lse.isnan(), sees), way
         assert torch.equal(out.isnan().any(-1), spoilt), way
         assert torch.equal(out.isnan().all(-1), spoilt), way
-
-
-@on_device
-@pytest.mark.parametrize("scale", (0.0, -0.3, 1e-50))
-def test_scale_that_does_not_scale_up(scale, device, monkeypatch, launches):
-    """Hidden keys stay hidden; 1e-50 is 0 in fp32."""
-    inputs = shifted_attention_inputs(T=9, S=9, device=device)
-    arguments = {"causal": True, "scale": scale}
-    dout, _ = output_gradients(*inputs[0].shape, dtype=FP32, device=device)
-    exact = run([x.double() for x in inputs], arguments, (dout.double(), None), "reference")
-    actual = run(inputs, arguments, (dout, None), "triton")
-    for label, x, y in zip(NAMES, sum(actual, ()), sum(exact, ()), strict=True):
-        torch.testing.assert_close(x, y.float(), msg=lambda m, label=label: f"{label}: {m}")
-    assert not launches[0].arguments["FOLD"]
 
 
 def strided(x):
@@ -382,22 +355,7 @@ def test_strided_cu_seqlens(device):
     assert_same_bits(run(inputs, arguments, douts, "triton"), run(inputs, apart, douts, "triton"))
 
 
-def assert_same_bits(first, second):
-    for label, x, y in zip(NAMES, sum(first, ()), sum(second, ()), strict=True):
-        assert torch.equal(x, y), label
-
-
 # ---- offsets past 2^31 elements ----
-
-
-def far_rows(x):
-    """``x [1, 1, n, m]`` with its rows 2^29 elements apart: row 4 begins at 2^31."""
-    n, m, stride = *x.shape[2:], 2**29
-    storage = np.zeros((n - 1) * stride + m, {2: np.float16, 1: np.uint8}[x.element_size()])
-    flat = torch.from_numpy(storage).to(x.device).view(x.dtype)
-    far = flat.as_strided((1, 1, n, m), (n * stride, n * stride, stride, 1))
-    far.copy_(x)
-    return far
 
 
 @on_device

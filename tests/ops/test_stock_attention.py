@@ -297,8 +297,11 @@ def test_dropping_the_gradient_through_lse_breaks_the_budget(backend, name, dtyp
     actual = backward_through_shift(kernel, inputs, dout, lse, a, drop_dlse=True)
     for i, label in enumerate(("dq", "dk")):
         lows = [low[2 + i] for low in given.low]
+        # In fp32 by far.
+        times, exact = 5 if dtype == torch.float32 else 1, given.exact[2 + i]
+        closer = exact + (actual[i].cpu().double() - exact) / times
         with pytest.raises(AssertionError, match="exceeds the budget"):
-            assert_within_budget(label, actual[i].cpu(), lows, given.exact[2 + i], given.roundings)
+            assert_within_budget(label, closer.to(dtype), lows, exact, given.roundings)
 
 
 @cases(("aligned", "gqa_63", "d128", "bias"))

@@ -7,11 +7,7 @@ import torch
 
 from mmicl_kernels.ops.shifted_attention.options import Visibility
 from mmicl_kernels.ops.shifted_attention.reference import masked_softmax
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
+from mmicl_kernels.testing.inputs import ints
 
 B = 2
 BOUNDS = ((None, None), (ints(0, 2), None), (None, ints(5, 3)), (ints(3, 0), ints(2, 4)))

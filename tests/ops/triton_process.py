@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,10 @@ DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pyte
 on_device = pytest.mark.parametrize("device", [DEVICE])
 slow_if_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
 compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
+
+
+def on_gpu_alone(test):
+    return pytest.mark.gpu(compiles(test))
 
 
 def interpreted(*arguments):
@@ -41,6 +46,36 @@ def assert_all_pass(*processes, at_least):
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-8000:]
         assert int(re.search(r"(\d+) passed", output).group(1)) >= at_least, output[-2000:]
+
+
+def far_rows(x):
+    """``x``, whose rows lie along one dimension, with 2^29 elements from each to the next.
+
+    From row 4 on the product of row and stride passes int32.
+    """
+    *sizes, m = x.shape
+    n, stride = max(sizes), 2**29
+    storage = np.zeros((n - 1) * stride + m, {2: np.float16, 1: np.uint8}[x.element_size()])
+    flat = torch.from_numpy(storage).to(x.device).view(x.dtype)
+    far = flat.as_strided(x.shape, (*(stride if size > 1 else n * stride for size in sizes), 1))
+    return far.copy_(x)
+
+
+def assert_passes_interpreted(selection, *names, at_least):
+    """Of the tests of these files those that ``-k selection`` selects."""
+    files = (Path(__file__).with_name(f"test_{name}.py") for name in names)
+    assert_all_pass(interpreted("-k", selection, "-m", "not gpu", *files), at_least=at_least)
+
+
+def assert_machine_code(codes, kernels, registers, *, reads_nothing=None, writes_nothing=None):
+    """Of each kernel: no spills, few registers, and rows touched 16 bytes at a time."""
+    assert [code.name for code in codes] == [kernel.__name__ for kernel in kernels]
+    for code, kernel in zip(codes, kernels, strict=True):
+        assert code.spilled_bytes == 0, code.name
+        assert code.registers <= registers, (code.name, code.registers)
+        assert "ld.global.v4.b32" in code.ptx or kernel is reads_nothing, code.name
+        assert "st.global.v4.b32" in code.ptx or kernel is writes_nothing, code.name
+        assert not re.search(r"(ld|st)\.global\.b16", code.ptx), code.name
 
 
 @contextmanager
@@ -67,10 +102,12 @@ def captured(step):
     return graph, results
 
 
-def assert_replays(step, data):
-    """A graph of ``step`` reads ``data`` anew: with other values it needs no other graph."""
+def assert_replays(step, *data):
+    """``step`` never waits for the GPU, and a graph of it reads ``data`` anew: other values need no other."""
+    assert_no_synchronisation(step)
     graph, replayed = captured(step)
-    data.copy_(data.roll(1))
+    for x in data:
+        x.copy_(x.roll(1))
     graph.replay()
     for a, b in zip(replayed, step(), strict=True):
         assert torch.equal(a, b)

@@ -5,10 +5,12 @@ kernels it runs: Triton's, C++ on CPU, or PyTorch's.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +34,21 @@ def backend(impl: str, device: torch.device) -> str:
     if impl == "triton" or (device.type == "cuda" and HAS_TRITON):
         return "triton"
     return "cpp" if device.type == "cpu" and _extension.load() else "torch"
+
+
+def kernels_of(package: str, stock: ModuleType) -> Callable[[str, torch.device], ModuleType]:
+    """What says whose kernels ``impl`` runs on a device: ``package._triton``, C++'s, or those of ``stock``.
+
+    Triton's are imported where they are first run.
+    """
+
+    def kernels(impl: str, device: torch.device) -> ModuleType:
+        name = backend(impl, device)
+        if name == "triton":
+            return importlib.import_module(f"{package}._triton")
+        return torch.ops.mmicl_cpu if name == "cpp" else stock
+
+    return kernels
 
 
 def require_triton(device: torch.device) -> None:

@@ -1,13 +1,12 @@
 """The squares of a layer as registered operators, forward and backward, under one autograd function."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.dispatch import (
-    backend,
+    kernels_of,
     needs_grad,
     no_autocast,
     refuse_double_backward,
@@ -26,14 +25,7 @@ torch.library.define(
     "(Tensor dd, Tensor ds, Tensor states, Tensor targets, Tensor order, Tensor starts, str impl) -> Tensor",
 )
 
-
-def _kernels(impl: str, device: torch.device) -> ModuleType:
-    name = backend(impl, device)
-    if name == "triton":
-        from mmicl_kernels.ops.alignment_loss import _triton
-
-        return _triton
-    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+_kernels = kernels_of(__package__, _torch)
 
 
 def _alignment_squares_fwd(states, targets, index, impl):

@@ -1,24 +1,15 @@
 """Whose kernels compute the shift, here and in ``shifted_attention``, and the parameters they take."""
 
 from collections.abc import Sequence
-from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._core.dispatch import backend
+from mmicl_kernels.ops._core.dispatch import kernels_of
 from mmicl_kernels.ops._core.layout import accumulated
 from mmicl_kernels.ops.attention_shift import _torch
 
-
-def backend_kernels(impl: str, device: torch.device) -> ModuleType:
-    """What ``_torch.py`` has, of the backend that ``impl`` runs; Triton's has ``attention_delta`` too."""
-    name = backend(impl, device)
-    if name == "triton":
-        from mmicl_kernels.ops.attention_shift import _triton
-
-        return _triton
-    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+# What ``_torch.py`` has, of the backend that ``impl`` runs; Triton's has ``attention_delta`` too.
+backend_kernels = kernels_of(__package__, _torch)
 
 
 def stacked_parameters(q: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Sequence[Tensor]:

@@ -1,13 +1,11 @@
 """``prefix_splice`` as registered operators: out of place, in place, and their backward."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.dispatch import (
-    backend,
     distinct,
+    kernels_of,
     needs_grad,
     refuse_double_backward,
     refuse_vmap,
@@ -35,14 +33,7 @@ torch.library.define(
     " str impl) -> (Tensor dbank, Tensor dprompt)",
 )
 
-
-def _kernels(impl: str, device: torch.device) -> ModuleType:
-    name = backend(impl, device)
-    if name == "triton":
-        from mmicl_kernels.ops.prefix_splice import _triton
-
-        return _triton
-    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+_kernels = kernels_of(__package__, _torch)
 
 
 def _prefix_splice_fwd(bank, *arguments):

@@ -1,13 +1,11 @@
 """``residual_shift`` as registered operators, forward and backward, under one autograd function."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.dispatch import (
-    backend,
     distinct,
+    kernels_of,
     needs_grad,
     no_autocast,
     refuse_double_backward,
@@ -34,14 +32,7 @@ torch.library.define(
     " -> (Tensor dx, Tensor dvector, Tensor dscale, Tensor dstrengths)",
 )
 
-
-def _kernels(impl: str, device: torch.device) -> ModuleType:
-    name = backend(impl, device)
-    if name == "triton":
-        from mmicl_kernels.ops.residual_shift import _triton
-
-        return _triton
-    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+_kernels = kernels_of(__package__, _torch)
 
 
 def _residual_shift_fwd(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):

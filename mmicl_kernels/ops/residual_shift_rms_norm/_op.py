@@ -1,13 +1,11 @@
 """``residual_shift_rms_norm`` as registered operators, forward and backward, under one autograd function."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.dispatch import (
-    backend,
     distinct,
+    kernels_of,
     needs_grad,
     no_autocast,
     refuse_double_backward,
@@ -35,14 +33,7 @@ torch.library.define(
     " bool need_dweight) -> (Tensor dx, Tensor dvector, Tensor dscale, Tensor dnorm_weight)",
 )
 
-
-def _kernels(impl: str, device: torch.device) -> ModuleType:
-    name = backend(impl, device)
-    if name == "triton":
-        from mmicl_kernels.ops.residual_shift_rms_norm import _triton
-
-        return _triton
-    return torch.ops.mmicl_cpu if name == "cpp" else _torch
+_kernels = kernels_of(__package__, _torch)
 
 
 def _fwd(x, residual, vector, scale, norm_weight, adapter_ids, eps, weight_offset, impl):

@@ -32,18 +32,19 @@ VISION = {
     "image_size": IMAGE_SIZE,
     "patch_size": PATCH_SIZE,
 }
+SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 
 
 Inputs = Callable[[PreTrainedModel, Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
-def built(prefix: str, *, model_class: str | None = None, **config) -> Callable[[str], PreTrainedModel]:
+def built(prefix: str, *, model_class: str | None = None, **config) -> Callable[..., PreTrainedModel]:
     """What builds ``{prefix}ForConditionalGeneration``, or ``model_class``, of ``{prefix}Config(**config)``.
 
     Classes are looked up when a model is built: importing all families takes seconds, and some are new.
     """
 
-    def build(implementation: str) -> PreTrainedModel:
+    def build(implementation: str | dict[str, str]) -> PreTrainedModel:
         made = getattr(transformers, f"{prefix}Config")(
             **copy.deepcopy(config), attn_implementation=implementation
         )
@@ -60,6 +61,9 @@ def image_inputs(count: int, *around: int) -> Inputs:
         return {"input_ids": ids, "attention_mask": attention_mask, "pixel_values": pixels}
 
     return inputs
+
+
+patch_inputs = image_inputs((IMAGE_SIZE // PATCH_SIZE) ** 2)
 
 
 def place_images(ids: Tensor, attention_mask: Tensor, count: int, *around: int) -> None:

@@ -1,16 +1,19 @@
 """The Gemma decoders around Gemma3: PaliGemma (Gemma), PaliGemma2 (Gemma2, soft-capped) and Gemma4."""
 
+from collections.abc import Callable
+
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
     IMAGE_SIZE,
-    PATCH_SIZE,
+    SIGLIP,
     TEXT,
     VISION,
+    built,
+    patch_inputs,
     patches,
     place_images,
     use_batched_experts,
@@ -24,8 +27,9 @@ _GEMMA4_POOL = 2
 _FINAL_SOFTCAP = 1.0
 
 
-def _gemma4(text_config: dict, implementation: str) -> PreTrainedModel:
-    config = transformers.Gemma4Config(
+def _gemma4(**text_config) -> Callable[[str], PreTrainedModel]:
+    return built(
+        "Gemma4",
         text_config={
             **TEXT,
             "num_hidden_layers": 4,
@@ -49,35 +53,27 @@ def _gemma4(text_config: dict, implementation: str) -> PreTrainedModel:
         eoi_token_id=IMAGE_ID + 2,
         video_token_id=IMAGE_ID + 3,
         audio_token_id=IMAGE_ID - 3,
-        attn_implementation=implementation,
     )
-    return transformers.Gemma4ForConditionalGeneration(config)
 
 
-def _gemma4_small(implementation: str) -> PreTrainedModel:
-    """As E2B and E4B: per-layer embeddings; the last two layers read the keys of one of their type above."""
-    text_config = {
-        "num_kv_shared_layers": 2,
-        "use_double_wide_mlp": True,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": TEXT["vocab_size"],
-    }
-    return _gemma4(text_config, implementation)
-
-
-def _gemma4_moe(implementation: str) -> PreTrainedModel:
-    """As 26B-A4B: experts beside the MLP, global keys that are also the values, images attended both ways."""
-    text_config = {
-        "hidden_size_per_layer_input": 0,
-        "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1,
-        "use_bidirectional_attention": "vision",
-        "enable_moe_block": True,
-        "num_experts": 4,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 16,
-    }
-    return _gemma4(text_config, implementation)
+# As E2B and E4B: per-layer embeddings; the last two layers read the keys of one of their type above.
+_gemma4_small = _gemma4(
+    num_kv_shared_layers=2,
+    use_double_wide_mlp=True,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=TEXT["vocab_size"],
+)
+# As 26B-A4B: experts beside the MLP, global keys that are also the values, images attended both ways.
+_gemma4_moe = _gemma4(
+    hidden_size_per_layer_input=0,
+    attention_k_eq_v=True,
+    num_global_key_value_heads=1,
+    use_bidirectional_attention="vision",
+    enable_moe_block=True,
+    num_experts=4,
+    top_k_experts=2,
+    moe_intermediate_size=16,
+)
 
 
 def _gemma4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -93,44 +89,33 @@ def _gemma4_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     }
 
 
-def _paligemma(text_config: dict, implementation) -> PreTrainedModel:
-    config = transformers.PaliGemmaConfig(
+def _paligemma(**text_config) -> Callable[[str], PreTrainedModel]:
+    return built(
+        "PaliGemma",
         text_config={**TEXT, **text_config},
-        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config=SIGLIP,
         image_token_index=IMAGE_ID,
         projection_dim=TEXT["hidden_size"],
-        attn_implementation=implementation,
     )
-    return transformers.PaliGemmaForConditionalGeneration(config)
-
-
-def _paligemma1(implementation: str) -> PreTrainedModel:
-    return _paligemma({"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8}, implementation)
 
 
 def _paligemma2(implementation: str) -> PreTrainedModel:
-    text_config = {
-        "model_type": "gemma2",
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 8,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": _FINAL_SOFTCAP,
-    }
+    build = _paligemma(
+        model_type="gemma2",
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=8,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=_FINAL_SOFTCAP,
+    )
     # SDPA has no soft-capping: transformers 5.23 refuses it for Gemma2, 5.17 silently leaves the cap out.
     text_implementation = "eager" if implementation == "sdpa" else implementation
-    return _paligemma(text_config, {"": implementation, "text_config": text_implementation})
+    return build({"": implementation, "text_config": text_implementation})
 
 
 def _paligemma_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
-    place_images(ids, attention_mask, (IMAGE_SIZE // PATCH_SIZE) ** 2)
-    return {
-        "input_ids": ids,
-        "attention_mask": attention_mask,
-        # A prompt without a target is all prefix, which attends in both directions.
-        "token_type_ids": torch.zeros_like(ids),
-        "pixel_values": pixels,
-    }
+    # A prompt without a target is all prefix, which attends in both directions.
+    return {**patch_inputs(model, ids, attention_mask, pixels), "token_type_ids": torch.zeros_like(ids)}
 
 
 def _prepare_gemma4(model: PreTrainedModel) -> None:
@@ -149,7 +134,7 @@ def _prepare_paligemma2(model: PreTrainedModel) -> None:
 BUILDERS = {
     "gemma4": _gemma4_small,
     "gemma4-moe": _gemma4_moe,
-    "paligemma": _paligemma1,
+    "paligemma": _paligemma(model_type="gemma", num_key_value_heads=1, head_dim=8),
     "paligemma2": _paligemma2,
 }
 INPUTS = {"gemma4": _gemma4_inputs, "paligemma": _paligemma_inputs}

@@ -6,7 +6,6 @@ from mmicl_kernels.testing.tiny_models import qwen
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
     IMAGE_SIZE,
-    PATCH_SIZE,
     TEXT,
     built,
     use_batched_experts,
@@ -29,39 +28,13 @@ _TEXT = {
         "rope_theta": 1e4,
     },
 }
-_VISION = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": TEXT["hidden_size"],
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH_SIZE,
-    "spatial_merge_size": 1,
-    "temporal_patch_size": 1,
-}
+_VISION = {**qwen.VISION, "image_size": IMAGE_SIZE}
 _EXPERTS = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
-
-
-_glm4v = built(
-    "Glm4v",
-    text_config=_TEXT,
-    vision_config=_VISION,
-    **_IDS,
-)
-
-
-_glm4v_moe = built(
-    "Glm4vMoe",
-    text_config={**_TEXT, **_EXPERTS},
-    vision_config=_VISION,
-    **_IDS,
-)
 
 
 def _sharpen(model: PreTrainedModel) -> None:
@@ -74,6 +47,9 @@ def _sharpen(model: PreTrainedModel) -> None:
             parameter.mul_(8.0)
 
 
-BUILDERS = {"glm4v": _glm4v, "glm4v_moe": _glm4v_moe}
+BUILDERS = {
+    "glm4v": built("Glm4v", text_config=_TEXT, vision_config=_VISION, **_IDS),
+    "glm4v_moe": built("Glm4vMoe", text_config={**_TEXT, **_EXPERTS}, vision_config=_VISION, **_IDS),
+}
 PREPARE = {"glm4v": (_sharpen,), "glm4v_moe": (_sharpen, use_batched_experts)}
 INPUTS = dict.fromkeys(BUILDERS, qwen.INPUTS["qwen2_5_vl"])

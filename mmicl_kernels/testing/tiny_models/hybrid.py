@@ -1,13 +1,13 @@
 """Decoders of mixed layers: Mllama (cross-attention), Cohere2 Vision (sliding), LFM2-VL (convolution)."""
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
     IMAGE_SIZE,
+    SIGLIP,
     TEXT,
     VISION,
     built,
@@ -25,34 +25,31 @@ _MERGE = 2
 _MERGED_INPUTS = image_inputs((IMAGE_SIZE // _PATCH_SIZE // _MERGE) ** 2, IMAGE_ID + 1, IMAGE_ID + 2)
 
 
-def _mllama(implementation: str) -> PreTrainedModel:
-    intermediate_layers = list(range(VISION["num_hidden_layers"]))
-    config = transformers.MllamaConfig(
-        text_config={
-            **TEXT,
-            "num_hidden_layers": _LAYERS,
-            "cross_attention_layers": [1, 3],
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
+_mllama = built(
+    "Mllama",
+    text_config={
+        **TEXT,
+        "num_hidden_layers": _LAYERS,
+        "cross_attention_layers": [1, 3],
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
         },
-        vision_config={
-            **VISION,
-            "num_global_layers": 1,
-            "max_num_tiles": _MLLAMA_TILES,
-            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
-            "intermediate_layers_indices": intermediate_layers,
-            "vision_output_dim": VISION["hidden_size"] * (1 + len(intermediate_layers)),
-        },
-        image_token_index=IMAGE_ID,
-        attn_implementation=implementation,
-    )
-    return transformers.MllamaForConditionalGeneration(config)
+    },
+    vision_config={
+        **VISION,
+        "num_global_layers": 1,
+        "max_num_tiles": _MLLAMA_TILES,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        "intermediate_layers_indices": list(range(VISION["num_hidden_layers"])),
+        "vision_output_dim": VISION["hidden_size"] * (1 + VISION["num_hidden_layers"]),
+    },
+    image_token_index=IMAGE_ID,
+)
 
 
 def _mllama_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
@@ -80,12 +77,7 @@ _cohere2_vision = built(
         "sliding_window": 8,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     },
-    vision_config={
-        **VISION,
-        "model_type": "siglip_vision_model",
-        "patch_size": _PATCH_SIZE,
-        "vision_use_head": False,
-    },
+    vision_config={**SIGLIP, "patch_size": _PATCH_SIZE},
     downsample_factor=_MERGE,
     alignment_intermediate_size=32,
     image_token_id=IMAGE_ID,

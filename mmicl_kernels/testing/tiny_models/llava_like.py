@@ -7,6 +7,7 @@ from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
     IMAGE_SIZE,
     PATCH_SIZE,
+    SIGLIP,
     TEXT,
     VISION,
     built,
@@ -81,7 +82,7 @@ _llava_next = built(
 _llava_onevision = built(
     "LlavaOnevision",
     text_config=_QWEN2,
-    vision_config={**_COARSE_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    vision_config={**SIGLIP, "patch_size": IMAGE_SIZE},
     image_token_index=IMAGE_ID,
     video_token_index=IMAGE_ID + 1,
     image_grid_pinpoints=_PINPOINTS,

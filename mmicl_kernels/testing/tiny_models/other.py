@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
@@ -12,10 +11,12 @@ from mmicl_kernels.testing.tiny_models.common import (
     IMAGE_ID,
     IMAGE_SIZE,
     PATCH_SIZE,
+    SIGLIP,
     TEXT,
     VISION,
     built,
     image_inputs,
+    patch_inputs,
     patches,
     place,
     place_images,
@@ -89,37 +90,33 @@ def _prepare_phi4_multimodal(model: PreTrainedModel) -> None:
 
 
 def _molmo2(**options) -> Callable[[str], PreTrainedModel]:
-    def build(implementation: str) -> PreTrainedModel:
-        config = transformers.Molmo2Config(
-            # The ids of images lie beyond the vocabulary that is predicted.
-            text_config={**TEXT, "vocab_size": IMAGE_ID, "additional_vocab_size": 4, **options},
-            vision_config={
-                **VISION,
-                "image_size": [IMAGE_SIZE, IMAGE_SIZE],
-                "num_key_value_heads": VISION["num_attention_heads"],
-                "head_dim": 8,
-            },
-            adapter_config={
-                "vision_feature_layer": [1, 0],
-                "hidden_size": VISION["hidden_size"],
-                "intermediate_size": 24,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "text_hidden_size": TEXT["hidden_size"],
-            },
-            image_patch_id=IMAGE_ID,
-            image_start_token_id=_START_ID,
-            image_end_token_id=_END_ID,
-            low_res_image_start_token_id=_LOW_RES_START_ID,
-            # As if videos had no markers of their own.
-            frame_start_token_id=_START_ID,
-            frame_end_token_id=_END_ID,
-            attn_implementation=implementation,
-        )
-        return transformers.Molmo2ForConditionalGeneration(config)
-
-    return build
+    return built(
+        "Molmo2",
+        # The ids of images lie beyond the vocabulary that is predicted.
+        text_config={**TEXT, "vocab_size": IMAGE_ID, "additional_vocab_size": 4, **options},
+        vision_config={
+            **VISION,
+            "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+            "num_key_value_heads": VISION["num_attention_heads"],
+            "head_dim": 8,
+        },
+        adapter_config={
+            "vision_feature_layer": [1, 0],
+            "hidden_size": VISION["hidden_size"],
+            "intermediate_size": 24,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "text_hidden_size": TEXT["hidden_size"],
+        },
+        image_patch_id=IMAGE_ID,
+        image_start_token_id=_START_ID,
+        image_end_token_id=_END_ID,
+        low_res_image_start_token_id=_LOW_RES_START_ID,
+        # As if videos had no markers of their own.
+        frame_start_token_id=_START_ID,
+        frame_end_token_id=_END_ID,
+    )
 
 
 _MOLMO2_QWEN3 = {
@@ -167,19 +164,15 @@ def _prepare_molmo2(model: PreTrainedModel) -> None:
         model.model.language_model.embed_tokens.weight.mul_(50.0)
 
 
-_deepseek_vl = built(
-    "DeepseekVL",
-    text_config={**_MULTI_HEAD, "model_type": "llama"},
-    vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
-    image_token_id=IMAGE_ID,
-    tie_word_embeddings=False,
-)
-
-
+_DEEPSEEK = {
+    "text_config": {**_MULTI_HEAD, "model_type": "llama"},
+    "vision_config": SIGLIP,
+    "image_token_id": IMAGE_ID,
+    "tie_word_embeddings": False,
+}
 _deepseek_vl_hybrid = built(
     "DeepseekVLHybrid",
-    text_config={**_MULTI_HEAD, "model_type": "llama"},
-    vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    **_DEEPSEEK,
     high_res_vision_config={
         **VISION,
         "model_type": "sam_vision_model",
@@ -190,17 +183,12 @@ _deepseek_vl_hybrid = built(
         "global_attn_indexes": [1],
         "initializer_range": 0.02,
     },
-    image_token_id=IMAGE_ID,
-    tie_word_embeddings=False,
 )
-
-
-_image_inputs = image_inputs((IMAGE_SIZE // PATCH_SIZE) ** 2)
 
 
 def _deepseek_vl_hybrid_inputs(model, ids, attention_mask, pixels) -> dict[str, Tensor]:
     enlarged = interpolate(pixels, scale_factor=2, mode="bilinear")
-    return {**_image_inputs(model, ids, attention_mask, pixels), "high_res_pixel_values": enlarged}
+    return {**patch_inputs(model, ids, attention_mask, pixels), "high_res_pixel_values": enlarged}
 
 
 def _prepare_deepseek_vl_hybrid(model: PreTrainedModel) -> None:
@@ -245,33 +233,30 @@ def _prepare_llama4(model: PreTrainedModel) -> None:
             layer.feed_forward.router.weight.mul_(8.0)
 
 
-def _blip2(implementation: str) -> PreTrainedModel:
-    unknown_to_opt = ("intermediate_size", "num_key_value_heads")
-    text_config = {key: value for key, value in TEXT.items() if key not in unknown_to_opt}
-    config = transformers.Blip2Config(
-        text_config={
-            **text_config,
-            "model_type": "opt",
-            "ffn_dim": TEXT["intermediate_size"],
-            "word_embed_proj_dim": TEXT["hidden_size"],
-            "dropout": 0.0,
-            # With random weights, tied ones predict the last token again.
-            "tie_word_embeddings": False,
-        },
-        vision_config={**VISION, "initializer_range": 0.02},
-        qformer_config={
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        num_query_tokens=4,
-        image_token_index=IMAGE_ID,
-        attn_implementation=implementation,
-    )
-    return transformers.Blip2ForConditionalGeneration(config)
+_UNKNOWN_TO_OPT = ("intermediate_size", "num_key_value_heads")
+_blip2 = built(
+    "Blip2",
+    text_config={
+        **{key: value for key, value in TEXT.items() if key not in _UNKNOWN_TO_OPT},
+        "model_type": "opt",
+        "ffn_dim": TEXT["intermediate_size"],
+        "word_embed_proj_dim": TEXT["hidden_size"],
+        "dropout": 0.0,
+        # With random weights, tied ones predict the last token again.
+        "tie_word_embeddings": False,
+    },
+    vision_config={**VISION, "initializer_range": 0.02},
+    qformer_config={
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    num_query_tokens=4,
+    image_token_index=IMAGE_ID,
+)
 
 
 def _prepare_blip2(model: PreTrainedModel) -> None:
@@ -297,7 +282,7 @@ BUILDERS = {
     "phi4_multimodal": _phi4_multimodal,
     "molmo2": _molmo2(**_MOLMO2_QWEN3),
     "molmo2-norm_after": _molmo2(**_MOLMO2_OLMO),
-    "deepseek_vl": _deepseek_vl,
+    "deepseek_vl": built("DeepseekVL", **_DEEPSEEK),
     "deepseek_vl_hybrid": _deepseek_vl_hybrid,
     "llama4": _llama4,
     "blip2": _blip2,
@@ -305,10 +290,10 @@ BUILDERS = {
 INPUTS = {
     "phi4_multimodal": _phi4_multimodal_inputs,
     "molmo2": _molmo2_inputs,
-    "deepseek_vl": _image_inputs,
+    "deepseek_vl": patch_inputs,
     "deepseek_vl_hybrid": _deepseek_vl_hybrid_inputs,
     "llama4": image_inputs(4, _START_ID, _END_ID),
-    "blip-2": _image_inputs,
+    "blip-2": patch_inputs,
 }
 PREPARE = {
     "phi4_multimodal": (_vary, _prepare_phi4_multimodal),

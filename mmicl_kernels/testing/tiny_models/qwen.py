@@ -1,4 +1,4 @@
-"""The Qwen family: positions of three dimensions."""
+"""Qwen2.5-VL, with positions of three dimensions, and what the families like it share."""
 
 import torch
 from torch import Tensor
@@ -12,32 +12,33 @@ from mmicl_kernels.testing.tiny_models.common import (
     place_images,
 )
 
+IDS = {
+    "image_token_id": IMAGE_ID,
+    "video_token_id": IMAGE_ID + 1,
+    "vision_start_token_id": IMAGE_ID + 2,
+    "vision_end_token_id": IMAGE_ID + 3,
+}
+PATCHES = {
+    "depth": 2,
+    "num_heads": 2,
+    "patch_size": PATCH_SIZE,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+}
+VISION = {
+    **PATCHES,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": TEXT["hidden_size"],
+}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+
+
 _qwen2_5_vl = built(
     "Qwen2_5_VL",
-    text_config={
-        **TEXT,
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [1, 1, 2],
-            "rope_theta": 1e4,
-        },
-    },
-    vision_config={
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "out_hidden_size": TEXT["hidden_size"],
-        "patch_size": PATCH_SIZE,
-        "spatial_merge_size": 1,
-        "temporal_patch_size": 1,
-        "window_size": IMAGE_SIZE,
-        "fullatt_block_indexes": [1],
-    },
-    image_token_id=IMAGE_ID,
-    video_token_id=IMAGE_ID + 1,
-    vision_start_token_id=IMAGE_ID + 2,
-    vision_end_token_id=IMAGE_ID + 3,
+    text_config={**TEXT, "rope_parameters": ROPE},
+    vision_config={**VISION, "window_size": IMAGE_SIZE, "fullatt_block_indexes": [1]},
+    **IDS,
 )
 
 

@@ -1,5 +1,7 @@
 """Qwen2-VL and the Qwen3 generation: deepstack, experts, hybrids of linear and gated attention."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -17,23 +19,7 @@ from mmicl_kernels.testing.tiny_models.common import (
     use_batched_experts,
 )
 
-_IDS = {
-    "image_token_id": IMAGE_ID,
-    "video_token_id": IMAGE_ID + 1,
-    "vision_start_token_id": IMAGE_ID + 2,
-    "vision_end_token_id": IMAGE_ID + 3,
-}
-_VISION = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": TEXT["hidden_size"],
-    "num_position_embeddings": (IMAGE_SIZE // PATCH_SIZE) ** 2,
-    "patch_size": PATCH_SIZE,
-    "spatial_merge_size": 1,
-    "temporal_patch_size": 1,
-}
+_VISION = {**qwen.VISION, "num_position_embeddings": (IMAGE_SIZE // PATCH_SIZE) ** 2}
 _DEEPSTACK_VISION = {**_VISION, "deepstack_visual_indexes": [0, 1]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # As in the checkpoints, heads are wider than hidden_size / heads, and the axes' frequencies alternate.
@@ -66,59 +52,20 @@ _HYBRID_TEXT = {
 }
 
 
-_qwen2_vl = built(
-    "Qwen2VL",
-    text_config={
-        **TEXT,
-        "use_sliding_window": True,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-    },
-    vision_config={
-        "depth": 2,
-        "embed_dim": 16,
-        "hidden_size": TEXT["hidden_size"],
-        "mlp_ratio": 2,
-        "num_heads": 2,
-        "patch_size": PATCH_SIZE,
-        "spatial_merge_size": 1,
-        "temporal_patch_size": 1,
-    },
-    **_IDS,
-)
+_QWEN2_TEXT = {
+    **TEXT,
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": qwen.ROPE,
+}
+_QWEN2_VISION = {**qwen.PATCHES, "embed_dim": 16, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 2}
+_QWEN3_MOE_TEXT = {**_QWEN3_TEXT, **_EXPERTS}
+_HYBRID_MOE_TEXT = {**_HYBRID_TEXT, **_EXPERTS, "shared_expert_intermediate_size": 24}
 
 
-_qwen3_vl = built(
-    "Qwen3VL",
-    text_config=_QWEN3_TEXT,
-    vision_config=_DEEPSTACK_VISION,
-    **_IDS,
-)
-
-
-_qwen3_vl_moe = built(
-    "Qwen3VLMoe",
-    text_config={**_QWEN3_TEXT, **_EXPERTS},
-    vision_config=_DEEPSTACK_VISION,
-    **_IDS,
-)
-
-
-_qwen3_5 = built(
-    "Qwen3_5",
-    text_config=_HYBRID_TEXT,
-    vision_config=_VISION,
-    **_IDS,
-)
-
-
-_qwen3_5_moe = built(
-    "Qwen3_5Moe",
-    text_config={**_HYBRID_TEXT, **_EXPERTS, "shared_expert_intermediate_size": 24},
-    vision_config=_VISION,
-    **_IDS,
-)
+def _qwen(prefix: str, text: dict, vision: dict) -> Callable[[str], PreTrainedModel]:
+    return built(prefix, text_config=text, vision_config=vision, **qwen.IDS)
 
 
 _MINICPMV4 = {
@@ -175,11 +122,11 @@ def _sharpen(model: PreTrainedModel) -> None:
 
 
 BUILDERS = {
-    "qwen2_vl": _qwen2_vl,
-    "qwen3_vl": _qwen3_vl,
-    "qwen3_vl_moe": _qwen3_vl_moe,
-    "qwen3_5": _qwen3_5,
-    "qwen3_5_moe": _qwen3_5_moe,
+    "qwen2_vl": _qwen("Qwen2VL", _QWEN2_TEXT, _QWEN2_VISION),
+    "qwen3_vl": _qwen("Qwen3VL", _QWEN3_TEXT, _DEEPSTACK_VISION),
+    "qwen3_vl_moe": _qwen("Qwen3VLMoe", _QWEN3_MOE_TEXT, _DEEPSTACK_VISION),
+    "qwen3_5": _qwen("Qwen3_5", _HYBRID_TEXT, _VISION),
+    "qwen3_5_moe": _qwen("Qwen3_5Moe", _HYBRID_MOE_TEXT, _VISION),
     "minicpmv4_6": built("MiniCPMV4_6", **_MINICPMV4),
     "minicpmv4_7": built("MiniCPMV4_7", **_MINICPMV4),
 }
