@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -205,17 +205,16 @@ def _shots(text: str) -> int | tuple[int, int]:
 
 
 def _config(options: argparse.Namespace) -> object:
-    """The method's, with what ``--config`` changes, each value of its field's type."""
+    """The method's, with what ``--config`` changes, each value of its default's type."""
     from mmicl_kernels.methods import ADAPTERS
 
     method = options.method or (options.recipe or "").partition("-")[0]
     if method not in ADAPTERS:
         raise ValueError(f"--method is {options.method!r}, expected one of {', '.join(ADAPTERS)}")
     kind = ADAPTERS[method].config_class
-    known = {field.name: field for field in fields(kind)}
+    known = {field.name: field for field in fields(kind) if field.init}
     pairs = dict(_pair("--config", text, known) for text in options.config)
-    types = get_type_hints(kind)
-    values = {name: _converted("--config", name, value, types[name]) for name, value in pairs.items()}
+    values = {name: _converted("--config", name, x, _type_of(kind, known[name])) for name, x in pairs.items()}
     needed = [name for name, x in known.items() if x.default is MISSING and x.default_factory is MISSING]
     for name in needed:
         if name not in values:
@@ -223,7 +222,19 @@ def _config(options: argparse.Namespace) -> object:
     return kind(**values)
 
 
-def _converted(flag: str, name: str, value: str, kind: type) -> object:
+def _type_of(kind: type, field: Field) -> object:
+    """Of the field's default; where it has none, what its annotation says."""
+    if field.default is not MISSING:
+        return type(field.default)
+    if field.default_factory is not MISSING:
+        return type(field.default_factory())
+    try:
+        return get_type_hints(kind)[field.name]
+    except NameError as error:
+        raise ValueError(f"--config {field.name} cannot be given, its type is not known: {error}") from error
+
+
+def _converted(flag: str, name: str, value: str, kind: object) -> object:
     if kind is bool:
         if value.lower() not in ("true", "false"):
             raise ValueError(f"{flag} {name} is {value!r}, expected true or false")

@@ -13,36 +13,30 @@ NORMALIZERS = ("visible", "all_keys")
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """Softmax attentions, whose heads a method shifts: ``ops.shifted_attention``.
+    """Every softmax attention, whose heads a method shifts: ``ops.shifted_attention``.
 
     ``normalizer``: what the gate's log-sum-exp runs over; adapters of one model must agree on it.
-    ``layers``: the indices of those where it does; by default all.
     """
 
     normalizer: str = "visible"
-    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check("normalizer", self.normalizer, NORMALIZERS)
-        _check_layers(self.layers)
 
 
 @dataclass(frozen=True)
 class ResidualSite:
-    """Where in a decoder layer a method adds a vector to the residual stream, and how.
+    """Where in every decoder layer a method adds a vector to the residual stream, and how.
 
     ``module`` is what the vector is added to: the output of "after_attention" (the last module before
     the attention branch joins the stream), "mlp", or "layer". ``preserve_norm``: see ``ops.residual_shift``.
-    ``layers``: the indices of those where it does; by default all.
     """
 
     module: str
     preserve_norm: bool
-    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check("module", self.module, MODULES)
-        _check_layers(self.layers)
 
 
 @dataclass(frozen=True)
@@ -70,16 +64,6 @@ class FusedTokens(NamedTuple):
     scale: Tensor | None
 
 
-def acts_in(site: AttentionSite | ResidualSite | None, index: int) -> bool:
-    """Whether a method with this ``site`` acts there in decoder layer ``index``."""
-    return site is not None and (site.layers is None or index in site.layers)
-
-
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {choices}")
-
-
-def _check_layers(layers: object) -> None:
-    if layers is not None and not (isinstance(layers, tuple) and all(type(x) is int for x in layers)):
-        raise TypeError(f"layers is {layers!r}, expected a tuple of indices, or None for all")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from mmicl_kernels.methods import ADAPTERS, Adapter, CheckpointError
-from mmicl_kernels.methods.sites import acts_in
 from mmicl_kernels.models.anchors import Anchor, check_backbone, describe_backbone, refuse_adapter
 from mmicl_kernels.patch.sites.embedding import Splicer
 from mmicl_kernels.patch.slots import check_strength_of
@@ -64,24 +63,22 @@ def require_fusing(adapters: Mapping[str, Adapter]) -> Adapter:
 def _check_layer(name: str, adapter: Adapter, anchor: Anchor) -> None:
     key = str(anchor.index)
     try:
-        if anchor.self_attn is not None and acts_in(adapter.attention_site, anchor.index):
+        if anchor.self_attn is not None and adapter.attention_site is not None:
             adapter.attention_shift(key)
         for site in adapter.residual_sites:
-            if acts_in(site, anchor.index):
-                adapter.residual_shift(site, key)
-    except LookupError as error:
+            adapter.residual_shift(site, key)
+    except KeyError as error:
         raise ValueError(
-            f"adapter {name!r} has nothing for layer {key} ({error!r}), expected parameters there, or sites "
-            "whose layers are those that it acts in"
+            f"adapter {name!r} has nothing for layer {key}: {error!r}; expected parameters in every layer, "
+            "zeros where it is to do nothing"
         ) from error
 
 
 def _check_normalizer(name: str, adapter: Adapter, adapters: Mapping[str, Adapter]) -> None:
     sites = [x.attention_site for x in adapters.values() if x.attention_site is not None]
-    own = adapter.attention_site
-    if own is not None and sites and own.normalizer != sites[0].normalizer:
+    if adapter.attention_site is not None and sites and adapter.attention_site != sites[0]:
         raise ValueError(
-            f"adapter {name!r} has normalizer {own.normalizer!r}, "
+            f"adapter {name!r} has normalizer {adapter.attention_site.normalizer!r}, "
             f"expected {sites[0].normalizer!r} like the others"
         )
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mmicl_kernels.methods import Adapter, ResidualSite
-from mmicl_kernels.methods.sites import acts_in
 from mmicl_kernels.models.anchors import find_anchors
 from mmicl_kernels.patch.fit import check_fits, require_fusing
 from mmicl_kernels.patch.sites import hf_attention
@@ -119,17 +118,15 @@ class Patches:
         if not (self.enabled and self.is_attached):
             return
         adapters = self.state.adapters.values()
+        shifting = any(x.attention_site is not None for x in adapters)
         for layer in self._attention:
-            shifted = any(acts_in(x.attention_site, layer.index) for x in adapters)
-            layer.install() if shifted else layer.remove()
+            layer.install() if shifting else layer.remove()
         needed = {site for adapter in adapters for site in adapter.residual_sites}
         # The norm that is kept is that of what the module returned, so those shifts act first.
         order = sorted(needed, key=lambda site: not site.preserve_norm)
         for module, hooks in self._hooks.items():
-            here = [site for site in order if site.module == module]
-            for anchor, hook in zip(self.state.anchors, hooks, strict=True):
-                layers = [self._sites[site].layers for site in here]
-                hook.shifts = [x[anchor.index] for x in layers if anchor.index in x]
+            for index, hook in enumerate(hooks):
+                hook.shifts = [self._sites[site].layers[index] for site in order if site.module == module]
                 hook.install() if hook.shifts else hook.remove()
         fusing = any(x.embedding_site is not None for x in adapters)
         self.splicer.hook.install() if fusing else self.splicer.hook.remove()
@@ -152,10 +149,7 @@ class Patches:
 
     def copy_parameters(self) -> None:
         """Make the stacks of all slots those of the adapters as they are now."""
-        for stack in (
-            *self._attention,
-            *(x for shift in self._sites.values() for x in shift.layers.values()),
-        ):
+        for stack in (*self._attention, *(x for shift in self._sites.values() for x in shift.layers)):
             stack.copy_parameters()
 
     def set_strength(self, value: float) -> None:

@@ -7,7 +7,6 @@ from itertools import groupby
 from torch import nn
 
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.methods.sites import acts_in
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.patch.sites.hf_attention import is_users_own
 
@@ -61,10 +60,12 @@ class Report:
 def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping[str, Adapter]) -> Report:
     """``mixers`` are those of all layers, ``anchors`` the layers that may be patched."""
     found = {anchor.index: anchor for anchor in anchors}
+    shifting = tuple(name for name, x in adapters.items() if x.attention_site is not None)
+    sites = dict.fromkeys(site.module for adapter in adapters.values() for site in adapter.residual_sites)
+    residual = tuple((site, tuple(x for x in adapters if _acts(adapters[x], site))) for site in sites)
     layers = []
     for index, mixer in enumerate(mixers):
-        name, residual = type(mixer).__name__, _residual(index, adapters)
-        shifting = tuple(name for name, x in adapters.items() if acts_in(x.attention_site, index))
+        name = type(mixer).__name__
         if index not in found:
             layers.append(LayerReport(index, name, skipped="left alone by every method"))
         elif found[index].self_attn is None:
@@ -83,11 +84,5 @@ def _replaced(attention: nn.Module) -> str:
     return layer.base_implementation if own else ""
 
 
-def _residual(index: int, adapters: Mapping[str, Adapter]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Of one layer the sites, each with the names of those that act there."""
-    names: dict[str, dict[str, None]] = {}
-    for name, adapter in adapters.items():
-        for site in adapter.residual_sites:
-            if acts_in(site, index):
-                names.setdefault(site.module, {})[name] = None
-    return tuple((module, tuple(own)) for module, own in names.items())
+def _acts(adapter: Adapter, site: str) -> bool:
+    return any(x.module == site for x in adapter.residual_sites)

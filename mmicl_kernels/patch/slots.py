@@ -53,8 +53,6 @@ class SlotStack:
         if not self._stacks or self._stacks[0].dtype != dtype:
             options = {"dtype": dtype, "device": self._device}
             self._stacks = [torch.zeros(len(self._slots), *x.shape, **options) for x in used[0][1]]
-        for stack in self._stacks:
-            stack.zero_()  # an adapter may have the slot of another that acted here, and not act here
         for slot, tensors in used:
             for stack, x in zip(self._stacks, tensors, strict=True):
                 stack[slot].copy_(x)

@@ -1,7 +1,7 @@
 """A method of somebody else's: it acts, trains, is saved, mixes with others and is known to the command."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -172,6 +172,31 @@ def test_the_command_trains_it(model, tmp_path, capfd):
         del ADAPTERS[NAME]
 
 
+@dataclass(frozen=True)
+class NeedingConfig:
+    """Annotated by what is not there when it runs, as under TYPE_CHECKING."""
+
+    size: float
+    kind: "Absent" = "a"  # noqa: F821
+    derived: int = field(init=False, default=0)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "--config size=VALUE is missing, NeedingConfig needs it"),
+        (["size=x"], "--config size cannot be given, its type is not known: name 'Absent' is not defined"),
+        (["kind=b"], "--config size=VALUE is missing"),
+        (["derived=1"], "--config is 'derived=1', expected one of kind, size"),
+    ],
+)
+def test_fields_without_a_default(given, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(ADAPTERS._known, NAME, type("Needing", (), {"config_class": NeedingConfig}))
+    options = ["train", "--model", "m", "--data", "d", "--out", str(tmp_path), "--method", NAME]
+    assert main(options + [x for pair in given for x in ("--config", pair)]) != 0
+    assert message in capsys.readouterr().err
+
+
 def test_an_entry_point_brings_it(model, tmp_path, monkeypatch):
     """An installed package's, without an import by name: it is listed, and loaded when it is asked for."""
     info = tmp_path / "stranger-1.0.dist-info"
@@ -282,92 +307,62 @@ def test_a_strength_reaches_a_scale_that_is_a_number(model):
     assert len(adapter.digest()) == 64 and mk.create(model, mk.M2IVConfig()).digest() != adapter.digest()
 
 
-class LastLayerAdapter(EverywhereAdapter):
-    """Attention and stream in the last layer alone."""
-
-    method, embedding_site = "last", None
-
-    def __init__(self, config, backbone):
-        super().__init__(config, backbone)
-        last = max(backbone.layers)
-        self.attention_site = AttentionSite(layers=(last,))
-        self.residual_sites = (ResidualSite("layer", preserve_norm=False, layers=(last,)),)
-        for index in [x for x in self.layers if x != str(last)]:
-            del self.layers[index]
-
-    def residual_shift(self, site, index):
-        return self.layers[index]["vector"], 1.0
-
-
-def test_a_method_of_some_layers(model):
-    """It is what one of all layers is whose others do nothing; alone, in rows, and in the slot of another."""
-    torch.manual_seed(0)
-    inputs, backbone = tiny_inputs(model), _backbone(model)
-    rows = len(inputs["input_ids"])
-    last = LastLayerAdapter(EverywhereConfig(), backbone)
-    whole = EverywhereAdapter(EverywhereConfig(), backbone)
-    own = dict(last.layers.items())
-    for index, layer in whole.layers.items():
-        for part, x in layer.items():
-            x.data = own[index][part].data if index in own else torch.zeros_like(x)
-    whole.embedding_site = None
-    with mk.attach(model, whole):
-        expected = logits(model, inputs)
-    with mk.attach(model, last) as handle:
-        torch.testing.assert_close(logits(model, inputs), expected)
-        touched = [layer.index for layer in handle.report().layers if layer.attention or layer.residual]
-        assert touched == [max(backbone.layers)]
-    mimic = mk.create(model, mk.MimICConfig())
-    with torch.no_grad():
-        for layer in mimic.layers.values():
-            layer.shift.fill_(1.0)
-    with mk.attach(model, {"kept": mk.create(model, mk.MimICConfig()), "gone": mimic}, slots=2) as handle:
-        handle.rows(["gone"] * rows).close()
-        handle.remove("gone")
-        handle.add("last", last)
-        with handle.rows(["last"] * rows):
-            torch.testing.assert_close(logits(model, inputs), expected)
-
-
 def test_layers_that_are_missing_are_said_at_attach(model):
     """Not in the middle of a forward pass; and the model stays plain."""
     adapter = EverywhereAdapter(EverywhereConfig(), _backbone(model))
     del adapter.layers["0"]
-    with pytest.raises(ValueError, match="adapter 'default' has nothing for layer 0 .*, expected parameters"):
+    with pytest.raises(ValueError, match="adapter 'default' has nothing for layer 0: .*; expected parameters"):
         mk.attach(model, adapter)
     assert mk.handle_of(model) is None
 
 
+@dataclass(frozen=True)
+class SequencesConfig:
+    pairs: tuple = ((1, 2),)
+    sizes: tuple[int, ...] | None = None
+    names: list = field(default_factory=list)
+
+
+class BufferedAdapter(PushAdapter):
+    method, config_class = "buffered", SequencesConfig
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        self.register_buffer("count", torch.tensor(3.0))
+
+    @staticmethod
+    def tensor_shapes(config, backbone):
+        return {"count": (), **PushAdapter.tensor_shapes(config, backbone)}
+
+
 def test_buffers_and_sequences_come_back(model, tmp_path):
-    """Sequences in a config as tuples, or they are refused before anything is written."""
-
-    @dataclass(frozen=True)
-    class Config:
-        sizes: tuple = (1, (2, 3))
-
-    class Buffered(PushAdapter):
-        method, config_class = "buffered", Config
-
-        def __init__(self, config, backbone):
-            super().__init__(config, backbone)
-            self.register_buffer("count", torch.tensor(3.0))
-
-        @staticmethod
-        def tensor_shapes(config, backbone):
-            return {"count": (), **PushAdapter.tensor_shapes(config, backbone)}
-
-    register(Buffered)
+    """Where the model is, and tuples as tuples: JSON has lists alone."""
+    register(BufferedAdapter)
     try:
-        adapter = mk.create(model.to(torch.float32), Config(sizes=(4, (5,))))
+        adapter = mk.create(model, SequencesConfig(((4, 5), (6,)), (7,), ["a"]))
         adapter.save_pretrained(tmp_path / "adapter")
         loaded = mk.load(tmp_path / "adapter", model)
         assert loaded.config == adapter.config and loaded.count == 3
-        listed = Buffered(Config(sizes=[1]), _backbone(model))
-        with pytest.raises(ValueError, match="which would be read back as"):
-            listed.save_pretrained(tmp_path / "other")
-        assert not (tmp_path / "other").exists()
+        assert mk.create(model.to("meta"), SequencesConfig()).count.device.type == "meta"
     finally:
         del ADAPTERS["buffered"]
+
+
+def test_a_buffer_that_no_file_has(model, tmp_path):
+    class Unsaved(PushAdapter):
+        method = "unsaved"
+
+        def __init__(self, config, backbone):
+            super().__init__(config, backbone)
+            self.register_buffer("mask", torch.ones(2), persistent=False)
+
+    register(Unsaved)
+    try:
+        Unsaved(EverywhereConfig(), _backbone(model)).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ValueError, match=r"Unsaved has the buffers \['mask'\], expected persistent ones"):
+            mk.load(tmp_path / "adapter", model)
+    finally:
+        del ADAPTERS["unsaved"]
 
 
 def test_nothing_is_left_behind_by_what_fails(model):
@@ -403,13 +398,6 @@ def test_sites_name_what_there_is():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-
-
-@pytest.mark.parametrize("layers", [[0], 0, ("0",), (True,)])
-def test_layers_are_a_tuple_of_indices(layers):
-    for make in (AttentionSite, lambda **x: ResidualSite("mlp", preserve_norm=False, **x)):
-        with pytest.raises(TypeError, match="layers is .*, expected a tuple of indices"):
-            make(layers=layers)
 
 
 def test_what_is_no_method_is_refused():

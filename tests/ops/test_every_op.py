@@ -21,7 +21,7 @@ from tests.ops import test_alignment_loss as alignment
 from tests.ops import test_prefix_splice as splice
 from tests.ops import test_prefix_splice_in_place as in_place
 from tests.ops import test_row_projection as projection
-from tests.ops.triton_process import INTERPRETED, slow_if_interpreted
+from tests.ops.triton_process import INTERPRETED, assert_passes_interpreted, compiles
 
 IDS = torch.tensor([1, -1], dtype=torch.int32)
 ENTRIES = torch.tensor([[1, 0], [-1, 1]])
@@ -35,16 +35,23 @@ class Given(NamedTuple):
     others: tuple[Tensor, ...]
 
 
-def attention(T, C, dtype, device):
-    inputs = shifted_attention_inputs(2, 2, 1, T, T, C, adapters=2, dtype=dtype, device=device)
-    ids = IDS.to(device)
-    return Given(inputs, partial(shifted_attention, causal=True, adapter_ids=ids), (ids,))
+def attention(adapters, T, C, dtype, device):
+    inputs = shifted_attention_inputs(2, 2, 1, T, T, C, adapters=adapters, dtype=dtype, device=device)
+    ids = None if adapters is None else IDS.to(device)
+    return Given(
+        inputs, partial(shifted_attention, causal=True, adapter_ids=ids), () if ids is None else (ids,)
+    )
 
 
-def shift(T, C, dtype, device):
-    inputs = attention_shift_inputs(2, 2, T, C, adapters=2, dtype=dtype, device=device)
-    ids = IDS.to(device)
-    return Given(inputs, partial(attention_shift, adapter_ids=ids), (ids,))
+def shift(adapters, T, C, dtype, device):
+    inputs = attention_shift_inputs(2, 2, T, C, adapters=adapters, dtype=dtype, device=device)
+    ids = None if adapters is None else IDS.to(device)
+    return Given(inputs, partial(attention_shift, adapter_ids=ids), () if ids is None else (ids,))
+
+
+def residual_alone(preserve_norm, T, C, dtype, device):
+    inputs = residual_shift_inputs(2, T, C, dtype=dtype, device=device)
+    return Given(inputs, partial(residual_shift, preserve_norm=preserve_norm), ())
 
 
 def residual(preserve_norm, T, C, dtype, device):
@@ -58,13 +65,13 @@ def residual(preserve_norm, T, C, dtype, device):
     return Given((*inputs, strengths), call, (ids,))
 
 
-def norm(weight_offset, T, C, dtype, device):
-    x, vector, scale = residual_shift_inputs(2, T, C, adapters=2, dtype=dtype, device=device)
+def norm(weight_offset, adapters, T, C, dtype, device):
+    x, vector, scale = residual_shift_inputs(2, T, C, adapters=adapters, dtype=dtype, device=device)
     skip = normal(*x.shape, dtype=dtype, device=device, seed=6)
     weight = normal(C, dtype=vector.dtype, device=device, seed=7)
-    ids = IDS.to(device)
+    ids = None if adapters is None else IDS.to(device)
     call = partial(residual_shift_rms_norm, eps=1e-5, weight_offset=weight_offset, adapter_ids=ids)
-    return Given((x, skip, vector, scale, weight), call, (ids,))
+    return Given((x, skip, vector, scale, weight), call, () if ids is None else (ids,))
 
 
 def spliced(layout, T, C, dtype, device):
@@ -104,12 +111,17 @@ def aligned(form, T, C, dtype, device):
 
 # By the op's name, and what there is several of.
 OPS = {
-    "shifted_attention": attention,
-    "attention_shift": shift,
-    "residual_shift-added": partial(residual, False),
-    "residual_shift-norm": partial(residual, True),
-    "residual_shift_rms_norm-llama": partial(norm, 0.0),
-    "residual_shift_rms_norm-gemma": partial(norm, 1.0),
+    "shifted_attention-alone": partial(attention, None),
+    "shifted_attention-rows": partial(attention, 2),
+    "attention_shift-alone": partial(shift, None),
+    "attention_shift-rows": partial(shift, 2),
+    **{
+        f"residual_shift-added{x}": partial(f, False) for x, f in (("", residual), ("-alone", residual_alone))
+    },
+    **{f"residual_shift-norm{x}": partial(f, True) for x, f in (("", residual), ("-alone", residual_alone))},
+    "residual_shift_rms_norm-llama": partial(norm, 0.0, 2),
+    "residual_shift_rms_norm-gemma": partial(norm, 1.0, 2),
+    "residual_shift_rms_norm-alone": partial(norm, 0.0, None),
     **{f"prefix_splice-{layout}": partial(spliced, layout) for layout in splice.LAYOUTS},
     "prefix_splice_": placed,
     **{f"row_projection-{form}": partial(projected, form) for form in projection.FORMS},
@@ -152,22 +164,24 @@ def test_what_is_given_is_not_written_to(name, impl):
 
 
 @every_op
-def test_autocast_changes_nothing(name, operator):
-    if name == "shifted_attention":
+def test_autocast_changes_nothing(name, impl):
+    if name.startswith("shifted_attention"):
         pytest.skip("it does as PyTorch's attention does: test_shifted_attention.py")
+    if name.startswith("row_projection") and impl == "reference":
+        pytest.skip("it is PyTorch's own product")
     inputs, call, _ = made(name)
-    plain = evaluate(call, leaves_of(inputs), operator)
+    plain = evaluate(call, leaves_of(inputs), impl)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = evaluate(call, leaves_of(inputs), operator)
+        cast = evaluate(call, leaves_of(inputs), impl)
     assert all(map(torch.equal, (*plain[0], *plain[1]), (*cast[0], *cast[1])))
 
 
 @every_op
 def test_only_what_is_needed_is_computed(name, operator, device):
-    """A gradient alone, and beside one other, is the one beside all of them."""
+    """A gradient is the same whichever others are asked for."""
     inputs, call, _ = made(name, device=device)
     _, full = evaluate(call, leaves_of(inputs), operator)
-    for count in (1,) if INTERPRETED else (1, 2):
+    for count in (1,) if INTERPRETED else range(1, len(inputs)):
         for needed in itertools.combinations(range(len(inputs)), count):
             leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(inputs)]
             _, grads = evaluate(call, leaves, operator)
@@ -175,10 +189,9 @@ def test_only_what_is_needed_is_computed(name, operator, device):
                 assert torch.equal(grad, full[i]), (needed, i)
 
 
-@slow_if_interpreted
 @every_op
 def test_gradcheck(name, impl):
-    if impl == "triton" and name == "shifted_attention":
+    if impl == "triton" and name.startswith("shifted_attention"):
         pytest.skip("triton has no fp64")
     inputs, call, _ = made(name, T=3, C=4, dtype=torch.float64)
     leaves = leaves_of(inputs)
@@ -205,5 +218,15 @@ def test_double_backward_is_refused(constant, name, operator, device):
 @every_op
 def test_vmap_is_refused(name, operator, device):
     inputs, call, _ = made(name, device=device)
-    with pytest.raises(NotImplementedError, match=f"{name.split('-')[0]} .*vmap.*impl='reference'"):
-        torch.func.vmap(partial(call, impl=operator))(*(x[None] for x in inputs))
+    for mapped in ({*range(len(inputs))}, *({i} for i in range(len(inputs)))):
+        given = [x[None] if i in mapped else x for i, x in enumerate(inputs)]
+        where = tuple(0 if i in mapped else None for i in range(len(inputs)))
+        with pytest.raises(NotImplementedError, match=f"{name.split('-')[0]} .*vmap.*impl='reference'"):
+            torch.func.vmap(partial(call, impl=operator), where)(*given)
+
+
+@compiles
+@pytest.mark.slow
+def test_in_the_interpreter():
+    """What depends on the kernels."""
+    assert_passes_interpreted("not vmap and not double_backward", "every_op", at_least=100)

@@ -570,6 +570,8 @@ def test_a_platform_without_locks(library, bank, monkeypatch):
     for work in (lambda: library.put("d", live()), lambda: add(bank, 9)):
         with pytest.raises(OSError, match="needs flock"):
             work()
+    assert library.list() == ["a", "b", "c"]
+    assert_holds(mk.DemonstrationBank(bank.folder), 0, 0)
 
 
 # Paths that are not UTF-8

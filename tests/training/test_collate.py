@@ -400,3 +400,30 @@ def test_from_examples_to_an_adapter(method, builder):
     with torch.no_grad():
         after = module(**fixed.arguments())["loss"]
     assert len(log) == 20 and after < 0.98 * before, (before, after)
+
+
+@pytest.mark.slow
+def test_a_trainer_collates_with_it(builder, tmp_path):
+    """Its steps are those of a loop over the same batches."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    def module():
+        model = tiny_model("llava-llama")
+        torch.manual_seed(0)
+        return TrainedModule(model, mk.create(model, mk.LIVEConfig()))
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=0.5, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0.0, remove_unused_columns=False, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    collate, one, other = EpisodeCollator(builder, POOL, 2), module(), module()
+    Trainer(one, arguments, train_dataset=POOL, data_collator=collate.arguments).train()
+    optimizer = torch.optim.SGD(trainable(other.adapter).values(), lr=0.5)
+    for queries in (POOL[:4], POOL[4:]):
+        optimizer.zero_grad()
+        other(**collate.arguments(queries))["loss"].backward()
+        optimizer.step()
+    for x, y in zip(one.adapter.parameters(), other.adapter.parameters(), strict=True):
+        assert torch.equal(x, y)

@@ -5,7 +5,6 @@ import copy
 from torch import Tensor
 
 from mmicl_kernels.methods import Adapter
-from mmicl_kernels.methods.sites import acts_in
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.models.parallel import local_heads
 from mmicl_kernels.patch.sites import hf_attention
@@ -18,7 +17,7 @@ class PatchedLayer(SlotStack):
 
     def __init__(self, state: State, anchor: Anchor) -> None:
         super().__init__(state.slots, anchor.device)
-        self._state, self._anchor, self.index = state, anchor, anchor.index
+        self._state, self._anchor, self._key = state, anchor, str(anchor.index)
         self._module = anchor.mixer
         self._base_config = self._module.config
         hf_attention.mask_kind(self.base_implementation)  # refused before anything is patched
@@ -64,5 +63,4 @@ class PatchedLayer(SlotStack):
         return local_heads(parameters, H, self._anchor.num_heads, self._anchor.projection)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
-        acts = acts_in(adapter.attention_site, self.index)
-        return [*adapter.attention_shift(str(self.index))] if acts else None
+        return None if adapter.attention_site is None else [*adapter.attention_shift(self._key)]

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from mmicl_kernels.methods import Adapter, ResidualSite
-from mmicl_kernels.methods.sites import acts_in
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.ops import residual_shift
 from mmicl_kernels.patch.sites.hooks import ForwardHook
@@ -16,14 +15,13 @@ ENTRIES = 4
 
 
 class SiteShift:
-    """The shifts of one site, by the layer's index, and what they share: the slots that every batch row uses.
+    """The shifts of one site, by layer, and what they share: the slots that every batch row uses.
 
     ``ids`` and ``strengths``, ``[rows, K]``, are None while no rows() are open.
     """
 
     def __init__(self, state: State, site: ResidualSite) -> None:
-        anchors = [anchor for anchor in state.anchors if acts_in(site, anchor.index)]
-        self.layers = {anchor.index: LayerShift(state, anchor, site, self) for anchor in anchors}
+        self.layers = [LayerShift(state, anchor, site, self) for anchor in state.anchors]
         self.ids: Tensor | None = None
         self.strengths: Tensor | None = None
 
