@@ -311,7 +311,9 @@ def test_layers_that_are_missing_are_said_at_attach(model):
     """Not in the middle of a forward pass; and the model stays plain."""
     adapter = EverywhereAdapter(EverywhereConfig(), _backbone(model))
     del adapter.layers["0"]
-    with pytest.raises(ValueError, match="adapter 'default' has nothing for layer 0: .*; expected parameters"):
+    with pytest.raises(
+        ValueError, match="adapter 'default' has nothing for layer 0: .*; expected parameters"
+    ):
         mk.attach(model, adapter)
     assert mk.handle_of(model) is None
 
