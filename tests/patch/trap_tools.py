@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
-from tests.support.published import random_adapter, relative_error, whole_logits
+from tests.support.published import magnitude, random_adapter, relative_error, whole_logits
 
 EPS = torch.finfo(torch.float32).eps
 # Of each way in which the stream, the masks and the tower differ, one, in `make test`.
@@ -152,7 +152,7 @@ def by_hand(
     scores, raw = (x.masked_fill(~visible, -torch.inf) for x in (scores, raw))
     weight, bias, shift = (x.detach().to(dtype) for x in (layer.weight, layer.bias, layer.shift))
     lse = (scores if capped_gate else raw).logsumexp(-1)
-    gate = torch.sigmoid(torch.einsum("bhtd,hd->bht", q, weight) + bias[:, None] - lse)
+    gate = magnitude(q, lse, weight, bias)
     return (scores.softmax(-1) @ v + gate[..., None] * shift[:, None]).transpose(1, 2)
 
 

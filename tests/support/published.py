@@ -46,10 +46,15 @@ def published_attention(module, query, key, value, attention_mask, scaling, soft
     attn = torch.softmax(masked, -1) @ value
 
     log_z2 = torch.logsumexp(scores if layer.normalizer == "all_keys" else masked, -1)
-    log_z1 = torch.einsum("bhtd,hd->bht", query, layer.weight) + layer.bias[:, None]
-    mu = torch.exp(log_z1 - torch.logaddexp(log_z1, log_z2))
+    mu = magnitude(query, log_z2, layer.weight, layer.bias)
     out = (attn + mu[..., None] * layer.shift[:, None]).masked_fill(blind, 0.0)
     return out.transpose(1, 2).contiguous(), None
+
+
+def magnitude(query: Tensor, log_z2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``Z1 / (Z1 + Z2)``, ``[B, H, T]``. With ``testing.budgets`` one of the two oracles."""
+    log_z1 = torch.einsum("bhtd,hd->bht", query, weight) + bias[:, None]
+    return torch.exp(log_z1 - torch.logaddexp(log_z1, log_z2))
 
 
 def additive_mask(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
