@@ -40,6 +40,8 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
             found |= {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found |= {x.value for x in node.args if isinstance(x, ast.Constant)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "kernels_of":  # which imports it
+            found.add(f"{'.'.join(package)}._triton")
     return found
 
 

@@ -215,9 +215,8 @@ def _config(options: argparse.Namespace) -> object:
     known = {field.name: field for field in fields(kind) if field.init}
     pairs = dict(_pair("--config", text, known) for text in options.config)
     values = {name: _converted("--config", name, x, _type_of(kind, known[name])) for name, x in pairs.items()}
-    needed = [name for name, x in known.items() if x.default is MISSING and x.default_factory is MISSING]
-    for name in needed:
-        if name not in values:
+    for name, field in known.items():
+        if field.default is MISSING and field.default_factory is MISSING and name not in values:
             raise ValueError(f"--config {name}=VALUE is missing, {kind.__name__} needs it")
     return kind(**values)
 

@@ -153,7 +153,7 @@ class Index:
             sql = f"SELECT group_concat(id) FROM entries WHERE +dimension IS NOT NULL AND {where}"
             if not meeting:
                 return self.vectors.nearest(index, query, limit, None)
-            # As one text, as below.
+            # As one text, as names are.
             text = index.execute(sql, values).fetchone()[0]
             ids = np.fromstring(text, np.int64, sep=",") if text else np.empty(0, np.int64)
             return self.vectors.nearest(index, query, limit, torch.from_numpy(ids))
