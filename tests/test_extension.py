@@ -6,6 +6,7 @@ scaled by the ratio of the precisions, and counts three times.
 """
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from mmicl_kernels import _extension
+from mmicl_kernels.ops._core import dispatch
 from mmicl_kernels.ops._core.rows import uses_of
 from mmicl_kernels.ops.alignment_loss import _torch as alignment_loss_torch
 from mmicl_kernels.ops.prefix_splice import _torch as prefix_splice_torch
@@ -35,6 +37,33 @@ def ops():
     if not _extension.load():
         pytest.skip(f"C++ kernels: {_extension.status()['reason']}")
     return torch.ops.mmicl_cpu
+
+
+# ---- whose kernels run ----
+
+
+@pytest.mark.parametrize(
+    "module, choose",
+    [
+        ("alignment_loss._op", "_kernels"),
+        ("attention_shift.kernels", "backend_kernels"),
+        ("prefix_splice._op", "_kernels"),
+        ("residual_shift._op", "_kernels"),
+        ("residual_shift_rms_norm._op", "_kernels"),
+    ],
+)
+def test_whose_kernels_run(module, choose, ops, monkeypatch):
+    """C++'s on a CPU where they are built, else PyTorch's; Triton's where it is named, and on CUDA."""
+    pytest.importorskip("triton")
+    op = f"mmicl_kernels.ops.{module.split('.')[0]}"
+    kernels = getattr(importlib.import_module(f"mmicl_kernels.ops.{module}"), choose)
+    stock, triton = (importlib.import_module(f"{op}.{name}") for name in ("_torch", "_triton"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kernels("composed", cpu) is ops
+    assert kernels("triton", cpu) is kernels("composed", cuda) is triton
+    monkeypatch.setattr(_extension, "load", lambda: False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert kernels("composed", cpu) is kernels("composed", cuda) is stock
 
 
 # ---- the formula ----
