@@ -116,11 +116,18 @@ def make_inputs(dtype, D, layout="heads last"):
     }
 
 
+def tensors(inputs):
+    """As the operators take them: one virtual key of each head."""
+    return [x.unsqueeze(2) if name in ("weight", "bias", "shift") else x for name, x in inputs.items()]
+
+
 def backward(ops, inputs, dout, ids, a=None, need_dq=True):
-    args = [inputs[n] for n in NAMES[1:]]
-    dg, dq, base, dweight, dbias, dshift = ops.attention_shift_bwd(dout, *args, ids, a, need_dq)
+    dg, _, dq, base, _, *gradients = ops.attention_shift_bwd(
+        dout, *tensors(inputs)[1:], ids, None, a, need_dq
+    )
+    dweight, dbias, dshift = (x.squeeze(2) for x in gradients)
     dgate = torch.cat([dweight, dbias[..., None]], -1)
-    return {"dg": dg, "dq": dq, "base": base, "dgate": dgate, "dshift": dshift}
+    return {"dg": dg[..., 0], "dq": dq, "base": base, "dgate": dgate, "dshift": dshift}
 
 
 IDS = torch.tensor([1, -1, 0], dtype=torch.int32)
@@ -136,7 +143,7 @@ FIRST = torch.zeros(B, dtype=torch.int32)  # what absent ids mean
 @pytest.mark.parametrize("ids", [None, IDS], ids=["no ids", "ids"])
 def test_formula(ops, dtype, D, layout, ids):
     inputs, dout = make_inputs(dtype, D, layout), rows(dtype, D, layout)
-    value = ops.attention_shift_fwd(*inputs.values(), ids)
+    value = ops.attention_shift_fwd(*tensors(inputs), ids, None)
     results = {"value": value, **backward(ops, inputs, dout, ids, a=inputs["out"])}
     compared = {name: x for name, x in results.items() if name != "base"}
     adapters = FIRST if ids is None else ids
@@ -147,7 +154,7 @@ def test_formula(ops, dtype, D, layout, ids):
         assert results[name].dtype == dtype and results[name].transpose(1, 2).is_contiguous(), name
 
     in_place = inputs["out"].clone(memory_format=torch.preserve_format)
-    ops.attention_shift_fwd_(in_place, *list(inputs.values())[1:], ids)
+    ops.attention_shift_fwd_(in_place, *tensors(inputs)[1:], ids, None)
     assert torch.equal(in_place, value)
 
 
@@ -167,7 +174,7 @@ def test_formula_add_gate_grad(ops, dtype, D):
     weight, dg = inputs["weight"], torch.randn_like(inputs["lse"])
     dq = rows(dtype, D, "fused")
     before = dq.clone()
-    ops.add_gate_grad_(dq, dg, weight, IDS)
+    ops.add_gate_grad_(dq, dg[..., None], weight.unsqueeze(2), IDS)
 
     def add(dtype):
         rows = weight[IDS.clamp(min=0)][:, :, None].to(dtype)
@@ -189,7 +196,7 @@ def test_unshifted_rows_are_untouched_and_contribute_nothing(ops):
         x[unshifted] = torch.inf
     inputs["q"][0, 1, 5] = torch.nan
 
-    value = ops.attention_shift_fwd(*inputs.values(), IDS)
+    value = ops.attention_shift_fwd(*tensors(inputs), IDS, None)
     assert torch.equal(value[unshifted], inputs["out"][unshifted])
     assert torch.isfinite(value).all()
     for name, result in backward(ops, inputs, dout, IDS, a=inputs["out"]).items():
@@ -202,7 +209,7 @@ def test_saturated_gates(ops, dtype):
     inputs["bias"][0], inputs["bias"][1] = -torch.finfo(dtype).max, torch.finfo(dtype).max
     ids = torch.tensor([0, 1, 1], dtype=torch.int32)
     inputs["lse"].zero_()
-    value = ops.attention_shift_fwd(*inputs.values(), ids)
+    value = ops.attention_shift_fwd(*tensors(inputs), ids, None)
     assert torch.equal(value[0], inputs["out"][0])
     assert torch.equal(value[1:], inputs["out"][1:] + inputs["shift"][1][:, None])
     results = backward(ops, inputs, dout, ids)
@@ -216,9 +223,10 @@ def test_formula_conversion_of_every_value(ops, dtype, magnitude):
     # the gate is exactly 1, so that the result is one float32 sum, rounded as PyTorch rounds it
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, 512, 128)
     shift = torch.randn(1, 1, 128) * magnitude
-    q, weight = torch.zeros_like(patterns), torch.zeros(1, 1, 128)
+    q, weight = torch.zeros_like(patterns), torch.zeros(1, 1, 1, 128)
     lse = torch.full((1, 1, 512), -1e4)
-    result = ops.attention_shift_fwd(patterns, lse, q, weight, torch.zeros(1, 1), shift, None)
+    parameters = weight, torch.zeros(1, 1, 1), shift[None]
+    result = ops.attention_shift_fwd(patterns, lse, q, *parameters, None, None)
     expected = (patterns.float() + shift).to(dtype)
     nan = torch.isnan(expected)
     assert torch.equal(torch.isnan(result), nan)
@@ -231,7 +239,8 @@ def test_formula_conversion_keeps_every_nan(ops, dtype):
     acc = torch.promote_types(dtype, torch.float32)
     shift = torch.full((1, 1, 8 * acc.itemsize), -1, dtype=torch.int8).view(acc)
     x, weight = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.zeros(1, 1, 8, dtype=acc)
-    result = ops.attention_shift_fwd(x, weight[..., :1], x, weight, weight[..., 0], shift, None)
+    parameters = weight[None], weight[..., :1], shift[None]
+    result = ops.attention_shift_fwd(x, weight[..., 0][None], x, *parameters, None, None)
     assert torch.isnan(result).all()
 
 
@@ -239,11 +248,11 @@ def test_formula_conversion_keeps_every_nan(ops, dtype):
 def test_empty(ops, shape):
     b, h, t, d = shape
     x, lse = torch.randn(shape), torch.zeros(b, h, t)
-    parameters = torch.randn(A, h, d), torch.randn(A, h), torch.randn(A, h, d)
+    parameters = torch.randn(A, h, 1, d), torch.randn(A, h, 1), torch.randn(A, h, 1, d)
     ids = torch.zeros(b, dtype=torch.int32)
-    assert ops.attention_shift_fwd(x, lse, x, *parameters, ids).shape == shape
-    dg, dq, base, *gradients = ops.attention_shift_bwd(x, lse, x, *parameters, ids, x, True)
-    assert dg.shape == lse.shape and dq.shape == base.shape == shape
+    assert ops.attention_shift_fwd(x, lse, x, *parameters, ids, None).shape == shape
+    dg, _, dq, base, _, *gradients = ops.attention_shift_bwd(x, lse, x, *parameters, ids, None, x, True)
+    assert dg.shape == (*lse.shape, 1) and dq.shape == base.shape == shape
     for gradient, parameter in zip(gradients, parameters, strict=True):
         assert gradient.shape == parameter.shape and not gradient.any()
     ops.add_gate_grad_(dq, dg, parameters[0], ids)
@@ -265,14 +274,16 @@ def test_result_does_not_depend_on_the_number_of_threads(ops):
     b, h, t, d = 2, 8, 1000, 128
     x, out, dout = (torch.randn(b, t, h, d).transpose(1, 2) for _ in range(3))
     lse = torch.randn(b, h, t)
-    parameters = torch.randn(A, h, d), torch.randn(A, h), torch.randn(A, h, d)
     ids = torch.tensor([1, 0], dtype=torch.int32)
+    prefix = torch.tensor([True] * A)
 
-    def run():
-        value = ops.attention_shift_fwd(out, lse, x, *parameters, ids)
-        return value, *ops.attention_shift_bwd(dout, lse, x, *parameters, ids, out, True)
+    def run(keys, prefix):
+        value = ops.attention_shift_fwd(out, lse, x, *keys, ids, prefix)
+        return value, *ops.attention_shift_bwd(dout, lse, x, *keys, ids, prefix, out, True)
 
-    assert_same_for_any_number_of_threads(run)
+    for n, which in ((1, None), (3, None), (3, prefix)):
+        keys = torch.randn(A, h, n, d), torch.randn(A, h, n), torch.randn(A, h, n, d)
+        assert_same_for_any_number_of_threads(functools.partial(run, keys, which))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
@@ -305,8 +316,8 @@ BAD_INPUTS = {
     "out shape": ({"out": lambda x: x[:, :, 1:]}, r"out has shape \[3, 5, 62, 8\], expected"),
     "lse shape": ({"lse": lambda x: x[..., 1:]}, r"lse has shape \[3, 5, 62\]"),
     "lse dtype": ({"lse": lambda x: x.bfloat16()}, "lse has dtype BFloat16, expected Float"),
-    "weight dims": ({"weight": lambda x: x[0]}, r"weight has 2 dims, expected \[A, H, D\]"),
-    "weight heads": ({"weight": lambda x: x[:, 1:]}, "weight has shape"),
+    "weight dims": ({"weight": lambda x: x[0]}, r"weight has 3 dims, expected \[A, P, N, D\]"),
+    "weight heads": ({"weight": lambda x: x[:, 1:]}, "weight has 4 heads, expected a divisor of 5"),
     "weight strides": ({"weight": lambda x: x.mT.contiguous().mT}, "weight must be contiguous"),
     "bias shape": ({"bias": lambda x: x[:1]}, "bias has shape"),
     "shift shape": ({"shift": lambda x: x[:1]}, "shift has shape"),
@@ -323,43 +334,54 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input(ops, case):
     changes, message = BAD_INPUTS[case]
-    inputs = {**make_inputs(torch.float32, 8), "ids": IDS}
+    inputs = {**make_inputs(torch.float32, 8), "ids": IDS, "prefix": None}
     for name, change in changes.items():
         inputs[name] = change(inputs[name])
+    out, *others = tensors(inputs)
     for op in (ops.attention_shift_fwd, ops.attention_shift_fwd_):
         with pytest.raises(RuntimeError, match=message):
-            op(*inputs.values())
-    out = inputs.pop("out")
+            op(out, *others)
     dout = torch.zeros(B, H, T, 8)
     if case != "out dims":
         with pytest.raises(RuntimeError, match=message.replace("out has", "a has")):
-            ops.attention_shift_bwd(dout, *inputs.values(), out, True)
+            ops.attention_shift_bwd(dout, *others, out, True)
 
 
 def test_bad_input_of_one_operator(ops):
     inputs, dout = make_inputs(torch.float32, 8), rows(torch.float32, 8, "heads last")
+    dg, weight = inputs["lse"][..., None], inputs["weight"].unsqueeze(2)
     with pytest.raises(RuntimeError, match="a has shape"):
         backward(ops, inputs, dout, IDS, a=dout[:, :, 1:])
     with pytest.raises(RuntimeError, match="dout has shape"):
         backward(ops, inputs, dout[:, :, 1:], IDS)
     with pytest.raises(RuntimeError, match="out is written to, but its elements along dim 0"):
         expanded = inputs["out"][:1].expand(B, H, T, 8)
-        ops.attention_shift_fwd_(expanded, *list(inputs.values())[1:], IDS)
+        ops.attention_shift_fwd_(expanded, *tensors(inputs)[1:], IDS, None)
     with pytest.raises(RuntimeError, match="dg has dtype Double"):
-        ops.add_gate_grad_(dout, inputs["lse"].double(), inputs["weight"], IDS)
+        ops.add_gate_grad_(dout, dg.double(), weight, IDS)
     with pytest.raises(RuntimeError, match="weight has no adapters"):
-        ops.add_gate_grad_(dout, inputs["lse"], inputs["weight"][:0], None)
+        ops.add_gate_grad_(dout, dg, weight[:0], None)
+    with pytest.raises(RuntimeError, match="weight has 0 keys, expected 1 to 2048"):
+        ops.add_gate_grad_(dout, dg, weight[:, :, :0], IDS)
+    prefix = torch.ones(A, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"prefix has shape \[1\], expected \[2\]"):
+        ops.attention_shift_fwd(*tensors(inputs), IDS, prefix[:1])
+    with pytest.raises(RuntimeError, match="a is None, expected the attention output beside a prefix"):
+        ops.attention_shift_bwd(dout, *tensors(inputs)[1:], IDS, prefix, None, True)
+    with pytest.raises(RuntimeError, match=r"adapter_ids\[2\] is 2, expected -1 or 0 to 1"):
+        ops.attention_shift_fwd(*tensors(inputs), IDS[:, None].expand(B, T).cumsum(0).int() + 1, None)
 
 
 def test_schemas(ops):
     inputs, dout = make_inputs(torch.float32, 8), rows(torch.float32, 8, "heads last")
-    args = [inputs[n] for n in NAMES]
+    args, prefix = tensors(inputs), torch.tensor([True, False])
     check = torch.library.opcheck
-    check(ops.attention_shift_fwd.default, (*args, IDS), test_utils="test_schema")
-    check(ops.attention_shift_fwd_.default, (*args, IDS), test_utils="test_schema")
-    backward_args = (dout, *args[1:], IDS, inputs["out"], True)
-    check(ops.attention_shift_bwd.default, backward_args, test_utils="test_schema")
-    gate_args = (dout, torch.randn(B, H, T), inputs["weight"], IDS)
+    for which in (None, prefix):
+        check(ops.attention_shift_fwd.default, (*args, IDS, which), test_utils="test_schema")
+        check(ops.attention_shift_fwd_.default, (*args, IDS, which), test_utils="test_schema")
+        backward_args = (dout, *args[1:], IDS, which, inputs["out"], True)
+        check(ops.attention_shift_bwd.default, backward_args, test_utils="test_schema")
+    gate_args = (dout, torch.randn(B, H, T, 1), args[3], IDS)
     check(ops.add_gate_grad_.default, gate_args, test_utils="test_schema")
 
 

@@ -14,9 +14,10 @@ from mmicl_kernels import ops
 SIGNATURES = {
     "ops.shifted_attention": "(q, k, v, weight, bias, shift, *, scale=None, causal=False, window=None, "
     "softcap=None, q_start=None, kv_start=None, kv_end=None, mask=None, cu_seqlens_q=None, "
-    "cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, adapter_ids=None, normalizer='visible', "
-    "return_lse=False, impl='auto')",
-    "ops.attention_shift": "(out, lse, q, weight, bias, shift, *, adapter_ids=None, impl='auto')",
+    "cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, adapter_ids=None, prefix=False, "
+    "normalizer='visible', return_lse=False, impl='auto')",
+    "ops.attention_shift": "(out, lse, q, weight, bias, shift, *, adapter_ids=None, prefix=False, "
+    "impl='auto')",
     "ops.residual_shift": "(x, vector, scale=1.0, *, preserve_norm=False, adapter_ids=None, strengths=None, "
     "impl='auto')",
     "ops.residual_shift_rms_norm": "(x, residual, vector, scale, norm_weight, *, eps, weight_offset=0.0, "

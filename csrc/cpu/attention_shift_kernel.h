@@ -102,18 +102,6 @@ void forward_tile(const ForwardParams& p, const Tile& tile) {
   }
 }
 
-template <class T>
-void forward(const ForwardParams& p, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile tile(p, index);
-    if (tile.head < 0) {
-      forward_unshifted<T>(p, tile);
-    } else {
-      forward_tile<T>(p, tile);
-    }
-  }
-}
-
 // What backward writes for a query that is not shifted.
 template <class T>
 MMICL_INLINE void backward_unshifted(const BackwardParams& p, int64_t b, int64_t h, int64_t t) {
@@ -162,8 +150,21 @@ MMICL_INLINE int64_t largest_columns(int64_t* columns, const T* w, int64_t D) {
   return found;
 }
 
-// y = x + a s, rounded, with the product w.y of before rounding: the columns in which w is largest take up
-// what rounding took from it, each what the one before left. A stock backward reads the product alone.
+// The columns of y in which w is largest take up what rounding took from the product w.y, each what the one
+// before left. A stock backward reads the product alone.
+template <class T>
+MMICL_INLINE void carry(const T* w, T* y, acc_t<T> left, int64_t D) {
+  int64_t columns[kCarrying];
+  const int64_t n = largest_columns(columns, w, D);
+  for (int64_t i = 0; i < n; ++i) left += get(w, columns[i]) * get(y, columns[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t<T> weight = get(w, columns[i]);
+    set(y, columns[i], left / weight);
+    left -= weight * get(y, columns[i]);
+  }
+}
+
+// y = x + a s, rounded, with the product w.y of before rounding.
 template <class T>
 MMICL_INLINE void add_scaled_for(const T* w, T* y, const T* x, acc_t<T> a, const acc_t<T>* s, int64_t D) {
   add_scaled(y, x, a, s, D);
@@ -174,15 +175,7 @@ MMICL_INLINE void add_scaled_for(const T* w, T* y, const T* x, acc_t<T> a, const
     const vec_t<T> exact = load_block(x + d, n) + a * load_block(s + d, n);
     lost += load_block(w + d, n) * (exact - load_block(y + d, n));
   }
-  acc_t<T> left = sum(lost);
-  int64_t columns[kCarrying];
-  const int64_t n = largest_columns(columns, w, D);
-  for (int64_t i = 0; i < n; ++i) left += get(w, columns[i]) * get(y, columns[i]);
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> weight = get(w, columns[i]);
-    set(y, columns[i], left / weight);
-    left -= weight * get(y, columns[i]);
-  }
+  carry(w, y, sum(lost), D);
 }
 
 template <class T>
@@ -222,11 +215,29 @@ void backward_tile(const BackwardParams& p, const Tile& tile, acc_t<T>* partial)
   partial[2 * p.D] = dbias;
 }
 
+#include "virtual_keys_kernel.h"
+
+template <class T>
+void forward(const ForwardParams& p, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile(p, index);
+    if (!p.is_one_key()) {
+      forward_keys<T>(p, tile);
+    } else if (tile.head < 0) {
+      forward_unshifted<T>(p, tile);
+    } else {
+      forward_tile<T>(p, tile);
+    }
+  }
+}
+
 template <class T>
 void backward(const BackwardParams& p, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile(p, index);
-    if (tile.head < 0) {
+    if (!p.is_one_key()) {
+      backward_keys<T>(p, tile);
+    } else if (tile.head < 0) {
       for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
         backward_unshifted<T>(p, tile.b, tile.h, t);
       }
@@ -240,6 +251,7 @@ void backward(const BackwardParams& p, int64_t begin, int64_t end) {
 template <class T>
 void reduce(const BackwardParams& p, int64_t begin, int64_t end) {
   using acc = acc_t<T>;
+  if (!p.is_one_key()) return reduce_keys<T>(p, begin, end);
   for (int64_t h = begin; h < end; ++h) {
     for (int64_t index = h; index < tiles(p); index += p.H) {
       const Tile tile(p, index);
@@ -257,6 +269,10 @@ void add_gate_grad(const GateGradParams& p, int64_t begin, int64_t end) {
   using acc = acc_t<T>;
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile(p, index);
+    if (!p.is_one_key()) {
+      add_keys_grad<T>(p, tile);
+      continue;
+    }
     if (tile.head < 0) continue;
     const acc* weight = static_cast<const acc*>(p.weight) + tile.head * p.D;
     for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {

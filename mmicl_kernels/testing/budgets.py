@@ -111,10 +111,10 @@ def eager_attention_shift(
     shift: Tensor,
     *,
     adapter_ids: Tensor | None = None,
+    prefix: bool | Tensor = False,
 ) -> Tensor:
     """:func:`mmicl_kernels.ops.attention_shift` without upcasting, with autograd."""
-    ids = None if adapter_ids is None else adapter_ids[:, None].expand(-1, q.shape[2])
-    return _shift(out, lse, q, weight, bias, shift, ids)
+    return _shift(out, lse, q, weight, bias, shift, _token_ids(adapter_ids, q), prefix)
 
 
 def eager_shifted_attention(
@@ -138,6 +138,7 @@ def eager_shifted_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     adapter_ids: Tensor | None = None,
+    prefix: bool | Tensor = False,
     normalizer: str = "visible",
 ) -> tuple[Tensor, Tensor]:
     """``out, lse`` of :func:`mmicl_kernels.ops.shifted_attention` without upcasting, with autograd."""
@@ -151,7 +152,7 @@ def eager_shifted_attention(
             first = end - T if q_start is None else int(torch.as_tensor(q_start).expand(B)[b])
             cached[b, :, :end] = True
             visible[b, :, start:end] = _diagonals(T, S, first, causal, window)[:, start:end]
-        ids = None if adapter_ids is None else adapter_ids[:, None].expand(B, T)
+        ids = _token_ids(adapter_ids, q)
     else:
         cached, visible, ids = _packed(T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids)
     cached, visible = cached.to(q.device), visible.to(q.device)
@@ -174,7 +175,13 @@ def eager_shifted_attention(
     if normalizer == "all_keys":
         gate_lse = _softmax(gate_scores)[1].masked_fill(lse == -torch.inf, -torch.inf)
     a = probabilities.to(q.dtype) @ values
-    return _shift(a, gate_lse, q, weight, bias, shift, ids), lse
+    return _shift(a, gate_lse, q, weight, bias, shift, ids, prefix), lse
+
+
+def _token_ids(adapter_ids: Tensor | None, q: Tensor) -> Tensor | None:
+    if adapter_ids is None or adapter_ids.dim() == 2:
+        return adapter_ids
+    return adapter_ids[:, None].expand(-1, q.shape[2])
 
 
 def _diagonals(T: int, S: int, first: int, causal: bool, window: int | None) -> Tensor:
@@ -191,13 +198,14 @@ def _packed(T, S, cu_seqlens_q, cu_seqlens_k, causal, window, adapter_ids):
     """Block-diagonal visibility of a packed batch, and the adapter of every token."""
     cached = torch.zeros(1, T, S, dtype=torch.bool)
     visible = cached.clone()
-    ids = None if adapter_ids is None else adapter_ids.new_zeros(1, T)
+    per_query = adapter_ids is None or adapter_ids.dim() == 2
+    ids = adapter_ids if per_query else adapter_ids.new_zeros(1, T)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for n, (q0, q1) in enumerate(zip(starts_q[:-1], starts_q[1:], strict=True)):
         k0, k1 = starts_k[n : n + 2]
         cached[0, q0:q1, k0:k1] = True
         visible[0, q0:q1, k0:k1] = _diagonals(q1 - q0, k1 - k0, k1 - k0 - (q1 - q0), causal, window)
-        if ids is not None:
+        if not per_query:
             ids[0, q0:q1] = adapter_ids[n]
     return cached, visible, ids
 
@@ -211,8 +219,10 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return exp / total, (total.log() + top)[..., 0]
 
 
-def _shift(out, lse, q, weight, bias, shift, token_ids: Tensor | None) -> Tensor:
+def _shift(out, lse, q, weight, bias, shift, token_ids: Tensor | None, prefix: bool | Tensor) -> Tensor:
     """``token_ids [B, T]``: the adapter of every token, or None."""
+    if weight.dim() == (3 if token_ids is None else 4) or prefix is not False:
+        return _joint(out, lse, q, weight, bias, shift, token_ids, prefix)
     if token_ids is None:
         weight, bias, shift = (x[None, None] for x in (weight, bias, shift))
     else:
@@ -225,6 +235,26 @@ def _shift(out, lse, q, weight, bias, shift, token_ids: Tensor | None) -> Tensor
         shifted = shifted & (token_ids >= 0)[:, None]
     mu = torch.where(shifted, torch.sigmoid(logit - lse.where(shifted, 0.0)), 0.0)
     return out + (mu[..., None] * shift.transpose(1, 2)).to(out.dtype)
+
+
+def _joint(out, lse, q, weight, bias, shift, token_ids: Tensor | None, prefix: bool | Tensor) -> Tensor:
+    """One softmax of the virtual keys' logits and of lse, which stands for all other keys."""
+    (B, H, T), acc = q.shape[:3], _acc(q)
+    if token_ids is None:
+        weight, bias, shift = (x[None] for x in (weight, bias, shift))
+        token_ids = torch.zeros(B, T, dtype=torch.long, device=q.device)
+    if weight.dim() == 3:
+        weight, bias, shift = (x.unsqueeze(2) for x in (weight, bias, shift))
+    heads = torch.arange(H, device=q.device) // (H // weight.shape[1])
+    rows = token_ids.clamp(min=0).long()[:, None], heads[None, :, None]
+    logits = torch.einsum("bhtd,bhtnd->bhtn", q, weight[rows].to(q.dtype)).to(acc) + bias[rows]
+    shifted = torch.isfinite(lse) & (token_ids >= 0)[:, None] & (logits > -torch.inf).any(-1)
+    logits = torch.cat((logits, lse.to(acc)[..., None]), -1)
+    p = torch.softmax(logits.masked_fill(~shifted[..., None], 0.0), -1)
+    added = torch.einsum("bhtn,bhtnd->bhtd", p[..., :-1], shift[rows].to(acc)).to(out.dtype)
+    is_prefix = prefix[rows[0]] if isinstance(prefix, Tensor) else torch.tensor(prefix, device=q.device)
+    kept = torch.where(is_prefix[..., None], p[..., -1:].to(out.dtype) * out, out)
+    return torch.where(shifted[..., None], kept + added, out)
 
 
 def _token_shape(q: Tensor) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ def shift_parameters(
     D: int,
     *,
     keys: int = 1,
+    virtual: tuple[int, int] | None = None,
     adapters: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -49,12 +50,16 @@ def shift_parameters(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``weight [H, D]``, ``bias [H]``, ``shift [H, D]``, or stacked ``[A, ...]``.
 
-    The bias is about the lse of ``keys`` random keys, so that gates lie well inside (0, 1).
+    ``virtual``: P and N, for ``[P, N, ...]`` in the place of ``[H, ...]``. The bias is about the lse of
+    ``keys`` random keys, so that gates lie well inside (0, 1).
     """
-    stack = () if adapters is None else (adapters,)
-    weight = normal(*stack, H, D, dtype=torch.float64, seed=seed) * D**-0.5
-    bias = normal(*stack, H, dtype=torch.float64, seed=seed + 1) + math.log(max(keys, 1))
-    shift = normal(*stack, H, D, dtype=torch.float64, seed=seed + 2)
+    heads = (H,) if virtual is None else virtual
+    shape = heads if adapters is None else (adapters, *heads)
+    weight = normal(*shape, D, dtype=torch.float64, seed=seed) * D**-0.5
+    bias = normal(*shape, dtype=torch.float64, seed=seed + 1) + math.log(max(keys, 1))
+    if virtual is not None:
+        bias -= math.log(virtual[1])
+    shift = normal(*shape, D, dtype=torch.float64, seed=seed + 2)
     return tuple(x.to(dtype=dtype, device=device) for x in (weight, bias, shift))
 
 
@@ -66,6 +71,7 @@ def shifted_attention_inputs(
     S: int = 37,
     D: int = 16,
     *,
+    virtual: tuple[int, int] | None = None,
     adapters: int | None = None,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
@@ -81,7 +87,7 @@ def shifted_attention_inputs(
     if parameter_dtype is None:
         parameter_dtype = torch.promote_types(dtype, torch.float32)
     parameters = shift_parameters(
-        H, D, keys=S, adapters=adapters, dtype=parameter_dtype, device=device, seed=13 + seed
+        H, D, keys=S, virtual=virtual, adapters=adapters, dtype=parameter_dtype, device=device, seed=13 + seed
     )
     return q, k, v, *parameters
 
@@ -92,6 +98,7 @@ def attention_shift_inputs(
     T: int = 37,
     D: int = 16,
     *,
+    virtual: tuple[int, int] | None = None,
     adapters: int | None = None,
     dtype: torch.dtype = torch.float32,
     parameter_dtype: torch.dtype | None = None,
@@ -106,7 +113,7 @@ def attention_shift_inputs(
     q = normal(B, H, T, D, seed=21 + seed, **options)
     lse = normal(B, H, T, dtype=acc, device=device, seed=22 + seed)
     parameters = shift_parameters(
-        H, D, adapters=adapters, dtype=parameter_dtype or acc, device=device, seed=23 + seed
+        H, D, virtual=virtual, adapters=adapters, dtype=parameter_dtype or acc, device=device, seed=23 + seed
     )
     return out, lse, q, *parameters
 

@@ -74,6 +74,12 @@ def case(why, options=None, dtypes=DTYPES, **sizes):
     return Case(why, sizes, options or {}, dtypes)
 
 
+def ids_of(B, T):
+    """Of three adapters and none, one for each query."""
+    return ints(*range(B * T)).view(B, T) * 7 % 4 - 1
+
+
+QUERY_IDS = ids_of(2, 9)
 PACKED = {
     "cu_seqlens_q": ints(0, 5, 5, 12, 21, 30),
     "cu_seqlens_k": ints(0, 9, 12, 12, 25, 37),
@@ -209,6 +215,55 @@ GRID = {
                                                          "causal": True}, B=3, adapters=4),
     "ids_none": case("all off", {"adapter_ids": ints(-1, -1)}, adapters=2),
     "ids_int64": case("int64 is allowed", {"adapter_ids": ints(1, -1).long()}, adapters=2),
+    # Virtual keys, P heads of N: beside the attention, or a prefix of it.
+    **{
+        f"{'prefix' if prefix else 'keys'}_{N}": case(
+            "N virtual keys", {"prefix": prefix, **options}, virtual=(P, N), **sizes
+        )
+        for prefix in (False, True)
+        for N, P, options, sizes in (
+            (1, 2, {}, {}), (2, 4, {"causal": True}, {"T": 9}), (5, 1, {"causal": True}, {"D": 40}),
+            (8, 4, {"causal": True}, {}), (16, 2, {"window": 8}, {"T": 20}), (64, 4, {}, {"T": 5, "S": 9}),
+            (128, 2, {}, {"T": 3, "S": 20, "D": 72}),
+        )
+    },
+    **{
+        f"prefix_{name}": case(why, {"prefix": True, **options}, **{"virtual": (2, 3), **sizes})
+        for name, why, options, sizes in (
+            ("one", "one key of each head", {"causal": True}, {"virtual": None}),
+            ("decode", "one query, the whole cache", {"causal": True}, {"T": 1, "S": 63}),
+            ("split", "a decode in parts", {"kv_end": ints(600, 3)}, {"T": 1, "S": 600}),
+            ("blind", "queries that see no key", {"causal": True, "kv_start": ints(0, 9)}, {}),
+            ("window", "all conditions at once",
+             {"window": 6, "causal": True, "q_start": ints(4, 20), "kv_start": ints(2, 19),
+              "kv_end": ints(11, 30)}, {"T": 9}),
+            ("mask", "any pattern", {"mask": keep(2, 4, 37, 37)}, {}),
+            ("bias", "a learned bias", {"mask": added(1, 4, 37, 37)}, {}),
+            ("hide_inf", "-inf hides", {"mask": hiding(minus_inf, 37, 37), "causal": True}, {}),
+            ("hide_finite", "finfo.min does not", {"mask": hiding(lowest, 2, 1, 37, 37)}, {}),
+            ("softcap", "Gemma 2's, here strong", {"softcap": 2.0, "causal": True}, {}),
+            ("all_keys", "the official HiFICL", {"normalizer": "all_keys", "causal": True}, {}),
+            ("no_keys", "an empty cache", {}, {"S": 0}),
+            ("sliced", "odd offsets", {"causal": True}, {"layout": "sliced"}),
+            ("half", "parameters in bf16", {}, {"parameter_dtype": torch.bfloat16}),
+            ("packed", "packed sequences", {**PACKED, "causal": True}, PACKED_SIZES),
+        )
+    },
+    "keys_ids": case("a prefix beside shifts", {"adapter_ids": ints(1, -1, 0), "causal": True,
+                                                "prefix": torch.tensor([True, False, True])},
+                     B=3, adapters=3, virtual=(2, 3)),
+    "keys_all_keys": case("the gate ignores it", {"normalizer": "all_keys", "causal": True}, virtual=(4, 3)),
+    "keys_packed_ids": case("one adapter per sequence", {**PACKED, "adapter_ids": ints(1, 0, 0, -1, 0),
+                                                         "prefix": torch.tensor([True, False])},
+                            adapters=2, virtual=(4, 3), **PACKED_SIZES),
+    "ids_of_queries": case("an adapter of each query", {"adapter_ids": QUERY_IDS, "causal": True},
+                           adapters=3, T=9),
+    "ids_of_packed_queries": case("the same, packed", {**PACKED, "causal": True, "adapter_ids": ids_of(1, 30),
+                                                       "prefix": torch.tensor([False, True, False])},
+                                  adapters=3, virtual=(2, 2), **PACKED_SIZES),
+    "keys_of_queries": case("with several keys", {"adapter_ids": QUERY_IDS.long(), "window": 4,
+                                                  "prefix": torch.tensor([True, False, True])},
+                            adapters=3, virtual=(2, 5), T=9),
     "ids_blind": case("with queries that see no key", {"adapter_ids": ints(1, 0), "causal": True,
                                                        "q_start": -5}, adapters=2),
     # The official gate.
@@ -254,7 +309,7 @@ GRID = {
 TYPICAL = (
     "causal", "chunk", "more_queries_causal", "gqa_3", "head_dim_40", "sliced_softcap", "window_rows",
     "kv_start", "mask_bounds", "hide_inf_causal", "all_keys_window", "packed_window", "packed_ids",
-    "ids_blind", "tiles",
+    "ids_blind", "tiles", "keys_8", "prefix_5", "keys_of_queries",
 )  # fmt: skip
 # In the interpreter these take the kernels' way of another case, take long, or are tried in other tiles
 # (test_shifted_attention_triton.py).

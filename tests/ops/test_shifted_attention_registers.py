@@ -14,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from mmicl_kernels.ops.attention_shift._triton import bwd as shift_bwd  # noqa: E402
+from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results  # noqa: E402
 from mmicl_kernels.testing.cross_compile import (  # noqa: E402
@@ -30,6 +31,8 @@ TABLE = Path(__file__).with_name("registers.json")
 UPDATE = os.environ.get("UPDATE_REGISTERS") == "1"
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 B, H, G = 2, 8, 2
+# Virtual keys: heads that have their own, keys of each, whether they are a prefix.
+KEYS = {"keys_8": (H, 8, False), "prefix_8": (H, 8, True), "prefix_128": (G, 128, True)}
 SIZES = {"decode": (1, 4096), "chunk": (16, 4096)}  # queries and keys; (512, 512) for the others
 NAMES = {
     "dq": bwd.shifted_attention_dq_kernel,
@@ -65,10 +68,11 @@ def variants(is_general, T, S, dtype):
         "causal": {"causal": True},
         "window": {"causal": True, "window": 100, "adapter_ids": ints(0, 0)},
         "training": {"causal": True, "training": True},
+        **{name: {"causal": True, "prefix": prefix} for name, (_, _, prefix) in KEYS.items()},
     }
 
 
-def compiled(row, options, monkeypatch):
+def compiled(row, name, options, monkeypatch):
     """Machine code of the row's kernel (and of the combine, in a decode), as launched for ``options``."""
     kernel, _, generation, itemsize, BD = row
     monkeypatch.setattr(launch, "generation", lambda device: generation)
@@ -78,15 +82,18 @@ def compiled(row, options, monkeypatch):
     (T, S), dtype = SIZES.get(kernel, (512, 512)), DTYPES[itemsize]
     q = torch.empty(batch, T, H, BD, dtype=dtype).transpose(1, 2)
     k = torch.empty(batch, S, G, BD, dtype=dtype).transpose(1, 2)
-    weight, bias, lse = torch.empty(1, H, BD), torch.empty(1, H), torch.empty(batch, H, T)
+    P, N, prefix = KEYS.get(name, (H, 1, False))
+    weight, bias, lse = torch.empty(1, P, N, BD), torch.empty(1, P, N), torch.empty(batch, H, T)
+    which = torch.ones(1, dtype=torch.bool) if prefix else None
+    keys = VirtualKeys(weight, bias, weight, options.adapter_ids, which)
     wanted = (NAMES[kernel], NAMES["combine"])
     others = [x for x in ALL if x not in wanted]
     with compiling_for(generation, wanted, others) as done:
         if kernel in ("dq", "dkdv"):
             saved = (q, lse, lse, new_results(q, options)[3])
-            bwd.backward(q, None, saved, True, (q, k, k), (weight, bias, weight), options)
+            bwd.backward(q, None, saved, True, (q, k, k), keys, options)
         else:
-            fwd.forward(q, k, k, (weight, bias, weight), options)
+            fwd.forward(q, k, k, keys, options)
     return [machine_code(x) for x in done]
 
 
@@ -99,7 +106,8 @@ def check(row, name, monkeypatch):
     """Assert what holds of one variant; returns registers per thread by kernel."""
     kernel, is_general, generation, itemsize, _ = row
     config, (T, S) = launch.CONFIGS[row], SIZES.get(kernel, (512, 512))
-    codes = compiled(row, variants(is_general, T, S, DTYPES[itemsize])[name], monkeypatch)
+    options = variants(is_general, T, S, DTYPES[itemsize])[name]
+    codes = compiled(row, name, options, monkeypatch)
     launched = (NAMES[kernel], NAMES["combine"]) if kernel in SIZES else (NAMES[kernel],)
     assert [code.name for code in codes] == [x.__name__ for x in launched]
     for code in codes:
@@ -120,10 +128,12 @@ def known_registers():
 
 
 def variants_of(row):
-    """The names of a row's variants; in a backward, "training" is the same code."""
-    kernel, is_general, *_ = row
-    names = variants(is_general, 1, 1, torch.float32)
-    return [x for x in names if x != "training" or kernel not in ("dq", "dkdv")]
+    """The names of a row's variants; in a backward, "training" is the same code. What virtual keys cost is
+    known of rows that models use."""
+    kernel, is_general, _, itemsize, BD = row
+    names = [x for x in variants(is_general, 1, 1, torch.float32) if x not in KEYS]
+    keys = KEYS if kernel != "dkdv" and not is_general and itemsize == 2 and BD <= 128 else {}
+    return [*keys, *(x for x in names if x != "training" or kernel not in ("dq", "dkdv"))]
 
 
 def cases():
@@ -135,10 +145,11 @@ def cases():
     for row in ROWS:
         *_, itemsize, BD = row
         names, known = variants_of(row), table.get(name_of(row), {})
+        first = next(x for x in names if x not in KEYS)
         most = max(known, key=lambda x: max(known[x].values()), default=None)
         for name in names:
-            quick = name == names[0] and itemsize == 2 and BD <= 128
-            if quick or UPDATE or name == most:
+            quick = name == first and itemsize == 2 and BD <= 128
+            if quick or UPDATE or name == most or name == "prefix_8":
                 marks = [] if quick else [pytest.mark.slow]
                 yield pytest.param(row, name, marks=marks, id=f"{name_of(row)}-{name}")
 

@@ -238,10 +238,10 @@ LAYOUTS = {"dense": torch.Tensor.contiguous, "heads_last": heads_last, "padded":
 def backward_through_shift(kernel, inputs, dout, lse, a, drop_dlse=False, of_base=heads_last):
     """``dq, dk, dv`` of the shifted attention by one stock backward; with ``drop_dlse`` over ``a`` itself."""
     q, k, v, weight, bias, shift = inputs
-    parameters = weight[None], bias[None], shift[None]
-    dg, _, base, *_ = attention_shift_bwd(dout, lse, q, *parameters, None, a, False)
+    parameters = weight[None, :, None], bias[None, :, None], shift[None, :, None]
+    dg, _, _, base, *_ = attention_shift_bwd(dout, lse, q, *parameters, None, None, a, False)
     dq, dk, dv = kernel.backward(dout, q, k, v, of_base(a if drop_dlse else base), lse)
-    return (dq + dg[..., None] * weight[:, None]).to(q.dtype), dk, dv
+    return (dq + dg * weight[:, None]).to(q.dtype), dk, dv
 
 
 def assert_gradients(given, actual):

@@ -118,30 +118,5 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_shift(
-    sizes: Sizes, weight: Tensor, bias: Tensor, shift: Tensor, adapter_ids: Tensor | None
-) -> None:
-    """Check the shift's parameters ``[H, D]``, ``[H]`` or with ``adapter_ids [B]`` ``[A, H, D]``, ``[A, H]``.
-
-    ``sizes`` must have H, D and the rows of ``adapter_ids`` as B bound.
-    """
-    stacked = "" if adapter_ids is None else "A "
-    if isinstance(weight, Tensor) and weight.dim() == 3 and adapter_ids is None:
-        raise ValueError(f"weight has shape {list(weight.shape)}: a 3-D weight needs adapter_ids, got None")
-    if isinstance(weight, Tensor) and weight.dim() == 2 and adapter_ids is not None:
-        raise ValueError(
-            f"adapter_ids were given beside a 2-D weight {list(weight.shape)}, expected [A, H, D]"
-        )
-    sizes.bind("weight", weight, stacked + "H D")
-    sizes.bind("bias", bias, stacked + "H")
-    sizes.bind("shift", shift, stacked + "H D")
-    for name, tensor in (("weight", weight), ("bias", bias), ("shift", shift)):
-        check_float(name, tensor)
-    if adapter_ids is not None:
-        sizes.bind("adapter_ids", adapter_ids, "B")
-        check_integer("adapter_ids", adapter_ids)
-        check_range("adapter_ids", adapter_ids, -1, sizes["A"] - 1)
-
-
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(map(str, dtypes))

@@ -1,14 +1,19 @@
-"""The shift's kernels in plain PyTorch, four functions; C++ (csrc/cpu) and ``_triton`` have the same.
+"""The shift's kernels in plain PyTorch; C++ (csrc/cpu) and ``_triton`` have the same functions.
 
-They take ``weight, shift [A, H, D]`` and ``bias [A, H]`` contiguous in the accumulation dtype, ``A = 1``
-where there are no ``adapter_ids``.
+They take virtual keys: ``weight, shift [A, P, N, D]`` and ``bias [A, P, N]`` contiguous in the accumulation
+dtype; ``adapter_ids`` int32 ``[B]`` or ``[B, T]``, or None where ``A = 1``; and ``prefix``, which of the
+adapters are one, bool ``[A]``, or None for none.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops._core.rows import sum_rows
+from mmicl_kernels.ops._core.virtual_keys import of_queries, of_tokens
 
 # Of a rounded row: two of them keep a product to 18 bits in bf16 and 22 in fp16, three to those of fp32.
 CARRYING_COLUMNS = 3
@@ -22,9 +27,10 @@ def attention_shift_fwd(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
 ) -> Tensor:
     shifted = new_heads(out).copy_(out)
-    attention_shift_fwd_(shifted, lse, q, weight, bias, shift, adapter_ids)
+    attention_shift_fwd_(shifted, lse, q, weight, bias, shift, adapter_ids, prefix)
     return shifted
 
 
@@ -36,10 +42,17 @@ def attention_shift_fwd_(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
 ) -> None:
-    mu, _, is_shifted = _gate(lse, q, weight, bias, adapter_ids)
-    shifted = (out + mu[..., None] * _rows(shift, adapter_ids)[:, :, None]).to(out.dtype)
-    out.copy_(torch.where(is_shifted[..., None], shifted, out))
+    gate = _gate(lse, q, weight, bias, adapter_ids, prefix)
+    mean = _mean_shift(gate, of_tokens(shift, adapter_ids, q.shape[1]))
+    shifted = gate.mu[..., None] * mean
+    if prefix is not None:
+        kept = torch.where(gate.is_prefix, gate.rest, 1.0)[..., None] * out
+        shifted = torch.where(gate.is_prefix[..., None], kept + shifted, out + shifted)
+    else:
+        shifted = out + shifted
+    out.copy_(torch.where(gate.is_shifted[..., None], shifted.to(out.dtype), out))
 
 
 def attention_shift_bwd(
@@ -50,35 +63,58 @@ def attention_shift_bwd(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
     a: Tensor | None,
     need_dq: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Everything the gate's backward needs, and what a stock attention backward needs from it.
 
-    Returns ``dg [B, H, T]``, ``dq`` (empty unless ``need_dq``), ``base`` (empty without ``a``, the
-    attention output before the shift), ``dweight``, ``dbias``, ``dshift``. ``base`` is what a stock
-    backward is given for its ``delta = dout . base`` to be ``dout . a + dg``, which includes the gradient
-    through lse.
+    Returns ``dg [B, H, T, N]``, its ``total [B, H, T]`` (empty for N = 1), ``dq`` (empty unless
+    ``need_dq``), ``base`` (empty without ``a``, the attention output before the shift, which a prefix needs),
+    ``lift [B, H, T]`` (empty without ``prefix``), ``dweight``, ``dbias``, ``dshift``. A stock backward that
+    is given ``base`` and ``lse + lift`` is exact, the gradient through lse included: ``lift`` is what a
+    prefix adds to lse, and ``delta = dout . base``.
     """
-    mu, dmu, is_shifted = _gate(lse, q, weight, bias, adapter_ids)
-    row_shift = _rows(shift, adapter_ids)[:, :, None]
+    H, gate = q.shape[1], _gate(lse, q, weight, bias, adapter_ids, prefix)
+    shift_rows = of_tokens(shift, adapter_ids, H)
     # 0 times NaN: a query that is not shifted has no part in any sum.
-    dout_acc = dout.to(lse.dtype).masked_fill(~is_shifted[..., None], 0.0)
-    q = q.to(lse.dtype).masked_fill(~is_shifted[..., None], 0.0)
-    dg = (dmu * (dout_acc * row_shift).sum(-1)).masked_fill(~is_shifted, 0.0)
-    dweight = _sum_rows(torch.einsum("bht,bhtd->bhd", dg, q), adapter_ids, weight)
-    dbias = _sum_rows(dg.sum(-1), adapter_ids, bias)
-    dshift = _sum_rows(torch.einsum("bht,bhtd->bhd", mu, dout_acc), adapter_ids, shift)
+    hidden = ~gate.is_shifted[..., None]
+    dout_acc, q = (x.to(lse.dtype).masked_fill(hidden, 0.0) for x in (dout, q))
+    # Key by key: one product of all would be N times as large as dout.
+    slopes = torch.stack([(dout_acc * x).sum(-1) for x in shift_rows.unbind(-2)], -1)
+    if prefix is not None:
+        along = (dout_acc * a).sum(-1, keepdim=True)
+        slopes = torch.where(gate.is_prefix[..., None], slopes - along, slopes)
+    slopes = slopes.masked_fill(hidden | (gate.shares == 0), 0.0)
+    mean = (gate.shares * slopes).sum(-1, keepdim=True)
+    p, dmu = gate.mu[..., None] * gate.shares, (gate.mu * gate.rest)[..., None]
+    dg = (p * (slopes - mean) + dmu * gate.shares * mean).masked_fill(hidden, 0.0)
+    grads = [
+        sum_per_adapter(equation, factors, adapter_ids, weight)
+        for equation, factors in (
+            ("bhtn,bhtd->bhnd", (dg, q)),
+            ("bhtn->bhn", (dg,)),
+            ("bhtn,bhtd->bhnd", (p, dout_acc)),
+        )
+    ]
 
-    dq, base = dout.new_empty(0), dout.new_empty(0)
+    dq, base, lift = dout.new_empty(0), dout.new_empty(0), lse.new_empty(0)
+    # Not the sum of dg, in which what sets the keys apart would cancel.
+    total = lse.new_empty(0) if dg.shape[-1] == 1 else (dmu * mean)[..., 0].masked_fill(hidden[..., 0], 0.0)
     if need_dq:
         dq = new_heads(dout).zero_()
         add_gate_grad_(dq, dg, weight, adapter_ids)
     if a is not None:
-        exact = a + dmu[..., None] * row_shift
-        base = torch.where(is_shifted[..., None], _rounded_for(dout_acc, exact, a.dtype), a)
+        mean_shift = _mean_shift(gate, shift_rows)
+        exact = a + dmu * mean_shift
+        if prefix is not None:
+            joint = gate.rest[..., None] * a + gate.mu[..., None] * mean_shift
+            exact = torch.where(gate.is_prefix[..., None], joint, exact)
+        base = torch.where(gate.is_shifted[..., None], _rounded_for(dout_acc, exact, a.dtype), a)
         base = new_heads(a).copy_(base)
-    return dg, dq, base, dweight, dbias, dshift
+    if prefix is not None:
+        lift = -gate.log_rest.masked_fill(~(gate.is_shifted & gate.is_prefix), 0.0)
+    return dg, total, dq, base, lift, *grads
 
 
 def _rounded_for(dout: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,34 +138,62 @@ def _rounded_for(dout: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor | None) -> None:
-    """``dq += dg * weight``: the gradient of the gate's logit with respect to the query."""
-    dq.copy_(dq + dg[..., None] * _rows(weight, adapter_ids)[:, :, None])
+    """``dq += sum_n dg_n weight_n``: the gradient of the logits with respect to the query."""
+    weight = of_tokens(weight, adapter_ids, dq.shape[1])
+    dq.copy_(dq + sum(dg[..., n, None] * x for n, x in enumerate(weight.unbind(-2))))
+
+
+class _Gate(NamedTuple):
+    """Of every query ``[B, H, T]``: the mass ``mu`` of its virtual keys, ``rest = 1 - mu`` without
+    cancellation, each key's share of it ``[B, H, T, N]``, whether there is a shift, and whether a prefix."""
+
+    mu: Tensor
+    rest: Tensor
+    log_rest: Tensor
+    shares: Tensor
+    is_shifted: Tensor
+    is_prefix: Tensor | None
 
 
 def _gate(
-    lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``mu``, its derivative ``mu (1 - mu)`` without cancellation, and where there is a shift at all."""
-    logit = torch.einsum("bhtd,bhd->bht", q.to(lse.dtype), _rows(weight, adapter_ids, q.shape[0]))
-    x = logit + _rows(bias, adapter_ids)[:, :, None] - lse
-    is_shifted = ~torch.isinf(lse)
+    lse: Tensor, q: Tensor, weight: Tensor, bias: Tensor, adapter_ids: Tensor | None, prefix: Tensor | None
+) -> _Gate:
+    B, H = q.shape[:2]
+    weight, bias = of_tokens(weight, adapter_ids, H), of_tokens(bias, adapter_ids, H)
+    equation = "bhtd,bhtd->bht"
+    if weight.shape[2] == 1:  # one adapter for all queries of a row
+        equation, weight = "bhtd,bhd->bht", weight[:, :, 0].expand(B, -1, -1, -1)
+    logit = torch.stack([torch.einsum(equation, q.to(lse.dtype), x) for x in weight.unbind(-2)], -1) + bias
+    together = torch.logsumexp(logit, -1)
+    is_shifted = ~torch.isinf(lse) & (together > -torch.inf)
+    is_prefix = None if prefix is None else of_tokens(prefix[:, None], adapter_ids, 1)
     if adapter_ids is not None:
-        is_shifted = is_shifted & (adapter_ids >= 0)[:, None, None]
-    mu = torch.sigmoid(x).masked_fill(~is_shifted, 0.0)
-    return mu, mu * torch.sigmoid(-x).masked_fill(~is_shifted, 0.0), is_shifted
+        is_shifted = is_shifted & of_queries(adapter_ids >= 0)
+    shares = torch.exp(logit - together[..., None]).masked_fill(~is_shifted[..., None], 0.0)
+    x = together - lse
+    mu, rest = (torch.sigmoid(y).masked_fill(~is_shifted, 0.0) for y in (x, -x))
+    return _Gate(mu, rest, F.logsigmoid(-x), shares, is_shifted, is_prefix)
 
 
-def _rows(stacked: Tensor, adapter_ids: Tensor | None, B: int = 1) -> Tensor:
-    """The parameters of every batch row; ``[1, ...]`` broadcasts where all rows share them."""
+def _mean_shift(gate: _Gate, shift: Tensor) -> Tensor:
+    """``[B, H, T, D]``: the virtual keys' values by their shares."""
+    return sum(gate.shares[..., n, None] * x for n, x in enumerate(shift.unbind(-2)))
+
+
+def sum_per_adapter(
+    equation: str, factors: tuple[Tensor, ...], adapter_ids: Tensor | None, weight: Tensor
+) -> Tensor:
+    """``[A, P, N, ...]``: the products of each adapter's queries, summed over them and over the heads that
+    share a virtual key."""
+    A, P = weight.shape[:2]
     if adapter_ids is None:
-        return stacked.expand(B, *stacked.shape[1:])
-    if stacked.shape[0] == 0:
-        return stacked.new_zeros(adapter_ids.shape[0], *stacked.shape[1:])
-    inactive = (adapter_ids < 0).view(-1, *[1] * (stacked.dim() - 1))
-    return stacked[adapter_ids.clamp(min=0).long()].masked_fill(inactive, 0.0)
-
-
-def _sum_rows(per_row: Tensor, adapter_ids: Tensor | None, stacked: Tensor) -> Tensor:
-    if adapter_ids is None:
-        return per_row.sum(0, keepdim=True)
-    return sum_rows(per_row, adapter_ids, stacked.shape[0])
+        total = torch.einsum(equation, *factors).sum(0, keepdim=True)
+    elif adapter_ids.dim() == 1:
+        total = sum_rows(torch.einsum(equation, *factors), adapter_ids, A)
+    else:
+        total = factors[0].new_zeros(A, *torch.einsum(equation, *(x[:1, :, :0] for x in factors)).shape[1:])
+        for a in range(A):
+            other = (adapter_ids != a)[:, None, :, None]
+            own = (x.masked_fill(other, 0.0) for x in factors)
+            total[a] = torch.einsum(equation, *own).sum(0)
+    return total.unflatten(1, (P, -1)).sum(2)

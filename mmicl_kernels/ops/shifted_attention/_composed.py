@@ -7,33 +7,33 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.layout import new_heads
-from mmicl_kernels.ops.attention_shift.kernels import backend_kernels
+from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, backend_kernels, logit_grad
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
 
-def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``out``, ``lse``, ``gate_lse``, ``lse_low`` and ``a`` of ``new_results``, for stacked ``parameters``.
+def forward(q, k, v, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``lse``, ``gate_lse``, ``lse_low`` and ``a`` of ``new_results``.
 
     ``lse_low`` is 0: stock kernels do not say what rounding took; ``_stock`` recovers it where it matters.
     """
     part = _forward if options.cu_seqlens_q is None else _packed_forward
-    out, lse, gate_lse, a = part(q, k, v, parameters, options)
+    out, lse, gate_lse, a = part(q, k, v, keys, options)
     lse_low = torch.zeros_like(lse) if options.is_mask_added else lse.new_empty(0)
     return out, lse, gate_lse, lse_low, a
 
 
-def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+def backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Options):
     """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters.
 
     ``results`` are ``a``, ``lse``, ``gate_lse`` and ``lse_low`` of the forward, with lse in place of an empty
     gate_lse.
     """
     part = _backward if options.cu_seqlens_q is None else _packed_backward
-    return part(dout, dlse, results[:3], need_dqkv, qkv, parameters, options)
+    return part(dout, dlse, results[:3], need_dqkv, qkv, keys, options)
 
 
-def _forward(q, k, v, parameters, options: Options):
+def _forward(q, k, v, keys: VirtualKeys, options: Options):
     visibility = options.visibility
     a, lse = attention_kernel(q, k, options.scale, options.softcap, visibility).forward(q, k, v)
     gate_lse = lse
@@ -44,9 +44,9 @@ def _forward(q, k, v, parameters, options: Options):
     epilogue = backend_kernels("composed", q.device)
     if a.transpose(1, 2).is_contiguous() and not options.training:
         out = a
-        epilogue.attention_shift_fwd_(out, gate_lse, q, *parameters, options.adapter_ids)
+        epilogue.attention_shift_fwd_(out, gate_lse, q, *keys)
     else:
-        out = epilogue.attention_shift_fwd(a, gate_lse, q, *parameters, options.adapter_ids)
+        out = epilogue.attention_shift_fwd(a, gate_lse, q, *keys)
     lse = lse.contiguous()
     return (
         out,
@@ -56,10 +56,11 @@ def _forward(q, k, v, parameters, options: Options):
     )
 
 
-def _packed_forward(q, k, v, parameters, options: Options):
+def _packed_forward(q, k, v, keys: VirtualKeys, options: Options):
     out, lse, gate_lse, _, a = new_results(q, options)
-    for rows, keys, sequence in options.sequences():
-        results = _forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], parameters, sequence)
+    for rows, columns, sequence in options.sequences():
+        own = keys._replace(adapter_ids=sequence.adapter_ids)
+        results = _forward(q[:, :, rows], k[:, :, columns], v[:, :, columns], own, sequence)
         out[:, :, rows], lse[:, :, rows] = results[:2]
         if options.all_keys:
             gate_lse[:, :, rows] = results[2]
@@ -68,47 +69,49 @@ def _packed_forward(q, k, v, parameters, options: Options):
     return out, lse, gate_lse, a
 
 
-def _backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+def _backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Options):
     q, k, v = qkv
     a, lse, gate_lse = results
     epilogue = backend_kernels("composed", q.device)
     through_lse = need_dqkv and not options.all_keys
-    dg, _, base, *dparameters = epilogue.attention_shift_bwd(
-        dout, gate_lse, q, *parameters, options.adapter_ids, a if through_lse else None, False
+    attended = a if through_lse or keys.prefix is not None else None
+    dg, total, _, base, lift, *dparameters = epilogue.attention_shift_bwd(
+        dout, gate_lse, q, *keys, attended, False
     )
     if not need_dqkv:
         return [x.new_empty(0) for x in qkv], dparameters
 
     kernel = attention_kernel(q, k, options.scale, options.softcap, options.visibility)
-    dq, dk, dv = kernel.backward(dout, q, k, v, base if through_lse else a, lse)
+    raised = lse if keys.prefix is None else lse + lift
+    dq, dk, dv = kernel.backward(dout, q, k, v, base if through_lse else a, raised)
     if options.all_keys:
         gate = attention_kernel(q, k, options.scale, options.softcap, options.visibility.all_keys())
-        _add_lse_grad(gate, -dg, gate_lse, q, k, dq, dk)
+        _add_lse_grad(gate, -logit_grad(dg, total), gate_lse, q, k, dq, dk)
     if dlse is not None:
         # of a query that sees no key it may be NaN: the gradient of -inf through a torch.where
         _add_lse_grad(kernel, dlse.masked_fill(lse == -torch.inf, 0.0), lse, q, k, dq, dk)
-    epilogue.add_gate_grad_(dq, dg, parameters[0], options.adapter_ids)
+    epilogue.add_gate_grad_(dq, dg, keys.weight, keys.adapter_ids)
     return [_head_major(x) for x in (dq, dk, dv)], dparameters
 
 
-def _packed_backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
-    grads = [torch.zeros_like(x) for x in parameters]
+def _packed_backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Options):
+    grads = [torch.zeros_like(x) for x in keys.parameters]
     dq, dk, dv = (new_heads(x) if need_dqkv else x.new_empty(0) for x in qkv)
-    for rows, keys, sequence in options.sequences():
-        part_qkv = [x[:, :, part] for x, part in zip(qkv, (rows, keys, keys), strict=True)]
+    for rows, columns, sequence in options.sequences():
+        part_qkv = [x[:, :, part] for x, part in zip(qkv, (rows, columns, columns), strict=True)]
         dqkv, dparameters = _backward(
             dout[:, :, rows],
             None if dlse is None else dlse[:, :, rows],
             [x[:, :, rows] for x in results],
             need_dqkv,
             part_qkv,
-            parameters,
+            keys._replace(adapter_ids=sequence.adapter_ids),
             sequence,
         )
         for total, part in zip(grads, dparameters, strict=True):
             total += part
         if need_dqkv:
-            dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = dqkv
+            dq[:, :, rows], dk[:, :, columns], dv[:, :, columns] = dqkv
     return (dq, dk, dv), grads
 
 

@@ -18,7 +18,7 @@ from mmicl_kernels.ops._core.dispatch import (
     refuse_vmap,
 )
 from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_heads
-from mmicl_kernels.ops.attention_shift.kernels import parameter_grads, stacked_parameters
+from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, parameter_grads, virtual_keys
 from mmicl_kernels.ops.shifted_attention import _composed
 from mmicl_kernels.ops.shifted_attention.dispatch import choose
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
@@ -53,11 +53,16 @@ def _implementation(q: Tensor, k: Tensor, options: Options) -> ModuleType:
     return _composed
 
 
+def _virtual_keys(q: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, options: Options) -> VirtualKeys:
+    which = options.adapter_ids, options.prefix, options.prefixes
+    return virtual_keys(q, weight, bias, shift, *which)
+
+
 def _shifted_attention_fwd(q, k, v, weight, bias, shift, *options):
     options = Options(*options)
     with no_autocast(q.device):
-        parameters = stacked_parameters(q, weight, bias, shift)
-        return _implementation(q, k, options).forward(q, k, v, parameters, options)
+        keys = _virtual_keys(q, weight, bias, shift, options)
+        return _implementation(q, k, options).forward(q, k, v, keys, options)
 
 
 torch.library.impl("mmicl::shifted_attention_fwd", ("cpu", "cuda"), _shifted_attention_fwd)
@@ -73,9 +78,9 @@ def _shifted_attention_bwd(dout, dlse, a, lse, gate_lse, lse_low, need_dqkv, q, 
     options = Options(*options)
     results = (a, lse, gate_lse if options.all_keys else lse, lse_low)
     with no_autocast(q.device):
-        parameters = stacked_parameters(q, weight, bias, shift)
+        keys = _virtual_keys(q, weight, bias, shift, options)
         dqkv, grads = _implementation(q, k, options).backward(
-            dout, dlse, results, need_dqkv, (q, k, v), parameters, options
+            dout, dlse, results, need_dqkv, (q, k, v), keys, options
         )
     return *dqkv, *parameter_grads(grads, weight, bias, shift)
 

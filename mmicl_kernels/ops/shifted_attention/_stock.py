@@ -101,7 +101,8 @@ class BlockwiseAttention(NamedTuple):
         for rows, keep, additive in self._blocks(q, k):
             q_rows, dout_rows = q[:, :, rows].to(acc), dout[:, :, rows].to(acc)
             scores = self._capped(q_rows, k)
-            probabilities, _ = masked_softmax(scores, keep, additive)
+            probabilities, own = masked_softmax(scores, keep, additive)
+            probabilities = probabilities * _shares_of(own, lse[:, :, rows])[..., None]
             delta = (dout_rows * out[:, :, rows].to(acc)).sum(-1, keepdim=True)
             dscores = probabilities * (dout_rows @ v.transpose(-1, -2) - delta)
             if self.softcap is not None:
@@ -158,6 +159,11 @@ def attention_kernel(
 def all_heads(x: Tensor, q: Tensor) -> Tensor:
     """Keys or values ``[B, G, S, D]`` repeated for each of q's heads; themselves where these are as many."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _shares_of(own: Tensor, lse: Tensor) -> Tensor:
+    """``exp(own - lse)``: 1 where ``lse`` is the keys' own, less where it counts others too; 0 for none."""
+    return torch.where(own == lse, 1.0, torch.exp(own - lse)).masked_fill(lse == -torch.inf, 0.0)
 
 
 def _query_rows(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -13,13 +13,13 @@ from mmicl_kernels.ops._core.checks import (
     check_last_stride,
     check_range,
     check_same_device,
-    check_shift,
     is_number,
     is_readable,
     is_whole,
 )
 from mmicl_kernels.ops._core.dispatch import require_triton, resolve
 from mmicl_kernels.ops._core.layout import last_dim_contiguous
+from mmicl_kernels.ops._core.virtual_keys import check_virtual_keys
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
 from mmicl_kernels.ops.shifted_attention.dispatch import MAX_HEAD_DIM
 from mmicl_kernels.ops.shifted_attention.options import FARTHEST, Options
@@ -51,6 +51,7 @@ def shifted_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     adapter_ids: Tensor | None = None,
+    prefix: bool | Tensor = False,
     normalizer: str = "visible",
     return_lse: bool = False,
     impl: str = "auto",
@@ -61,6 +62,8 @@ def shifted_attention(
 
         lse = log sum exp(s)     out = softmax(s) v + sigmoid(q.weight + bias - lse) * shift
 
+    With N virtual keys for one (HiFICL, arXiv 2603.12760; prefix tuning; attention sinks), as of
+    :func:`attention_shift`; as a prefix they are keys and values before the others, without positions.
     A query that sees no key has ``out = 0`` and ``lse = -inf`` and contributes to no gradient. All
     conditions on what a query sees are ANDed. Key ``j`` is visible to query ``i`` of row ``b`` iff
     ``kv_start[b] <= j < kv_end[b]``; if ``causal``, ``j <= q_start[b] + i``; with ``window``,
@@ -70,8 +73,9 @@ def shifted_attention(
         q: ``[B, H, T, D]`` after RoPE, fp16, bf16, fp32 or fp64, any strides with a contiguous last
             dimension. Packed: ``[1, H, N, D]``.
         k, v: ``[B, G, S, D]`` in q's dtype; H is a multiple of G. Packed: ``[1, G, N_k, D]``.
-        weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; with ``adapter_ids``
-            stacked to ``[A, H, D]``, ``[A, H]``, ``[A, H, D]``.
+        weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; or N virtual keys of P
+            heads, each for H / P neighbouring ones: ``[P, N, D]``, ``[P, N]``, ``[P, N, D]``. With
+            ``adapter_ids`` stacked: ``[A, ...]``. A key whose bias is -inf is none.
         scale: of the scores, ``D**-0.5`` by default. softcap: ``s = softcap * tanh(s / softcap)``.
         window: number of keys a query sees to its left, itself included; at least 1. One that reaches
             from any position to any key (``sys.maxsize``) is none.
@@ -84,7 +88,10 @@ def shifted_attention(
             each sequence's last key. max_seqlen_q, max_seqlen_k: their longest lengths, host ints; rows
             beyond are left uninitialised on CUDA.
             Not together with ``mask``, ``q_start``, ``kv_start``, ``kv_end``.
-        adapter_ids: int32 or int64 ``[B]`` (packed: ``[sequences]``); -1 is no shift.
+        adapter_ids: int32 or int64 ``[B]`` (packed: ``[sequences]``), or ``[B, T]`` for each query its own;
+            -1 is no shift.
+        prefix: whether the virtual keys stand in one softmax with the others, which lose what they take;
+            beside ``adapter_ids`` also bool ``[A]``.
         normalizer: "visible", or "all_keys" as the official MimIC code has it: the gate's lse (only
             the gate's) runs over all ``j < kv_end``, whatever is hidden. A token's shift then depends
             on keys after it, so prefill and decode disagree; needed for official checkpoints.
@@ -94,7 +101,7 @@ def shifted_attention(
 
     Returns:
         ``out [B, H, T, D]`` in q's dtype, ``out.transpose(1, 2)`` contiguous; with ``return_lse`` also
-        ``lse [B, H, T]``, natural log, fp32 (fp64 for fp64 inputs).
+        ``lse [B, H, T]`` of the keys without the virtual ones, natural log, fp32 (fp64 for fp64 inputs).
 
     Raises:
         TypeError: a dtype. ValueError: a shape, stride, device, range or combination, or an unknown
@@ -103,7 +110,7 @@ def shifted_attention(
         Ids, ``kv_start`` and ``kv_end`` are checked on CPU tensors only, ``q_start`` tensors never.
     """
     q, k, v = _autocast(q, k, v)
-    sizes = _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q)
+    sizes = _check_tensors(q, k, v, weight, bias, shift, adapter_ids, prefix, cu_seqlens_q)
     _check_scalars(scale, causal, window, softcap, normalizer)
     _check_bounds(sizes, q, q_start, kv_start, kv_end)
     _check_packed(
@@ -125,6 +132,8 @@ def shifted_attention(
         max_seqlen_q=None if max_seqlen_q is None else min(int(max_seqlen_q), q.shape[2]),
         max_seqlen_k=None if max_seqlen_k is None else min(int(max_seqlen_k), k.shape[2]),
         adapter_ids=None if adapter_ids is None else adapter_ids.int().contiguous(),
+        prefix=not isinstance(prefix, Tensor) and prefix,
+        prefixes=prefix if isinstance(prefix, Tensor) else None,
         all_keys=normalizer == "all_keys",
         impl=resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention"),
     )
@@ -153,7 +162,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else last_dim_contiguous(x.to(dtype)) for x in tensors)
 
 
-def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> Sizes:
+def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, prefix, cu_seqlens_q) -> Sizes:
     sizes = Sizes()
     sizes.bind("q", q, "B H T D")
     sizes.bind("k", k, "B G S D")
@@ -171,11 +180,12 @@ def _check_tensors(q, k, v, weight, bias, shift, adapter_ids, cu_seqlens_q) -> S
         check_float(name, tensor, q.dtype)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_last_stride(name, tensor)
-    rows = Sizes(H=sizes["H"], D=sizes["D"], B=sizes["B"])
+    rows = sizes["B"]
     if isinstance(cu_seqlens_q, Tensor):
-        rows["B"] = max(cu_seqlens_q.numel() - 1, 0)
-    check_shift(rows, weight, bias, shift, adapter_ids)
-    check_same_device(q=q, k=k, v=v, weight=weight, bias=bias, shift=shift, adapter_ids=adapter_ids)
+        rows = max(cu_seqlens_q.numel() - 1, 0)
+    check_virtual_keys(q, rows, weight, bias, shift, adapter_ids, prefix)
+    ids = {"adapter_ids": adapter_ids, "prefix": prefix if isinstance(prefix, Tensor) else None}
+    check_same_device(q=q, k=k, v=v, weight=weight, bias=bias, shift=shift, **ids)
     return sizes
 
 

@@ -127,6 +127,8 @@ class Options(NamedTuple):
     max_seqlen_q: torch.SymInt | None = None
     max_seqlen_k: torch.SymInt | None = None
     adapter_ids: Tensor | None = None
+    prefix: bool = False
+    prefixes: Tensor | None = None
     all_keys: bool = False
     training: bool = False  # whether a backward may follow, for which ``a`` is kept
     impl: str = "auto"
@@ -147,15 +149,21 @@ class Options(NamedTuple):
             return [(slice(None), slice(None), self)]
         starts_q, starts_k = self.cu_seqlens_q.tolist(), self.cu_seqlens_k.tolist()
         dense = self._replace(cu_seqlens_q=None, cu_seqlens_k=None)
-        ids = self.adapter_ids
         return [
             (
                 slice(starts_q[n], starts_q[n + 1]),
                 slice(starts_k[n], starts_k[n + 1]),
-                dense._replace(adapter_ids=None if ids is None else ids[n : n + 1]),
+                dense._replace(adapter_ids=self._ids_of(n, slice(starts_q[n], starts_q[n + 1]))),
             )
             for n in range(len(starts_q) - 1)
         ]
+
+    def _ids_of(self, n: int, rows: slice) -> Tensor | None:
+        """The adapter of packed sequence ``n``, or those of its rows."""
+        ids = self.adapter_ids
+        if ids is None:
+            return None
+        return ids[n : n + 1] if ids.dim() == 1 else ids[:, rows].contiguous()
 
 
 def new_results(q: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -46,7 +46,9 @@ def _dense(q, k, v, weight, bias, shift, options: Options) -> tuple[Tensor, Tens
             gate_lse = masked_softmax(scores, visibility.all_keys().keep(T, S, q.device), None)[1]
             gate_lse = gate_lse.masked_fill(lse == -torch.inf, -torch.inf)
         a = probabilities @ v_acc
-        out = attention_shift_reference(a, gate_lse, q, weight, bias, shift, options.adapter_ids)
+        prefix = options.prefix if options.prefixes is None else options.prefixes
+        keys = weight, bias, shift, options.adapter_ids, prefix
+        out = attention_shift_reference(a, gate_lse, q, *keys)
     return out.to(q.dtype), lse
 
 

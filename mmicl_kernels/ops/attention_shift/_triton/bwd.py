@@ -1,5 +1,7 @@
 """The shift's backward: gradients of the gate and of the parameters, and what an attention backward takes."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,9 @@ from torch import Tensor
 
 from mmicl_kernels.ops._core._triton import adapter, gate, is_shifted
 from mmicl_kernels.ops._core.layout import new_heads
-from mmicl_kernels.ops.attention_shift._torch import CARRYING_COLUMNS
+from mmicl_kernels.ops._core.virtual_keys import is_one_key
+from mmicl_kernels.ops.attention_shift._triton import keys
+from mmicl_kernels.ops.attention_shift._triton.rounding import rounded_for
 from mmicl_kernels.ops.attention_shift._triton.tiles import (
     ids_stride,
     launch_config,
@@ -16,38 +20,8 @@ from mmicl_kernels.ops.attention_shift._triton.tiles import (
     strides,
 )
 
-CARRYING = tl.constexpr(CARRYING_COLUMNS)
-
 # The sum of the partial sums: rows and columns of its tile.
 REDUCE_ROWS, REDUCE_COLUMNS, REDUCE_WARPS = 32, 32, 4
-
-
-@triton.jit
-def rounded_for(b_dout, b_exact, o_d, D: tl.constexpr, dtype: tl.constexpr):
-    """``b_exact [BT, BD]`` in ``dtype`` with the product of every row with ``b_dout`` kept.
-
-    The columns in which ``b_dout`` is largest take up what rounding took from it.
-    """
-    b_base = b_exact.to(dtype)
-    if b_exact.dtype != dtype:
-        b_wide = b_base.to(b_exact.dtype)
-        # [BT]
-        b_left = tl.sum(b_dout * (b_exact - b_wide), 1)
-        # [BT, BD]
-        b_size = tl.where((o_d < D)[None, :], tl.abs(b_dout), -1.0)
-        b_rest = b_size
-        for _ in range(min(CARRYING, D)):
-            m_column = o_d[None, :] == tl.argmax(b_rest, 1)[:, None]
-            b_rest = tl.where(m_column, -1.0, b_rest)
-            b_left += tl.sum(tl.where(m_column, b_dout * b_wide, 0.0), 1)
-        for _ in range(min(CARRYING, D)):
-            m_column = o_d[None, :] == tl.argmax(b_size, 1)[:, None]
-            b_size = tl.where(m_column, -1.0, b_size)
-            b_weight = tl.sum(tl.where(m_column, b_dout, 0.0), 1)
-            b_own = (b_left / tl.where(b_weight == 0, 1.0, b_weight)).to(dtype)
-            b_left -= b_weight * b_own.to(b_exact.dtype)
-            b_base = tl.where(m_column & (b_weight != 0)[:, None], b_own[:, None], b_base)
-    return b_base
 
 
 @triton.jit(do_not_specialize=["H", "T", "N", "s_lse_b", "s_lse_h", "s_ids"])
@@ -200,14 +174,35 @@ def attention_shift_bwd(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
     a: Tensor | None,
     need_dq: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dg = lse.new_empty(lse.shape)
-    dq = new_heads(q) if need_dq else None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg = lse.new_empty(*lse.shape, weight.shape[2])
     base = new_heads(q) if a is not None else None
-    grads = _launch_bwd(dout, lse, q, (weight, bias, shift), adapter_ids, a, dg=dg, dq=dq, base=base)
-    return dg, _or_empty(dq, q), _or_empty(base, q), *grads
+    total = dq = lift = None
+    parameters = weight, bias, shift
+    if is_one_key(q.shape[1], weight, adapter_ids, prefix):
+        dq = new_heads(q) if need_dq else None
+        grads = _launch_bwd(dout, lse, q, parameters, adapter_ids, a, dg=dg, dq=dq, base=base)
+    else:
+        total = lse.new_empty(lse.shape)
+        lift = None if prefix is None else lse.new_empty(lse.shape)
+        given = dout, lse, q, *parameters, adapter_ids, prefix, a
+        grads = keys.launch_bwd(*given, dg=dg, total=total, base=base, lift=lift)
+        if need_dq:
+            dq = new_heads(q).zero_()
+            add_gate_grad_(dq, dg, weight, adapter_ids)
+    return dg, _or_empty(total, lse), _or_empty(dq, q), _or_empty(base, q), _or_empty(lift, lse), *grads
+
+
+class Deltas(NamedTuple):
+    """What an attention backward takes: ``dg [B, H, N, keys]``, ``total``, ``delta``, ``lift`` or None."""
+
+    dg: Tensor
+    total: Tensor
+    delta: Tensor
+    lift: Tensor | None
 
 
 def attention_delta(
@@ -215,24 +210,34 @@ def attention_delta(
     dlse: Tensor | None,
     lse: Tensor,
     q: Tensor,
-    parameters: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
     a: Tensor,
     through_lse: bool,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``dg``, ``delta = dout . a - dlse`` (``+ dg`` if ``through_lse``), gradients of the parameters.
+) -> tuple[Deltas, list[Tensor]]:
+    """:class:`Deltas` with ``delta = dout . a - dlse`` (with ``through_lse`` that of ``base``), and the
+    gradients of the parameters.
 
-    What an attention backward takes; ``adapter_ids`` are those of sequences where ``cu_seqlens`` packs them.
+    ``adapter_ids`` are those of sequences where ``cu_seqlens`` packs them, or of queries.
     """
-    dg, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
-    dlse = None if dlse is None else dlse.contiguous()
-    grads = _launch_bwd(
-        dout, lse, q, parameters, adapter_ids, a,
-        dg=dg, delta=delta, through_lse=through_lse, dlse=dlse, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-    )  # fmt: skip
-    return dg, delta, grads
+    dg, delta = lse.new_empty(*lse.shape, weight.shape[2]), lse.new_empty(lse.shape)
+    parameters = weight, bias, shift
+    options = {
+        "delta": delta, "through_lse": through_lse, "dlse": None if dlse is None else dlse.contiguous(),
+        "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
+    }  # fmt: skip
+    if is_one_key(q.shape[1], weight, adapter_ids, prefix):
+        grads = _launch_bwd(dout, lse, q, parameters, adapter_ids, a, dg=dg, **options)
+        return Deltas(dg, dg[..., 0], delta, None), grads
+    total, lift = lse.new_empty(lse.shape), None if prefix is None else lse.new_empty(lse.shape)
+    given = dout, lse, q, *parameters, adapter_ids, prefix, a
+    grads = keys.launch_bwd(*given, dg=dg, total=total, lift=lift, **options)
+    return Deltas(dg, total, delta, lift), grads
 
 
 def _launch_bwd(
@@ -262,7 +267,7 @@ def _launch_bwd(
 
 
 def _launch_reduce(parts: list[Tensor], adapter_ids: Tensor | None, A: int, NT: int) -> list[Tensor]:
-    N, H, D = parts[0].shape
+    N, H, _, D = parts[0].shape
     grads = [x.new_empty(A, *x.shape[1:]) for x in parts]
     if A == 0:
         return grads
@@ -277,12 +282,14 @@ def add_gate_grad_(dq: Tensor, dg: Tensor, weight: Tensor, adapter_ids: Tensor |
     if dq.numel() == 0:
         return
     B, H, T, D = dq.shape
+    if not is_one_key(H, weight, adapter_ids, None):
+        return keys.launch_add_grad(dq, dg, weight, adapter_ids)
     BD, config = triton.next_power_of_2(D), launch_config("fwd", T)
     BT, _ = config.tiling(T, BD)
     with torch.cuda.device_of(dq):
         add_gate_grad_kernel[(B * H * triton.cdiv(T, BT),)](
             dq, dg, weight, adapter_ids,
-            *strides(dq), *dg.stride(), ids_stride(adapter_ids),
+            *strides(dq), *dg.stride()[:3], ids_stride(adapter_ids),
             H, T, D, BT, BD, num_warps=config.num_warps,
         )  # fmt: skip
 

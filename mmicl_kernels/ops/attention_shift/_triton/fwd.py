@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmicl_kernels.ops._core._triton import adapter, gate, is_shifted
 from mmicl_kernels.ops._core.layout import new_heads
+from mmicl_kernels.ops._core.virtual_keys import is_one_key
+from mmicl_kernels.ops.attention_shift._triton import keys
 from mmicl_kernels.ops.attention_shift._triton.tiles import (
     ids_stride,
     launch_config,
@@ -59,9 +61,10 @@ def attention_shift_fwd(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
 ) -> Tensor:
     shifted = new_heads(out)
-    _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, shifted)
+    _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, prefix, shifted)
     return shifted
 
 
@@ -73,14 +76,17 @@ def attention_shift_fwd_(
     bias: Tensor,
     shift: Tensor,
     adapter_ids: Tensor | None,
+    prefix: Tensor | None,
 ) -> None:
-    _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, out)
+    _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, prefix, out)
 
 
-def _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, shifted) -> None:
+def _launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, prefix, shifted) -> None:
     if q.numel() == 0:
         return
     B, H, T, D = q.shape
+    if not is_one_key(H, weight, adapter_ids, prefix):
+        return keys.launch_fwd(out, lse, q, weight, bias, shift, adapter_ids, prefix, shifted)
     BD, config = triton.next_power_of_2(D), launch_config("fwd", T)
     BT, _ = config.tiling(T, BD)
     with torch.cuda.device_of(q):

@@ -29,12 +29,14 @@ CONFIGS = {
     ("fwd", "short"): LaunchConfig(elements=256, num_warps=1),
     ("bwd", "long"): LaunchConfig(elements=1024, num_warps=4, steps=16),
     ("bwd", "short"): LaunchConfig(elements=256, num_warps=1),
+    ("keys", "long"): LaunchConfig(elements=2048, num_warps=4),
+    ("keys", "short"): LaunchConfig(elements=256, num_warps=1),
 }
 SHORT = 2  # queries: decode, with or without a speculated token
 
 
 def launch_config(kernel: str, T: int) -> LaunchConfig:
-    """The launch of ``kernel`` ("fwd" or "bwd") for T queries."""
+    """The launch of ``kernel`` ("fwd", "bwd" or "keys") for T queries."""
     return CONFIGS[kernel, "short" if T <= SHORT else "long"]
 
 

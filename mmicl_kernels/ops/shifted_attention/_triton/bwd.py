@@ -10,10 +10,12 @@ these (``attention_shift``'s backward) computes delta, dg and the gradients of t
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mmicl_kernels.ops._core._triton import adapter
+from mmicl_kernels.ops._core._triton_keys import BLOCK, adapters, add_values, first_key, key_constants
 from mmicl_kernels.ops._core.layout import new_heads
-from mmicl_kernels.ops.attention_shift.kernels import backend_kernels
+from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, backend_kernels
 from mmicl_kernels.ops.shifted_attention._triton import launch
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     LOG2E,
@@ -223,18 +225,26 @@ def _accumulate_dq(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["scale", "softcap", "window", "q_start", "B", "H", "T", "S", "N"])
+@triton.jit(
+    do_not_specialize=[
+        "scale", "softcap", "window", "q_start", "B", "H", "T", "S", "N", "s_ids", "s_ids_t",
+    ]
+)  # fmt: skip
 def shifted_attention_dq_kernel(
-    q, k, v, dout, weight, lse, lse_low, delta, gate_lse, dg,
+    q, k, v, dout, weight, dlogits, lse, lse_low, delta, gate_lse, dg,
     q_starts, kv_start, kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids, dq,
     s_q_b, s_q_h, s_q_t, s_k_b, s_k_g, s_k_t, s_v_b, s_v_g, s_v_t, s_dout_b, s_dout_h, s_dout_t,
-    s_mask_b, s_mask_h, s_mask_t, s_mask_n,
+    s_mask_b, s_mask_h, s_mask_t, s_mask_n, s_ids, s_ids_t,
     scale, softcap, window, q_start, B, H, T, S, N,
+    SHARE: tl.constexpr, KEYS: tl.constexpr, PER_QUERY: tl.constexpr, BK: tl.constexpr,
     D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALL_KEYS: tl.constexpr,
     FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BM queries of one head. Stores ``dq [B, N, H, D]``, the gate's part included."""
+    """A program owns BM queries of one head. Stores ``dq [B, N, H, D]``, the gate's part included.
+
+    ``dlogits [B, H, N, KEYS]`` are the virtual keys', ``dg`` their sum: without KEYS there is one.
+    """
     PACKED: tl.constexpr = cu_seqlens_q is not None
     BOUNDED: tl.constexpr = PACKED or kv_end is not None
     i_p = tl.program_id(0)
@@ -285,15 +295,25 @@ def shifted_attention_dq_kernel(
                 CAUSAL, i_r != 1, ALL_KEYS, i_r > 2, FOLD, D, BN, BD, PRECISION, TMA, BOUNDED,
             )  # fmt: skip
 
-    i_a = adapter(adapter_ids, 1, i_b)
-    p_weight = weight + (tl.maximum(i_a, 0) * H + i_h) * D + o_d
-    b_weight = tl.load(p_weight, mask=(o_d < D) & (i_a >= 0), other=0.0)
-    b_dq = b_dq * scale + b_dg * b_weight[None, :]
+    if KEYS == 0:
+        i_a = adapter(adapter_ids, 1, i_b)
+        p_weight = weight + (tl.maximum(i_a, 0) * H + i_h) * D + o_d
+        b_weight = tl.load(p_weight, mask=(o_d < D) & (i_a >= 0), other=0.0)
+        b_dq = b_dq * scale + b_dg * b_weight[None, :]
+    else:
+        b_dq *= scale
+        i_a = adapters(adapter_ids, s_ids, s_ids_t, i_x if PER_QUERY else i_b, row_q + o_t, m_t, PER_QUERY)
+        o_first = first_key(i_a, i_h, H, SHARE, KEYS)
+        for i_n in range(0, KEYS, BK):
+            o_k = i_n + tl.arange(0, BK)
+            m_k = m_t[:, None] & (o_k < KEYS)[None, :]
+            b_c = tl.load(dlogits + o_row[:, None] * KEYS + o_k[None, :], mask=m_k, other=0.0)
+            b_dq = add_values(b_dq, b_c, weight, o_first, i_a >= 0, i_n, KEYS, BK, D, BD)
     p_dq = dq + (((i_x * N + row_q + o_t) * H + i_h) * D)[:, None] + o_d[None, :]
     tl.store(p_dq, b_dq.to(dq.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
 
 
-def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
+def backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Options):
     """``dq, dk, dv`` (empty unless needed) and the gradients of the stacked parameters.
 
     ``results`` are ``a``, ``lse``, ``gate_lse`` and ``lse_low`` of the forward, with lse in place of an empty
@@ -301,36 +321,67 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     """
     q, k, v = qkv
     a, lse, gate_lse, lse_low = results
-    dg, delta, dparameters = backend_kernels("triton", q.device).attention_delta(
-        dout, dlse, gate_lse, q, parameters, options.adapter_ids, a, not options.all_keys,
+    apart = dlse is not None and keys.prefix is not None
+    deltas, dparameters = backend_kernels("triton", q.device).attention_delta(
+        dout, None if apart else dlse, gate_lse, q, *keys, a, not options.all_keys,
         options.cu_seqlens_q, options.max_seqlen_q,
     )  # fmt: skip
     if not need_dqkv:
         return [x.new_empty(0) for x in qkv], dparameters
+    low = launch.or_none(lse_low)
+    if deltas.lift is not None:
+        lse, low = _raised(lse, low, deltas.lift)
+    gate = gate_lse if options.all_keys else None
+    dqkv = _through_scores(dout, (lse, low, deltas.delta, gate, deltas.total), deltas.dg, qkv, keys, options)
+    if apart:
+        # A prefix takes from the keys what the gradient of their own lse does not know of.
+        rows = results[1], launch.or_none(lse_low), -dlse.contiguous(), None, torch.zeros_like(deltas.total)
+        plain, none = options._replace(all_keys=False), torch.zeros_like(deltas.dg)
+        for total, part in zip(
+            dqkv, _through_scores(torch.zeros_like(dout), rows, none, qkv, keys, plain), strict=True
+        ):
+            total += part
+    return dqkv, dparameters
+
+
+def _raised(lse: Tensor, low: Tensor | None, lift: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``lse + lift``, and what rounding took from it where that is kept."""
+    total = lse + lift
+    if low is None:
+        return total, None
+    # Where lse is that of finfo.min, a lift is 0 or leaves the keys nothing.
+    return total, torch.where(lift == 0, low, 0.0)
+
+
+def _through_scores(dout, rows, dlogits, qkv, keys: VirtualKeys, options: Options) -> list[Tensor]:
+    """``dq, dk, dv`` of ``rows``: lse, its low part, delta, the gate's lse, and ``dlogits`` summed."""
+    q, k, v = qkv
     dqkv = [new_heads(x) for x in qkv]
     problem = launch.Problem.of(q, k, options)
     B, H, G, T, S, N, N_K, D, *_ = problem
     if q.numel() == 0 or k.numel() == 0 or B * T == 0 or S == 0:
         dqkv = [x.zero_() for x in dqkv]
     if q.numel() == 0 or B * T == 0:
-        return dqkv, dparameters
+        return dqkv
 
-    rows = lse, launch.or_none(lse_low), delta, gate_lse if options.all_keys else None, dg
     scalars = options.scale, options.softcap, problem.window, problem.q_start, B, H, T, S, N
     visibility = launch.visibility(problem, options)
     strides = *launch.strides(q, k, v, dout), *problem.mask_strides
     BD, constants = launch.block_head_dim(D), (problem.causal, options.all_keys, problem.fold)
+    key_form = key_constants(H, keys.weight, keys.adapter_ids, keys.prefix)
+    BK = BLOCK if q.itemsize == 2 and not key_form[2] else 1
     with torch.cuda.device_of(q):
         config = launch.config("dq", problem.is_general, BD, q, k, v, dout)
         operands = (q, config.BM), (k, config.BN), (v, config.BN), (dout, config.BM)
         tiles, use_tma = launch.tiles(config, BD, *operands)
         shifted_attention_dq_kernel[(B * H * triton.cdiv(T, config.BM),)](
-            *tiles, parameters[0], *rows, *visibility, options.adapter_ids, dqkv[0],
-            *strides, *scalars, D, H // G, *constants, config.BM, config.BN, BD,
+            *tiles, keys.weight, dlogits if key_form[1] else None, *rows, *visibility, keys.adapter_ids,
+            dqkv[0], *strides, *launch.key_strides(H, keys)[:2], *scalars, *key_form, BK,
+            D, H // G, *constants, config.BM, config.BN, BD,
             problem.precision, use_tma, **launch.options(config),
         )  # fmt: skip
         if B * S == 0 or k.numel() == 0:
-            return dqkv, dparameters
+            return dqkv
         config = launch.config("dkdv", problem.is_general, BD, q, k, v, dout)
         programs = B * G * triton.cdiv(S, config.BN)
         heads = H // G if programs >= launch.multiprocessors(q.device) else 1
@@ -347,4 +398,4 @@ def backward(dout, dlse, results, need_dqkv, qkv, parameters, options: Options):
     if heads < H // G:
         for total, part in zip(dqkv[1:], (dk, dv), strict=True):
             total.copy_(part.unflatten(2, (G, -1)).sum(3).transpose(1, 2))
-    return dqkv, dparameters
+    return dqkv

@@ -10,6 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mmicl_kernels.ops._core._triton import adapter, gate
+from mmicl_kernels.ops._core._triton_keys import (
+    BLOCK,
+    adapters,
+    attend,
+    first_key,
+    is_prefix,
+    key_constants,
+)
+from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys
 from mmicl_kernels.ops.shifted_attention._triton import launch
 from mmicl_kernels.ops.shifted_attention._triton.tiles import (
     add_mask,
@@ -88,13 +97,15 @@ def _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D: tl.constexpr, BD
 @triton.jit
 def _finish(
     b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah,
-    shift, out, lse, gate_lse, lse_low, a,
-    i_x, o_h, row_q, o_t, m_t, scale, H, N,
+    p_q, weight, bias, shift, adapter_ids, prefix, s_ids, s_ids_t, s_prefix, out, lse, gate_lse, lse_low, a,
+    i_x, i_b, o_h, row_q, o_t, m_t, scale, H, N,
+    SHARE: tl.constexpr, KEYS: tl.constexpr, PER_QUERY: tl.constexpr, BK: tl.constexpr,
     FOLD: tl.constexpr, ALL_KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Normalise, shift and store rows ``(o_t, o_h)``; ``o_h`` is one head or one per row.
 
-    ``a`` is what they are before the shift, if it is not None.
+    ``a`` is what they are before the shift, if it is not None. Without KEYS there is one key of each head,
+    whose logit and parameters' rows are given.
     """
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -106,10 +117,6 @@ def _finish(
     if ALL_KEYS:
         b_gate_lse = tl.where(m_blind, float("-inf"), b_gate_m * scale + tl.log(b_gate_l))
 
-    # [1 or BM, BD]
-    b_shift = tl.load(shift + o_ah * D + o_d[None, :], mask=m_d[None, :] & (i_a >= 0), other=0.0)
-    # [BM]
-    b_mu, _ = gate(b_logit, b_gate_lse, i_a)
     # [BM, BD]
     b_out = b_acc * tl.where(m_blind, 0.0, 1.0 / b_l)[:, None]
 
@@ -119,7 +126,22 @@ def _finish(
     m_out = m_t[:, None] & m_d[None, :]
     if a is not None:
         tl.store(a + o_out, b_out.to(a.dtype.element_ty), mask=m_out)
-    b_out += b_mu[:, None] * b_shift
+    if KEYS == 0:
+        # [1 or BM, BD]
+        b_shift = tl.load(shift + o_ah * D + o_d[None, :], mask=m_d[None, :] & (i_a >= 0), other=0.0)
+        # [BM]
+        b_mu, _ = gate(b_logit, b_gate_lse, i_a)
+        b_out += b_mu[:, None] * b_shift
+    else:
+        # Once more: kept through the loops over keys it would take registers.
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        i_of = i_x if PER_QUERY else i_b
+        i_a = adapters(adapter_ids, s_ids, s_ids_t, i_of, row_q + o_t, m_t, PER_QUERY)
+        o_first = first_key(i_a, o_h, H, SHARE, KEYS)
+        b_out, _ = attend(
+            b_out, b_q, b_gate_lse, weight, bias, shift, o_first, i_a >= 0, is_prefix(prefix, s_prefix, i_a),
+            KEYS, BK, D, BD,
+        )  # fmt: skip
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
     o_lse = (i_x * H + o_h) * N + row_q + o_t
     tl.store(lse + o_lse, b_lse, mask=m_t)
@@ -130,14 +152,20 @@ def _finish(
         tl.store(lse_low + o_lse, b_low, mask=m_t)
 
 
-@triton.jit(do_not_specialize=["scale", "softcap", "window", "q_start", "T", "S", "H", "N", "B", "SPLITS"])
+@triton.jit(
+    do_not_specialize=[
+        "scale", "softcap", "window", "q_start", "T", "S", "H", "N", "B", "SPLITS",
+        "s_ids", "s_ids_t", "s_prefix",
+    ]
+)  # fmt: skip
 def shifted_attention_fwd_kernel(
     q, k, v, weight, bias, shift,
-    q_starts, kv_start, kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids,
+    q_starts, kv_start, kv_end, mask, cu_seqlens_q, cu_seqlens_k, adapter_ids, prefix,
     out, lse, gate_lse, lse_low, a, part_acc, part_norms,
     s_q_b, s_q_h, s_q_t, s_k_b, s_k_g, s_k_t, s_v_b, s_v_g, s_v_t,
-    s_mask_b, s_mask_h, s_mask_t, s_mask_n,
+    s_mask_b, s_mask_h, s_mask_t, s_mask_n, s_ids, s_ids_t, s_prefix,
     scale, softcap, window, q_start, B, H, T, S, N, SPLITS,
+    SHARE: tl.constexpr, KEYS: tl.constexpr, PER_QUERY: tl.constexpr, BK: tl.constexpr,
     D: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, ALL_KEYS: tl.constexpr,
     FOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -169,7 +197,8 @@ def shifted_attention_fwd_kernel(
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_t[:, None] & (o_d < D)[None, :], other=0.0)
 
     # Here, because q's registers are free in the loops that follow.
-    if part_acc is None:
+    b_logit, i_a, o_ah = None, None, None
+    if part_acc is None and KEYS == 0:
         b_logit, i_a, o_ah = _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D, BD)
 
     p_last = position + tl.minimum((i_t * BM + BM - 1) // PACK, n_q - 1)
@@ -229,16 +258,18 @@ def shifted_attention_fwd_kernel(
             tl.store(part_norms + 3 * n_parts + o_part, b_gate_l, mask=m_t)
     else:
         _finish(
-            b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah, shift,
-            out, lse, gate_lse, lse_low, a, i_x, o_h, row_q, o_t, m_t, scale, H, N,
-            FOLD, ALL_KEYS, D, BD,
+            b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah,
+            p_q, weight, bias, shift, adapter_ids, prefix, s_ids, s_ids_t, s_prefix,
+            out, lse, gate_lse, lse_low, a, i_x, i_b, o_h, row_q, o_t, m_t, scale, H, N,
+            SHARE, KEYS, PER_QUERY, BK, FOLD, ALL_KEYS, D, BD,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["scale", "B", "H", "T", "N", "SPLITS"])
+@triton.jit(do_not_specialize=["scale", "B", "H", "T", "N", "SPLITS", "s_ids", "s_ids_t", "s_prefix"])
 def shifted_attention_combine_kernel(
-    part_acc, part_norms, q, weight, bias, shift, adapter_ids, cu_seqlens_q, out, lse, gate_lse, lse_low, a,
-    s_q_b, s_q_h, s_q_t, scale, B, H, T, N, SPLITS,
+    part_acc, part_norms, q, weight, bias, shift, adapter_ids, prefix, cu_seqlens_q,
+    out, lse, gate_lse, lse_low, a, s_q_b, s_q_h, s_q_t, s_ids, s_ids_t, s_prefix, scale, B, H, T, N, SPLITS,
+    SHARE: tl.constexpr, KEYS: tl.constexpr, PER_QUERY: tl.constexpr,
     D: tl.constexpr, PACK: tl.constexpr, ALL_KEYS: tl.constexpr, FOLD: tl.constexpr,
     BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -272,12 +303,15 @@ def shifted_attention_combine_kernel(
     o_one = tl.arange(0, 1)
     o_t, o_h = i_r // PACK + o_one, i_hp * PACK + i_r % PACK + o_one
     p_q = q + i_x * s_q_b + o_h * s_q_h + (row_q + o_t).to(tl.int64) * s_q_t
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-    b_logit, i_a, o_ah = _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D, BD)
+    b_logit, i_a, o_ah = None, None, None
+    if KEYS == 0:
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
+        b_logit, i_a, o_ah = _gate_logit(b_q, weight, bias, adapter_ids, i_b, o_h, H, D, BD)
     _finish(
-        b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah, shift,
-        out, lse, gate_lse, lse_low, a, i_x, o_h, row_q, o_t, o_t < n_q, scale, H, N,
-        FOLD, ALL_KEYS, D, BD,
+        b_acc, b_m, b_l, b_gate_m, b_gate_l, b_logit, i_a, o_ah,
+        p_q, weight, bias, shift, adapter_ids, prefix, s_ids, s_ids_t, s_prefix,
+        out, lse, gate_lse, lse_low, a, i_x, i_b, o_h, row_q, o_t, o_t < n_q, scale, H, N,
+        SHARE, KEYS, PER_QUERY, 1, FOLD, ALL_KEYS, D, BD,
     )  # fmt: skip
 
 
@@ -290,8 +324,8 @@ def _merge(b_part_m, b_part_l, unit, FOLD: tl.constexpr):
     return b_m, tl.sum((b_w * b_part_l)[None, :], 1), b_w
 
 
-def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``out``, ``lse``, ``gate_lse``, ``lse_low``, ``a`` (empty where not needed); parameters are stacked."""
+def forward(q, k, v, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``lse``, ``gate_lse``, ``lse_low``, ``a`` (empty where not needed)."""
     results = new_results(q, options)
     problem = launch.Problem.of(q, k, options)
     B, H, G, T, S, N, _, D, *_ = problem
@@ -309,20 +343,22 @@ def forward(q, k, v, parameters, options: Options) -> tuple[Tensor, Tensor, Tens
         part_norms = part_acc.new_empty(4 if options.all_keys else 2, *part_acc.shape[:-1])
 
     tiles, use_tma = launch.tiles(config, BD, (k, config.BN), (v, config.BN))
-    adapter_ids, saved = options.adapter_ids, (*results[:2], *map(launch.or_none, results[2:]))
+    saved = *results[:2], *map(launch.or_none, results[2:])
+    ids, constants = launch.key_strides(H, keys), key_constants(H, keys.weight, keys.adapter_ids, keys.prefix)
+    BK = BLOCK if pack == 1 and q.itemsize == 2 and not constants[2] else 1
     with torch.cuda.device_of(q):
         shifted_attention_fwd_kernel[(programs * splits,)](
-            q, *tiles, *parameters, *launch.visibility(problem, options), adapter_ids, *saved,
-            part_acc, part_norms, *launch.strides(q, k, v), *problem.mask_strides,
+            q, *tiles, *keys.parameters, *launch.visibility(problem, options), keys.adapter_ids, keys.prefix,
+            *saved, part_acc, part_norms, *launch.strides(q, k, v), *problem.mask_strides, *ids,
             options.scale, options.softcap, problem.window, problem.q_start, B, H, T, S, N, splits,
-            D, H // G, pack, problem.causal, options.all_keys, problem.fold, config.BM, config.BN, BD,
-            problem.precision, use_tma, **launch.options(config),
+            *constants, BK, D, H // G, pack, problem.causal, options.all_keys, problem.fold,
+            config.BM, config.BN, BD, problem.precision, use_tma, **launch.options(config),
         )  # fmt: skip
         if splits > 1:
             shifted_attention_combine_kernel[(B * H * T,)](
-                part_acc, part_norms, q, *parameters, adapter_ids, options.cu_seqlens_q, *saved,
-                *launch.strides(q), options.scale, B, H, T, N, splits,
-                D, pack, options.all_keys, problem.fold, triton.next_power_of_2(splits), BD,
+                part_acc, part_norms, q, *keys, options.cu_seqlens_q, *saved,
+                *launch.strides(q), *ids, options.scale, B, H, T, N, splits,
+                *constants, D, pack, options.all_keys, problem.fold, triton.next_power_of_2(splits), BD,
                 num_warps=launch.COMBINE_WARPS,
             )  # fmt: skip
     return results

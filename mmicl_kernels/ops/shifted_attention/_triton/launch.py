@@ -9,7 +9,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmicl_kernels.ops._core._triton_keys import id_strides
 from mmicl_kernels.ops._core.checks import overlaps
+from mmicl_kernels.ops._core.virtual_keys import is_one_key
+from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys
 from mmicl_kernels.ops.shifted_attention.options import SMALLEST_SCALE, Options
 
 # Generations differ in what a program may use: sm_80 has 163 KiB of shared memory, sm_86, sm_89 and sm_120
@@ -245,6 +248,14 @@ def tiles(config: LaunchConfig, BD: int, *operands: tuple[Tensor, int]) -> tuple
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Strides of B, heads and rows; that of D is 1."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def key_strides(H: int, keys: VirtualKeys) -> tuple[int | None, ...]:
+    """Of ids over batch rows and queries, and of ``prefix``; None for one key of each of H heads, whose
+    kernels so have no such arguments."""
+    if is_one_key(H, keys.weight, keys.adapter_ids, keys.prefix):
+        return None, None, None
+    return *id_strides(keys.adapter_ids), 0 if keys.prefix is None else keys.prefix.stride(0)
 
 
 def or_none(x: Tensor | None) -> Tensor | None:

@@ -1,0 +1,199 @@
+// N virtual keys of a query: its adapter's keys, their masses, and the kernels for them. Part of
+// attention_shift_kernel.h, which has the one-key form that is as fast as it can be.
+
+template <class T>
+struct Keys {
+  using acc = acc_t<T>;
+  const GateParams& p;
+  const acc *weight = nullptr, *bias, *shift;
+  bool prefix = false;
+  acc mass[kMaxKeys];  // p_n
+  acc mu, rest;        // their sum, and 1 - mu without cancellation
+
+  MMICL_INLINE explicit Keys(const GateParams& p) : p(p) {}
+
+  // Takes the keys of one query; whether there are any that count.
+  MMICL_INLINE bool take(int64_t b, int64_t h, int64_t t) {
+    const acc lse = *row<acc>(p.lse, b, h, t);
+    const int64_t adapter = adapter_of(p, b, t);
+    if (adapter < 0 || __builtin_isinf(lse)) return false;
+    const int64_t first = first_key(p, adapter, h);
+    weight = static_cast<const acc*>(p.weight) + first * p.D;
+    bias = static_cast<const acc*>(p.bias) + first;
+    shift = static_cast<const acc*>(p.shift) + first * p.D;
+    prefix = p.prefix && p.prefix[adapter * p.stride_prefix];
+    return weigh(row<T>(p.q, b, h, t), lse);
+  }
+
+  static MMICL_INLINE int64_t adapter_of(const ShiftParams& p, int64_t b, int64_t t) {
+    return p.adapter_ids ? p.adapter_ids[b * p.stride_ids + t * p.stride_ids_t] : 0;
+  }
+
+  // Of [A * P * N].
+  static MMICL_INLINE int64_t first_key(const ShiftParams& p, int64_t adapter, int64_t h) {
+    return (adapter * p.P + h / (p.H / p.P)) * p.N;
+  }
+
+ private:
+  MMICL_INLINE bool weigh(const T* q, acc lse) {
+    acc largest = -__builtin_inf();
+    bool unused = true;
+    for (int64_t n = 0; n < p.N; ++n) {
+      mass[n] = dot(q, weight + n * p.D, p.D) + bias[n];
+      unused = unused && mass[n] == -acc(__builtin_inf());
+      if (mass[n] > largest) largest = mass[n];
+    }
+    if (unused) return false;
+    acc total = 0;
+    for (int64_t n = 0; n < p.N; n += kLanes) {
+      const int64_t count = p.N - n < kLanes ? p.N - n : kLanes;
+      acc lanes[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = (i < count ? mass[n + i] : -acc(__builtin_inf())) - largest;
+      const vec_t<acc> e = exp_nonpositive<acc>(load(lanes));
+      for (int64_t i = 0; i < count; ++i) total += mass[n + i] = e[i];
+    }
+    const acc x[kLanes] = {largest + acc(__builtin_log(total)) - lse};
+    const Sigmoid<acc> gate(load(x));
+    mu = gate.mu[0], rest = gate.complement[0];
+    const acc unit = mu / total;
+    for (int64_t n = 0; n < p.N; ++n) mass[n] *= unit;
+    return true;
+  }
+};
+
+// kept x + sum_n c_n shift_n of one block of columns.
+template <class T>
+MMICL_INLINE vec_t<T> mix(const Keys<T>& keys, const T* x, acc_t<T> kept, acc_t<T> scale, int64_t d, int64_t n) {
+  vec_t<T> added = {};
+  for (int64_t i = 0; i < keys.p.N; ++i) {
+    added += keys.mass[i] * load_block(keys.shift + i * keys.p.D + d, n);
+  }
+  return kept * load_block(x + d, n) + scale * added;
+}
+
+template <class T>
+MMICL_INLINE void store_block(T* y, vec_t<T> v, int64_t n) {
+  if (n == kLanes) return store(y, v);
+  store_tail(y, v, n);
+}
+
+template <class T>
+void forward_keys(const ForwardParams& p, const Tile& tile) {
+  Keys<T> keys(p);
+  for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+    const T* out = row<T>(p.out, tile.b, tile.h, t);
+    T* result = row<T>(p.result, tile.b, tile.h, t);
+    if (!keys.take(tile.b, tile.h, t)) {
+      copy(result, out, p.D);
+      continue;
+    }
+    for (int64_t d = 0; d < p.D; d += kLanes) {
+      const int64_t n = p.D - d < kLanes ? p.D - d : kLanes;
+      store_block(result + d, mix<T>(keys, out, keys.prefix ? keys.rest : 1, 1, d, n), n);
+    }
+  }
+}
+
+// What a stock backward is given: a with delta = dout.base the gradient through lse, too.
+template <class T>
+MMICL_INLINE void base_of(const BackwardParams& p, const Keys<T>& keys, const T* dout, const T* a, T* base) {
+  const acc_t<T> kept = keys.prefix ? keys.rest : 1, scale = keys.prefix ? 1 : keys.rest;
+  vec_t<T> lost = {};
+  for (int64_t d = 0; d < p.D; d += kLanes) {
+    const int64_t n = p.D - d < kLanes ? p.D - d : kLanes;
+    const vec_t<T> exact = mix<T>(keys, a, kept, scale, d, n);
+    store_block(base + d, exact, n);
+    lost += load_block(dout + d, n) * (exact - load_block(base + d, n));
+  }
+  if (sizeof(T) != sizeof(acc_t<T>)) carry(dout, base, sum(lost), p.D);
+}
+
+template <class T>
+void add_keys_grad(const GateGradParams& p, const Tile& tile) {
+  using acc = acc_t<T>;
+  for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+    const int64_t adapter = Keys<T>::adapter_of(p, tile.b, t);
+    if (adapter < 0) continue;
+    T* dq = row<T>(p.dq, tile.b, tile.h, t);
+    const acc* dg = row<acc>(p.dg, tile.b, tile.h, t);
+    const acc* weight = static_cast<const acc*>(p.weight) + Keys<T>::first_key(p, adapter, tile.h) * p.D;
+    for (int64_t d = 0; d < p.D; d += kLanes) {
+      const int64_t n = p.D - d < kLanes ? p.D - d : kLanes;
+      vec_t<T> added = {};
+      for (int64_t i = 0; i < p.N; ++i) added += dg[i] * load_block(weight + i * p.D + d, n);
+      store_block(dq + d, load_block(dq + d, n) + added, n);
+    }
+  }
+}
+
+template <class T>
+void backward_keys(const BackwardParams& p, const Tile& tile) {
+  using acc = acc_t<T>;
+  Keys<T> keys(p);
+  for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+    const int64_t b = tile.b, h = tile.h;
+    acc* dg = row<acc>(p.dg, b, h, t);
+    acc* mass = static_cast<acc*>(p.partial) + ((b * p.H + h) * p.T + t) * p.N;
+    const bool shifted = keys.take(b, h, t);
+    if (p.lift.data) {
+      const bool lifted = shifted && keys.prefix;
+      *row<acc>(p.lift, b, h, t) = lifted ? -acc(__builtin_log(keys.rest)) : 0;
+    }
+    if (p.dq.data) __builtin_memset(row<T>(p.dq, b, h, t), 0, p.D * sizeof(T));
+    if (!shifted) {
+      *row<acc>(p.total, b, h, t) = 0;
+      __builtin_memset(dg, 0, p.N * sizeof(acc));
+      __builtin_memset(mass, 0, p.N * sizeof(acc));
+      if (p.base.data) copy(row<T>(p.base, b, h, t), row<T>(p.a, b, h, t), p.D);
+      continue;
+    }
+    const T* dout = row<T>(p.dout, b, h, t);
+    const T* a = p.a.data ? row<T>(p.a, b, h, t) : nullptr;
+    acc along = 0;
+    if (keys.prefix) {
+      for (int64_t d = 0; d < p.D; ++d) along += get(dout, d) * get(a, d);
+    }
+    acc mean = 0;  // S mu: of the slopes s_n by mass
+    for (int64_t n = 0; n < p.N; ++n) {
+      mass[n] = keys.mass[n];
+      dg[n] = mass[n] == 0 ? 0 : dot(dout, keys.shift + n * p.D, p.D) - along;
+      mean += mass[n] * dg[n];
+    }
+    const acc slope = keys.mu == 0 ? 0 : mean / keys.mu;
+    *row<acc>(p.total, b, h, t) = keys.rest * mean;
+    for (int64_t n = 0; n < p.N; ++n) dg[n] = mass[n] * ((dg[n] - slope) + keys.rest * slope);
+    if (p.base.data) base_of<T>(p, keys, dout, a, row<T>(p.base, b, h, t));
+  }
+  if (p.dq.data) {
+    GateGradParams own;
+    static_cast<ShiftParams&>(own) = p;
+    own.dq = p.dq;
+    own.dg = {p.dg.data, p.dg.stride_b, p.dg.stride_h, p.dg.stride_t};
+    add_keys_grad<T>(own, tile);
+  }
+}
+
+// Query by query in their order; the outputs come zeroed. Items are heads of P.
+template <class T>
+void reduce_keys(const BackwardParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  const int64_t group = p.H / p.P;
+  for (int64_t h = begin * group; h < end * group; ++h) {
+    for (int64_t b = 0; b < p.B; ++b) {
+      for (int64_t t = 0; t < p.T; ++t) {
+        const int64_t adapter = Keys<T>::adapter_of(p, b, t);
+        if (adapter < 0 || __builtin_isinf(*row<acc>(p.lse, b, h, t))) continue;
+        const acc* dg = row<acc>(p.dg, b, h, t);
+        const acc* mass = static_cast<const acc*>(p.partial) + ((b * p.H + h) * p.T + t) * p.N;
+        const int64_t first = Keys<T>::first_key(p, adapter, h);
+        for (int64_t n = 0; n < p.N; ++n) {
+          if (mass[n] == 0) continue;  // 0 times NaN
+          const int64_t key = first + n;
+          static_cast<acc*>(p.dbias)[key] += dg[n];
+          accumulate(static_cast<acc*>(p.dweight) + key * p.D, dg[n], row<T>(p.q, b, h, t), p.D);
+          accumulate(static_cast<acc*>(p.dshift) + key * p.D, mass[n], row<T>(p.dout, b, h, t), p.D);
+        }
+      }
+    }
+  }
+}
