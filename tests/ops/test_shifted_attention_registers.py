@@ -14,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from mmicl_kernels.ops.attention_shift._triton import bwd as shift_bwd  # noqa: E402
+from mmicl_kernels.ops.attention_shift._triton import keys as shift_keys  # noqa: E402
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys  # noqa: E402
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch  # noqa: E402
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results  # noqa: E402
@@ -44,6 +45,7 @@ ALL = (
     *dict.fromkeys(NAMES.values()),
     shift_bwd.attention_shift_bwd_kernel,
     shift_bwd.attention_shift_reduce_kernel,
+    shift_keys.virtual_keys_bwd_kernel,
 )
 # Rows of sm_89 are those of sm_80 that fit its shared memory; the code is the same.
 ROWS = [row for row in launch.CONFIGS if row[2] in (launch.SM_80, launch.SM_90)]

@@ -2,7 +2,9 @@
 
 Rows that share their keys take them BK at a time, as products of tiles; rows with keys of their own (other
 heads, other adapters) one at a time, BK = 1. ``o_first``, ``[1]`` or ``[BM]``, is the rows' first key among
-all ``[A * P * N]``, and ``m_a`` says where there is an adapter.
+all ``[A * P * N]``, and ``m_a`` says where there is an adapter. Rows ``x`` are a tile ``[BM, BD]`` where BK
+is 1, else pointers to rows of 16-bit numbers, which are read a few columns at a time: a whole tile of them in
+fp32 would fill the registers.
 """
 
 import triton
@@ -12,6 +14,7 @@ from torch import Tensor
 from mmicl_kernels.ops._core.virtual_keys import is_one_key
 
 BLOCK = 16  # keys in a tile: the fewest that tensor cores take
+COLUMNS = tl.constexpr(32)
 PRECISION = tl.constexpr("tf32x3")  # three products of tensor cores: nearly that of fp32
 
 
@@ -45,29 +48,36 @@ def is_prefix(prefix, s_prefix, i_a):
 
 @triton.jit
 def products(
-    b_x, rows, o_first, m_a, i_n,
+    x, m_x, rows, o_first, m_a, i_n,
     KEYS: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Of ``x [BM, BD]`` with what keys ``i_n..i_n + BK`` have in ``rows``: ``[BM, BK]``."""
-    o_k, o_d = i_n + tl.arange(0, BK), tl.arange(0, BD)
+    """Of rows with what keys ``i_n..i_n + BK`` have in ``rows``: ``[BM, BK]``."""
     if BK == 1:
+        o_d = tl.arange(0, BD)
         o_w = (o_first + i_n)[:, None] * D + o_d[None, :]
         b_w = tl.load(rows + o_w, mask=m_a[:, None] & (o_d < D)[None, :], other=0.0)
-        b_y = tl.sum(b_x * b_w, 1)[:, None]
+        b_y = tl.sum(x * b_w, 1)[:, None]
     else:
-        o_w = (o_first + o_k)[:, None] * D + o_d[None, :]
-        b_w = tl.load(rows + o_w, mask=((o_k < KEYS) & m_a)[:, None] & (o_d < D)[None, :], other=0.0)
-        b_y = tl.dot(b_x, tl.trans(b_w), input_precision=PRECISION)
+        o_k = i_n + tl.arange(0, BK)
+        m_k = (o_k < KEYS) & m_a
+        b_y = tl.zeros([x.shape[0], BK], tl.float32)
+        for i_d in range(0, D, COLUMNS):
+            o_d = i_d + tl.arange(0, COLUMNS)
+            m_d = o_d < D
+            b_x = tl.load(x[:, None] + o_d[None, :], mask=m_x[:, None] & m_d[None, :], other=0.0)
+            o_w = (o_first + o_k)[:, None] * D + o_d[None, :]
+            b_w = tl.load(rows + o_w, mask=m_k[:, None] & m_d[None, :], other=0.0)
+            b_y = tl.dot(b_x.to(tl.float32), tl.trans(b_w), b_y, input_precision=PRECISION)
     return b_y
 
 
 @triton.jit
 def logits(
-    b_q, weight, bias, o_first, m_a, i_n,
+    x, m_x, weight, bias, o_first, m_a, i_n,
     KEYS: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """``q.weight + bias`` of keys ``i_n..i_n + BK``: ``[BM, BK]``, -inf where there is none."""
-    b_g = products(b_q, weight, o_first, m_a, i_n, KEYS, BK, D, BD)
+    b_g = products(x, m_x, weight, o_first, m_a, i_n, KEYS, BK, D, BD)
     if BK == 1:
         b_g += tl.load(bias + (o_first + i_n)[:, None], mask=m_a[:, None], other=float("-inf"))
     else:
@@ -78,14 +88,14 @@ def logits(
 
 @triton.jit
 def normaliser(
-    b_q, weight, bias, o_first, m_a,
+    x, m_x, b_lse, weight, bias, o_first, m_a,
     KEYS: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of each row's keys, and the sum of exp below it; -inf and 0 where none counts."""
-    b_m = tl.full([b_q.shape[0]], float("-inf"), dtype=b_q.dtype)
-    b_l = tl.zeros([b_q.shape[0]], dtype=b_q.dtype)
+    b_m = tl.full([b_lse.shape[0]], float("-inf"), dtype=b_lse.dtype)
+    b_l = tl.zeros([b_lse.shape[0]], dtype=b_lse.dtype)
     for i_n in range(0, KEYS, BK):
-        b_g = logits(b_q, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
+        b_g = logits(x, m_x, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
         b_max = tl.maximum(b_m, tl.max(b_g, 1))
         b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_l = b_l * tl.exp(b_m - b_base) + tl.sum(tl.exp(b_g - b_base[:, None]), 1)
@@ -134,15 +144,15 @@ def add_values(
 
 @triton.jit
 def attend(
-    b_out, b_q, b_lse, weight, bias, shift, o_first, m_a, m_prefix,
+    b_out, x, m_x, b_lse, weight, bias, shift, o_first, m_a, m_prefix,
     KEYS: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``out [BM, BD]`` with their virtual keys, and which of them have any."""
-    b_m, b_l = normaliser(b_q, weight, bias, o_first, m_a, KEYS, BK, D, BD)
+    """Rows ``out [BM, BD]`` of queries ``x`` with their virtual keys, and which of them have any."""
+    b_m, b_l = normaliser(x, m_x, b_lse, weight, bias, o_first, m_a, KEYS, BK, D, BD)
     _, b_rest, b_unit, m_shifted = masses(b_m, b_l, b_lse, m_a)
     b_out *= tl.where(m_shifted & m_prefix, b_rest, 1.0)[:, None]
     for i_n in range(0, KEYS, BK):
-        b_g = logits(b_q, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
+        b_g = logits(x, m_x, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
         b_p = mass(b_g, b_m, b_unit)
         b_out = add_values(b_out, b_p, shift, o_first, m_a, i_n, KEYS, BK, D, BD)
     return b_out, m_shifted

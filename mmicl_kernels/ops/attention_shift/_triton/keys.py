@@ -40,19 +40,20 @@ def virtual_keys_fwd_kernel(
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     m_t = o_t < T
     m_td = m_t[:, None] & (o_d < D)[None, :]
-    p_q = row_pointers(q, s_q_b, s_q_h, s_q_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
+    x = row_pointers(q, s_q_b, s_q_h, s_q_t, i_b, i_h, o_t)
     p_out = row_pointers(out, s_out_b, s_out_h, s_out_t, i_b, i_h, o_t)[:, None] + o_d[None, :]
     p_shifted = row_pointers(shifted, s_shifted_b, s_shifted_h, s_shifted_t, i_b, i_h, o_t)
     # [BT]
     b_lse = tl.load(row_pointers(lse, s_lse_b, s_lse_h, s_lse_t, i_b, i_h, o_t), mask=m_t, other=0.0)
     # [BT, BD]
-    b_q = tl.load(p_q, mask=m_td, other=0.0).to(b_lse.dtype)
+    if BK == 1:
+        x = tl.load(x[:, None] + o_d[None, :], mask=m_td, other=0.0).to(b_lse.dtype)
     b_out = tl.load(p_out, mask=m_td, other=0.0)
 
     i_a = adapters(adapter_ids, s_ids, s_ids_t, i_b, o_t, m_t, PER_QUERY)
     o_first = first_key(i_a, i_h, H, SHARE, KEYS)
     b_mixed, m_shifted = attend(
-        b_out.to(b_lse.dtype), b_q, b_lse, weight, bias, shift, o_first, i_a >= 0,
+        b_out.to(b_lse.dtype), x, m_t, b_lse, weight, bias, shift, o_first, i_a >= 0,
         is_prefix(prefix, s_prefix, i_a), KEYS, BK, D, BD,
     )  # fmt: skip
     b_mixed = tl.where(m_shifted[:, None], b_mixed.to(shifted.dtype.element_ty), b_out)
@@ -103,24 +104,24 @@ def virtual_keys_bwd_kernel(
         i_a = adapters(adapter_ids, s_ids, s_ids_t, i_b, o_t, m_t, PER_QUERY)
     m_a, m_prefix = i_a >= 0, is_prefix(prefix, s_prefix, i_a)
     o_first = first_key(i_a, i_h, H, SHARE, KEYS)
-    b_m, b_l = normaliser(b_q, weight, bias, o_first, m_a, KEYS, BK, D, BD)
+    b_m, b_l = normaliser(b_q, m_t, b_lse, weight, bias, o_first, m_a, KEYS, BK, D, BD)
     b_mu, b_rest, b_unit, m_shifted = masses(b_m, b_l, b_lse, m_a)
     # Of the masses and slopes that are summed first, those of a key are made again: they may be many.
     # [BT]
     b_mean = tl.zeros([BT], dtype=b_lse.dtype)
     b_less = tl.where(m_prefix, b_along, 0.0)
     for i_n in range(0, KEYS, BK):
-        b_g = logits(b_q, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
+        b_g = logits(b_q, m_t, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
         b_share = tl.where(m_shifted[:, None], mass(b_g, b_m, 1.0 / b_l), 0.0)
-        b_slope = products(b_dout, shift, o_first, m_a, i_n, KEYS, BK, D, BD) - b_less[:, None]
+        b_slope = products(b_dout, m_t, shift, o_first, m_a, i_n, KEYS, BK, D, BD) - b_less[:, None]
         b_mean += tl.sum(tl.where(b_share == 0, 0.0, b_share * b_slope), 1)
     b_keys = tl.zeros([BT, BD], dtype=b_lse.dtype)  # sum_n p_n shift_n
     o_row = (i_x * H + i_h) * N + o_t
     for i_n in range(0, KEYS, BK):
         o_k = i_n + tl.arange(0, BK)
-        b_g = logits(b_q, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
+        b_g = logits(b_q, m_t, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
         b_p = tl.where(m_shifted[:, None], mass(b_g, b_m, b_unit), 0.0)
-        b_slope = products(b_dout, shift, o_first, m_a, i_n, KEYS, BK, D, BD) - b_less[:, None]
+        b_slope = products(b_dout, m_t, shift, o_first, m_a, i_n, KEYS, BK, D, BD) - b_less[:, None]
         b_dg = b_p * ((b_slope - b_mean[:, None]) + (b_rest * b_mean)[:, None])
         b_dg = tl.where(b_p == 0, 0.0, b_dg)
         o_nk = o_row[:, None] * KEYS + o_k[None, :]

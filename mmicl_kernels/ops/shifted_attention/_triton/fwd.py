@@ -134,13 +134,17 @@ def _finish(
         b_out += b_mu[:, None] * b_shift
     else:
         # Once more: kept through the loops over keys it would take registers.
-        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        x = p_q
+        if BK == 1:
+            x = tl.load(p_q[:, None] + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0).to(
+                tl.float32
+            )
         i_of = i_x if PER_QUERY else i_b
         i_a = adapters(adapter_ids, s_ids, s_ids_t, i_of, row_q + o_t, m_t, PER_QUERY)
         o_first = first_key(i_a, o_h, H, SHARE, KEYS)
         b_out, _ = attend(
-            b_out, b_q, b_gate_lse, weight, bias, shift, o_first, i_a >= 0, is_prefix(prefix, s_prefix, i_a),
-            KEYS, BK, D, BD,
+            b_out, x, m_t, b_gate_lse, weight, bias, shift, o_first, i_a >= 0,
+            is_prefix(prefix, s_prefix, i_a), KEYS, BK, D, BD,
         )  # fmt: skip
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
     o_lse = (i_x * H + o_h) * N + row_q + o_t
@@ -359,6 +363,6 @@ def forward(q, k, v, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tenso
                 part_acc, part_norms, q, *keys, options.cu_seqlens_q, *saved,
                 *launch.strides(q), *ids, options.scale, B, H, T, N, splits,
                 *constants, D, pack, options.all_keys, problem.fold, triton.next_power_of_2(splits), BD,
-                num_warps=launch.COMBINE_WARPS,
+                **launch.combine_options(constants[1]),
             )  # fmt: skip
     return results

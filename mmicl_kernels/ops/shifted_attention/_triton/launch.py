@@ -152,6 +152,11 @@ def options(config: LaunchConfig) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": MAX_REGISTERS}
 
 
+def combine_options(keys: int) -> dict[str, int]:
+    """The same of the combine."""
+    return {"num_warps": COMBINE_WARPS} | ({"maxnreg": MAX_REGISTERS} if keys else {})
+
+
 def forward_kernel(rows: int) -> str:
     """The forward's name in the table, by the rows that share keys."""
     if rows > DECODE_ROWS:
