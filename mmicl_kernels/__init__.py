@@ -34,6 +34,8 @@ _LAZY = {
     "LIVEAdapter": "mmicl_kernels.methods",
     "AIMConfig": "mmicl_kernels.methods",
     "AIMAdapter": "mmicl_kernels.methods",
+    "PromptTuningConfig": "mmicl_kernels.methods",
+    "PromptTuningAdapter": "mmicl_kernels.methods",
     "train": "mmicl_kernels.training.run",
     "Recipe": "mmicl_kernels.training.recipes",
     "Demonstration": "mmicl_kernels.data",

@@ -90,7 +90,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, "Adapter"]:
     import_modules(options)
     model, processor = load_model(options.model), load_processor(options.model)
     adapter = load(options.adapter, model)
-    if adapter.embedding_site is None:
+    if not adapter.fuses:
         raise TypeError(
             f"--adapter: {options.adapter} has a {type(adapter).__name__}, expected one that fuses "
             "demonstrations"

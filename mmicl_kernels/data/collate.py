@@ -102,7 +102,7 @@ def _name(example: Any) -> str:
 
 
 class EpisodeCollator(Collator[EpisodeBatch]):
-    """Batches for MimIC, LIVE and M2IV: each query alone and after its demonstrations.
+    """Batches for all methods but AIM: each query alone and after its demonstrations.
 
     Args:
         shots_per_pass: how many demonstrations a prompt of the teacher has at most; with it batches are

@@ -50,11 +50,10 @@ class Asked:
 
 
 class Asker:
-    """Asks ``model``, as it is attached now.
+    """Asks ``model``, as it is attached now by ``handle``.
 
-    Args:
-        handle, fuse: with both, demonstrations become fused tokens of the adapter ``fuse``, which is attached
-            with a bank. What the bank lacks is added.
+    Of an adapter that fuses them, demonstrations become tokens; it is attached with a bank, to which what it
+    lacks is added.
     """
 
     def __init__(
@@ -62,10 +61,11 @@ class Asker:
         model: nn.Module,
         builder: PromptBuilder,
         handle: Handle | None = None,
-        fuse: Adapter | None = None,
     ) -> None:
         self.model, self.builder, self.handle = model, builder, handle
-        self._fusing = None if fuse is None else fusing_builder(builder, fuse)
+        adapter = None if handle is None else handle.single
+        self._splices = adapter is not None and adapter.embedding_site is not None
+        self._fusing = fusing_builder(builder, adapter) if self._splices and adapter.fuses else None
 
     def __call__(
         self,
@@ -89,7 +89,7 @@ class Asker:
             is_over = partial(self._has, ending) if ends_answers(ending) else None
             made = generate(self.model, inputs, settings, tokenizer, is_over=is_over, **options)
         finally:
-            if self._fusing is not None:
+            if self._splices:
                 self.handle.unsplice()
         own = inputs["attention_mask"].bool()
         images = self.builder.image_tokens(inputs["input_ids"]) & own
@@ -119,7 +119,8 @@ class Asker:
         self, queries: Sequence[Demonstration], shots: Sequence[Sequence[Demonstration]]
     ) -> dict[str, Tensor]:
         if self._fusing is None:
-            return self.builder.prompt(queries, shots)
+            inputs = self.builder.prompt(queries, shots)
+            return self.handle.splice(inputs) if self._splices else inputs
         flat = [x for row in shots for x in row]
         collate = self._fusing.demonstrations
         ids = iter(self.handle.add_demonstrations(flat, collate, batch_size=len(queries), progress=False))
@@ -172,10 +173,10 @@ def asker_of(
         return Asker(model, prompt_builder(processor, {}, model))
     loaded = load(adapter, model)
     builder = prompt_builder(processor, {"adapter": loaded}, model)
-    if loaded.embedding_site is None:
+    if not loaded.fuses:
         return Asker(model, builder, attach(model, loaded))
     opened = bank_of(bank, loaded, builder, model.dtype)
-    return Asker(model, builder, attach(model, loaded, bank=opened), loaded)
+    return Asker(model, builder, attach(model, loaded, bank=opened))
 
 
 def prompt_builder(

@@ -233,7 +233,7 @@ class _Run:
         adapter = self.adapters[system.adapter]
         bank = self._bank(system) if system.fused else None
         with attach(self.model, adapter, bank=bank) as handle:
-            yield Asker(self.model, self.builder, handle, adapter if system.fused else None)
+            yield Asker(self.model, self.builder, handle)
 
     def _bank(self, system: System) -> DemonstrationBank:
         folder = self.bank or (self.out or self.temporary) / BANKS / system.adapter

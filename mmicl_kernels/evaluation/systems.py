@@ -64,7 +64,7 @@ def systems_of(
     for name, adapter in adapters.items():
         if not NAME.fullmatch(name):
             raise ValueError(f"adapter {name!r}, expected a name of letters, digits, '_', '-' and '.'")
-        if adapter.embedding_site is not None:
+        if adapter.fuses:
             fused = [System(name, k, fused=True) for k in shots if k]
             if not fused:
                 raise ValueError(f"shots is {list(shots)}, expected one above 0 for {name!r} to fuse")

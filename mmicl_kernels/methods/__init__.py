@@ -5,10 +5,11 @@ from mmicl_kernels.methods.base import Adapter, Backbone, CheckpointError
 from mmicl_kernels.methods.live import LIVEAdapter, LIVEConfig
 from mmicl_kernels.methods.m2iv import M2IVAdapter, M2IVConfig
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
+from mmicl_kernels.methods.prompt_tuning import PromptTuningAdapter, PromptTuningConfig
 from mmicl_kernels.methods.registry import Registry
 from mmicl_kernels.methods.sites import AttentionSite, EmbeddingSite, ResidualSite
 
-ADAPTERS = Registry(MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter)
+ADAPTERS = Registry(MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter, PromptTuningAdapter)
 register = ADAPTERS.register
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "M2IVConfig",
     "MimICAdapter",
     "MimICConfig",
+    "PromptTuningAdapter",
+    "PromptTuningConfig",
     "ResidualSite",
     "register",
 ]

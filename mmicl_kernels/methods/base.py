@@ -105,9 +105,9 @@ class Adapter(nn.Module):
     Subclasses set ``method``, ``config_class``, ``tensor_shapes`` and ``objective_class``, and build
     ``layers`` in ``__init__(config, backbone)``. Where they act they say by sites, each with a method that
     gives what acts there: ``attention_site`` with ``attention_shift``, ``residual_sites`` with
-    ``residual_shift``, ``embedding_site`` with ``fuse``. Of a batch row at most one adapter may shift
-    attention, of a model's at most one may fuse. ``source`` is the folder or file that an adapter was loaded
-    from, or None.
+    ``residual_shift``, ``embedding_site`` with ``fuse``, or without positions with ``learned_tokens``. Of a
+    batch row at most one adapter may shift attention, of a model's at most one may have an
+    ``embedding_site``. ``source`` is the folder or file that an adapter was loaded from, or None.
     """
 
     method: ClassVar[str]
@@ -145,6 +145,15 @@ class Adapter(nn.Module):
     def fuse(self, hidden: Tensor, positions: Tensor, *, num_rows: int, impl: str) -> Tensor:
         """Tokens ``[num_rows, C]`` of last hidden states ``[B, T, C]`` at ``positions``, bool ``[B, T]``."""
         raise NotImplementedError
+
+    def learned_tokens(self) -> Tensor:
+        """Tokens ``[k, C]`` that stand before every prompt."""
+        raise NotImplementedError
+
+    @property
+    def fuses(self) -> bool:
+        """Whether its tokens are demonstrations', which it fuses."""
+        return self.embedding_site is not None and self.embedding_site.positions is not None
 
     @property
     def has_strength(self) -> bool:

@@ -41,15 +41,17 @@ class ResidualSite:
 
 @dataclass(frozen=True)
 class EmbeddingSite:
-    """Among a prompt's input embeddings, where fused tokens stand for demonstrations: ``ops.prefix_splice``.
+    """Among a prompt's input embeddings, where a method's tokens stand before it: ``ops.prefix_splice``.
 
-    ``positions``: which tokens of a demonstration are fused, see ``PromptBuilder``.
+    ``positions``: which tokens of a demonstration are fused into them, see ``PromptBuilder``; None where they
+    are learned, and stand for no demonstration.
     """
 
-    positions: str = "text"
+    positions: str | None = "text"
 
     def __post_init__(self) -> None:
-        check_positions(self.positions)
+        if self.positions is not None:
+            check_positions(self.positions)
 
 
 class FusedTokens(NamedTuple):

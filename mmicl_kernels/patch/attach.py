@@ -44,7 +44,7 @@ def attach(
         strength: what every M2IV and LIVE vector is multiplied by, see :meth:`Handle.strength`.
         bank: demonstrations that an AIM adapter fused, for :meth:`Handle.splice`.
         bank_bytes: how much of the bank stays on an accelerator; the CPU maps its file.
-        placeholder_ids: two ids of the vocabulary that no prompt has, in whose places fused tokens stand; by
+        placeholder_ids: two ids of the vocabulary that no prompt has, in whose places tokens are spliced; by
             default the largest that the model's configuration does not name.
 
     Raises:

@@ -92,8 +92,8 @@ def _new(model: nn.Module, anchors: list[Anchor], config: Any) -> Adapter:
 
 
 def _place(adapter: Adapter, model: nn.Module, anchors: list[Anchor]) -> Adapter:
-    fuses = adapter.embedding_site is not None
-    adapter.to(compute_device(model.get_input_embeddings()) if fuses else anchors[0].device)
+    splices = adapter.embedding_site is not None
+    adapter.to(compute_device(model.get_input_embeddings()) if splices else anchors[0].device)
     for anchor in anchors:
         if str(anchor.index) in adapter.layers:
             adapter.layers[str(anchor.index)].to(anchor.device)

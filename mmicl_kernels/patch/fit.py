@@ -20,7 +20,7 @@ def check_fits(name: str, adapter: Adapter, state: State, splicer: Splicer) -> N
     check_strength_of(name, adapter, state.strength)
     _check_normalizer(name, adapter, state.adapters)
     if adapter.embedding_site is not None:
-        _check_fusing(name, adapter, state.adapters, splicer)
+        _check_splicing(name, adapter, state.adapters, splicer)
     for anchor in state.anchors:
         _check_layer(name, adapter, anchor)
     for anchor in (x for x in state.anchors if str(x.index) in adapter.layers):
@@ -52,9 +52,20 @@ def check_filling(
     check_bank(bank, require_fusing(adapters))
 
 
+def require_splicing(adapters: Mapping[str, Adapter]) -> Adapter:
+    """The one whose tokens stand before prompts. Raises ValueError: there is none."""
+    found = [x for x in adapters.values() if x.embedding_site is not None]
+    if not found:
+        raise ValueError(
+            f"none of the adapters {sorted(adapters)} fuses demonstrations or has learned tokens, expected "
+            "AIM's or prompt tuning's"
+        )
+    return found[0]
+
+
 def require_fusing(adapters: Mapping[str, Adapter]) -> Adapter:
     """The one that fuses demonstrations. Raises ValueError: there is none."""
-    found = [x for x in adapters.values() if x.embedding_site is not None]
+    found = [x for x in adapters.values() if x.fuses]
     if not found:
         raise ValueError(f"none of the adapters {sorted(adapters)} fuses demonstrations, expected AIM's")
     return found[0]
@@ -83,11 +94,14 @@ def _check_normalizer(name: str, adapter: Adapter, adapters: Mapping[str, Adapte
         )
 
 
-def _check_fusing(name: str, adapter: Adapter, adapters: Mapping[str, Adapter], splicer: Splicer) -> None:
+def _check_splicing(name: str, adapter: Adapter, adapters: Mapping[str, Adapter], splicer: Splicer) -> None:
     others = [other for other, x in adapters.items() if x.embedding_site is not None]
     if others:
-        raise ValueError(f"adapter {name!r} fuses demonstrations as {others[0]!r} does, expected one of them")
+        raise ValueError(
+            f"adapter {name!r} has tokens before the prompt as {others[0]!r} has, expected one of them"
+        )
     for parameter in adapter.beside_layers().values():
         if parameter.device != splicer.device:
             raise ValueError(f"adapter {name!r} is on {parameter.device}, expected {splicer.device}")
-    check_bank(splicer.bank, adapter)
+    if adapter.fuses:
+        check_bank(splicer.bank, adapter)

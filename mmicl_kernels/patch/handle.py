@@ -13,7 +13,7 @@ from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.models.anchors import Anchor, find_mixers
 from mmicl_kernels.patch.aggregation import Collate, aggregate, fill
-from mmicl_kernels.patch.fit import check_filling, require_fusing
+from mmicl_kernels.patch.fit import check_filling, require_fusing, require_splicing
 from mmicl_kernels.patch.patches import Patches
 from mmicl_kernels.patch.report import Report, report
 from mmicl_kernels.patch.slots import RowEntry, check_products, parse_rows
@@ -148,7 +148,7 @@ class Handle:
 
         With gradient checkpointing call ``backward()`` within the block, as of :meth:`rows`.
         Raises TypeError, ValueError: not a number finite in fp32, by itself and times those of open rows, or
-        not 1 beside an adapter that has none (MimIC, AIM).
+        not 1 beside an adapter that has none (MimIC, AIM, prompt tuning).
         """
         self._check_attached()
         restoring = ExitStack()
@@ -184,10 +184,10 @@ class Handle:
         return self._patches.splicer.bank
 
     def splice(
-        self, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]], *,
+        self, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]] | None = None, *,
         max_length: int | None = None, tokens: FusedTokens | None = None,
     ) -> dict[str, object]:  # fmt: skip
-        """``inputs`` with fused tokens before every prompt: AIM (arXiv 2406.07588).
+        """``inputs`` with tokens before every prompt: fused ones (AIM, arXiv 2406.07588), or learned ones.
 
         They stand after a prompt's first token if that begins a text, else before it, and see no image.
         What has one entry per token grows with them. The result is for forward passes and ``generate`` until
@@ -199,18 +199,19 @@ class Handle:
         Args:
             inputs: of ``model(**inputs)``, with ``input_ids [R, T]``; padded on either side.
             demonstrations: for each prompt the ids of its demonstrations in the bank, in order; any number.
+                None, and no ``tokens``, for an adapter that has learned ones, which every prompt gets.
             max_length: tokens of a prompt with its fused ones. Of the demonstrations the longest run of last
-                ones that fits is kept, each whole; the prompt is never cut.
+                ones that fits is kept, each whole; the prompt and learned tokens are never cut.
             tokens: instead of the bank's, with gradients if they have any.
 
         Raises RuntimeError: the handle is disabled or detached; TypeError, ValueError: no bank and no tokens,
         an unknown id, a prompt longer than ``max_length``, an input that the model has to make anew.
         """
         self._check_attached()
-        require_fusing(self._state.adapters)
+        adapter = require_splicing(self._state.adapters)
         if not self.enabled:
             raise RuntimeError("the handle is disabled, expected an enabled one: it would not see the tokens")
-        return self._patches.splicer.splice(inputs, demonstrations, max_length, tokens)
+        return self._patches.splicer.splice(adapter, inputs, demonstrations, max_length, tokens)
 
     def unsplice(self) -> None:
         """Forget the last :meth:`splice` and its tokens; what it returned is no prompt any more."""

@@ -128,8 +128,8 @@ class Patches:
             for index, hook in enumerate(hooks):
                 hook.shifts = [self._sites[site].layers[index] for site in order if site.module == module]
                 hook.install() if hook.shifts else hook.remove()
-        fusing = any(x.embedding_site is not None for x in adapters)
-        self.splicer.hook.install() if fusing else self.splicer.hook.remove()
+        splicing = any(x.embedding_site is not None for x in adapters)
+        self.splicer.hook.install() if splicing else self.splicer.hook.remove()
 
     def remove(self) -> None:
         """The plain model, object by object; :meth:`sync` brings everything back."""

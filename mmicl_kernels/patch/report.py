@@ -41,7 +41,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """``layers`` of the decoder; ``embedding`` names the adapters whose fused tokens enter there.
+    """``layers`` of the decoder; ``embedding`` names the adapters whose tokens enter there.
 
     As a string it has one line per run of layers that are alike.
     """
@@ -50,7 +50,7 @@ class Report:
     embedding: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"embedding  fused tokens of {', '.join(self.embedding)}"] if self.embedding else []
+        lines = [f"embedding  tokens of {', '.join(self.embedding)}"] if self.embedding else []
         for text, run in groupby(self.layers, key=str):
             first, *rest = (layer.index for layer in run)
             lines.append(f"layers {first}-{rest[-1]}  {text}" if rest else f"layer {first}  {text}")
@@ -73,8 +73,8 @@ def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping
             layers.append(LayerReport(index, name, residual=residual, skipped=missing))
         else:
             layers.append(LayerReport(index, name, shifting, residual, _replaced(mixer)))
-    fusing = tuple(name for name, x in adapters.items() if x.embedding_site is not None)
-    return Report(tuple(layers), fusing)
+    splicing = tuple(name for name, x in adapters.items() if x.embedding_site is not None)
+    return Report(tuple(layers), splicing)
 
 
 def _replaced(attention: nn.Module) -> str:

@@ -107,7 +107,7 @@ class DemonstrationBank:
             FileExistsError: there is a bank. TypeError, ValueError: ``adapter`` does not fuse, a bank cannot
             have this ``dtype``. OSError: the disk; there is no bank then.
         """
-        if not isinstance(adapter, Adapter) or adapter.embedding_site is None:
+        if not isinstance(adapter, Adapter) or not adapter.fuses:
             raise TypeError(f"adapter is a {type(adapter).__name__}, expected one that fuses demonstrations")
         description = Description(uuid.uuid4().hex, dtype, adapter.digest(), adapter.backbone, prompt)
         with created(Path(folder).absolute(), description):

@@ -51,6 +51,7 @@ _LAZY = {
     "LIVEObjective": "live",
     "M2IVObjective": "m2iv",
     "MimICObjective": "mimic",
+    "PromptTuningObjective": "prompt_tuning",
 }
 
 

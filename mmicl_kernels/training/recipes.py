@@ -1,7 +1,8 @@
 """How adapters are trained, as data: a recipe for each method, and those of the papers' own code.
 
 M2IV and AIM name no optimisation in what can be read of them: M2IV has MimIC's here, AIM's projection the
-rate of SelfCP, by the same first author. Official code lets a query be its own demonstration, MimIC's without
+rate of SelfCP, by the same first author. Prompt tuning's paper has another optimizer; here it has MimIC's.
+Official code lets a query be its own demonstration, MimIC's without
 its answer; no recipe does.
 """
 
@@ -94,6 +95,7 @@ RECIPES = {
     "live": Recipe(learning_rate=1e-3, batch_size=8),
     "m2iv": Recipe(shots=16),
     "aim": Recipe(shots=(1, 4), learning_rate=5e-5),
+    "prompt_tuning": Recipe(shots=0),
     "mimic-vqa-idefics": Recipe(shots=32, template="mimic-idefics", **_MIMIC),
     "mimic-caption-idefics": Recipe(shots=32, template="mimic-idefics-caption", **_MIMIC),
     "mimic-vqa-idefics2": Recipe(epochs=5, shots=8, template="mimic-idefics2", **_MIMIC),

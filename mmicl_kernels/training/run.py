@@ -137,8 +137,7 @@ class Training:
             processor = PromptBuilder(processor, chosen.template)
         if chosen.shared_shots:
             new_cache(model)  # or the first batch would be refused
-        site = adapter.embedding_site
-        positions = "text" if site is None else site.positions
+        positions = adapter.embedding_site.positions if adapter.fuses else "text"
         floating = model.dtype if model.dtype.is_floating_point else None
         builder = builder_of(processor, positions=positions, dtype=floating)
         builder.device = torch.device("cpu")  # a Trainer moves batches

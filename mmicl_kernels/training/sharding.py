@@ -52,7 +52,7 @@ def shard(
     for message, found in refused.items():
         if found:
             raise ValueError(f"fsdp_{message}")
-    if adapter.embedding_site is not None:
+    if adapter.fuses:
         raise NotImplementedError(
             f"FSDP was asked for; {adapter.method!r} reads hidden states of a whole model, expected DDP"
         )

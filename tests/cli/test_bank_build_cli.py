@@ -33,6 +33,7 @@ def saved(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tiny_processor("llava").save_pretrained(folder / "model")
     configs = {"aim": mk.AIMConfig(), "live": mk.LIVEConfig(), "other": mk.AIMConfig()}
+    configs["prompt"] = mk.PromptTuningConfig()
     configs |= {name: mk.AIMConfig(positions=name) for name in ("answer", "answer_end")}
     for name, config in configs.items():
         adapter = mk.create(model, config)
@@ -270,6 +271,7 @@ def test_template_dtype_and_images(build, saved, tmp_path):
         ([], {"model": "none"}, "expected a folder"),
         ([], {"adapter": "none"}, "none"),
         ([], {"adapter": "live"}, "has a LIVEAdapter, expected one that fuses demonstrations"),
+        ([], {"adapter": "prompt"}, "has a PromptTuningAdapter, expected one that fuses demonstrations"),
         ([], {"adapter": "other"}, "projection"),
         (["--dtype", "float16"], {}, "--dtype is float16, expected torch.bfloat16"),
         (["--template", "{text}"], {}, "template is '{text}'"),

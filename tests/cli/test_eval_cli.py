@@ -26,7 +26,8 @@ def saved(tmp_path_factory):
     model, processor = model_and_processor()
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    for name, config in {"live": mk.LIVEConfig(), "aim": mk.AIMConfig()}.items():
+    configs = {"live": mk.LIVEConfig(), "aim": mk.AIMConfig(), "learned": mk.PromptTuningConfig()}
+    for name, config in configs.items():
         adapter_of(model, config).save_pretrained(folder / name)
     write(folder, "query", rows_of("q", 4))
     write(folder, "pool", rows_of("p", 4))
@@ -56,14 +57,18 @@ def answered(out, row):
 
 def test_a_table_of_everything(mmicl_eval, tmp_path):
     options = "--shots 0 2 --demonstrations pool.jsonl --adapter live --adapter fused=aim --adapter-shots 0 2"
+    options += " --adapter learned"
     options = [*options.split(), "--batch-size", "3", "--seed", "3", "--out", tmp_path]
     code, output, errors = mmicl_eval(*options, "--max-new-tokens", "3")
     assert (code, errors) == (0, []) and output == (tmp_path / "table.md").read_text()
-    assert list(rows(tmp_path)) == ["zero-shot", "2-shot", "live", "live, 2-shot", "fused, 2 fused"]
+    assert list(rows(tmp_path)) == [
+        *("zero-shot", "2-shot", "live", "live, 2-shot", "fused, 2 fused"),
+        *("learned", "learned, 2-shot"),
+    ]
     model, processor = model_and_processor()
-    settings = Generation(max_new_tokens=3)
+    settings, adapters = Generation(max_new_tokens=3), {x: x for x in ("live", "learned")} | {"fused": "aim"}
     expected = mk.evaluate(
-        model, processor, "query.jsonl", adapters={"live": "live", "fused": "aim"}, shots=(0, 2), seed=3,
+        model, processor, "query.jsonl", adapters=adapters, shots=(0, 2), seed=3,
         adapter_shots=(0, 2), demonstrations="pool.jsonl", generation=settings, batch_size=3, progress=False,
     )  # fmt: skip
     for row in expected.rows:

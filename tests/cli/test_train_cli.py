@@ -68,6 +68,22 @@ def test_it_is_the_adapter_of_mk_train(run, saved, records, tmp_path):
     assert described["prompt"] == {"template": "chat", "instruction": "Say it.", "image_marker": None}
 
 
+def test_a_method_without_a_teacher(run, records, tmp_path):
+    """By its recipe no demonstrations are read."""
+    options = ["--method", "prompt_tuning", "--steps", "2", "--seed", "3", "--config", "num_tokens=3"]
+    code, out, errors = run("--out", tmp_path / "out", *options, "--config", "std=0.5")
+    assert (code, errors) == (0, []) and f"PromptTuningAdapter, {3 * 32} parameters" in out
+    expected = mk.train(
+        tiny_again(), tiny_processor("llava", chat=True), records, mk.PromptTuningConfig(3, 0.5),
+        seed=3, progress=False, recipe=Recipe(steps=2, shots=0),
+    )  # fmt: skip
+    assert_same(mk.load(tmp_path / "out", tiny_again()), expected)
+    code, out, errors = run(*options, "--dry-run")
+    assert (code, errors) == (0, [])
+    student, teacher = re.findall(r"^(?:student|teacher):\n(.*?)\n\n", out, re.DOTALL | re.MULTILINE)
+    assert student == teacher and "adapter        96 parameters" in out
+
+
 def tiny_again():
     torch.manual_seed(0)
     return tiny_model("llava-llama")

@@ -18,13 +18,15 @@ ROUNDINGS = 64 * EPS
 # A scale's gradient is a sum over the vector's C terms, about sqrt(C) times smaller than they are.
 CANCELLATION = {"scale": TEXT["hidden_size"] ** 0.5}
 STEPS = 3
-METHODS = ("mimic", "ffn_shift", "m2iv", "live", "aim")
+METHODS = ("mimic", "ffn_shift", "m2iv", "live", "aim", "prompt_tuning")
 
 
 def adapter_of(model: nn.Module, method: str) -> nn.Module:
     """One whose parameters are as large as what they are added to."""
     if method == "aim":
         return mk.create(model, mk.AIMConfig())
+    if method == "prompt_tuning":
+        return mk.create(model, mk.PromptTuningConfig(std=1.0))
     if method in ("mimic", "ffn_shift"):
         return random_adapter(model, ffn_shift=method == "ffn_shift")
     return random_shift(model, {"m2iv": mk.M2IVConfig(), "live": mk.LIVEConfig(site="layer")}[method])
@@ -36,7 +38,10 @@ def half_of(inputs: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 def loss_of(module: nn.Module, handle: mk.Handle, inputs: dict[str, Tensor]) -> Tensor:
     """A mean over prompts, so that it is the mean of those of two halves."""
-    if "aim" in (adapter.method for adapter in handle.adapters.values()):
+    methods = [adapter.method for adapter in handle.adapters.values()]
+    if "prompt_tuning" in methods:
+        inputs = handle.splice(inputs)
+    if "aim" in methods:
         fused = handle.aggregate(inputs)
         tokens = FusedTokens(torch.cat(fused), torch.tensor([0, *accumulate(map(len, fused))]), None)
         inputs = handle.splice(inputs, [[row ^ 1] for row in range(len(fused))], tokens=tokens)

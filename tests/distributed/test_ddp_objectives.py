@@ -20,7 +20,7 @@ from tests.support.episode_inputs import aggregation, half_of, many_shot
 from tests.support.same_adapter import by_kind
 
 # Means over answers or a query's tokens: those of a whole batch are those of two halves with as many of them.
-MEANS = ("mimic", "ffn_shift", "live", "many_shot", "m2iv_without_synergy", "aim")
+MEANS = ("mimic", "ffn_shift", "live", "many_shot", "m2iv_without_synergy", "aim", "prompt_tuning")
 OBJECTIVES = (*MEANS, "m2iv")
 CONFIGS = {
     "mimic_layer": ("mimic", mk.MimICConfig(align="layer")),
@@ -29,7 +29,7 @@ CONFIGS = {
 }
 # Before 5.23 transformers checkpoints the hooks of a layer too, where MimIC's alignment is refused.
 ALIGNED = ("mimic_layer",) if GradientCheckpointingLayer.__call__ is nn.Module.__call__ else ()
-CHECKPOINTED = (*ALIGNED, "live", "many_shot", "m2iv_without_synergy", "aim")
+CHECKPOINTED = (*ALIGNED, "live", "many_shot", "m2iv_without_synergy", "aim", "prompt_tuning")
 
 
 def adapter_for(model, kind):

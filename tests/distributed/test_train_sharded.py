@@ -31,7 +31,7 @@ from tests.distributed.two_processes import in_two_processes, two_processes
 from tests.support.same_adapter import assert_same, by_kind
 
 pytestmark = pytest.mark.slow
-SHARDED = ("mimic", "live", "m2iv")
+SHARDED = ("mimic", "live", "m2iv", "prompt_tuning")
 CHECKED = ("adam", "accumulated")
 WRAP = "TRANSFORMER_BASED_WRAP"
 
@@ -160,7 +160,8 @@ def test_what_is_refused(rank, records):
 def test_what_deepspeed_cannot_train():
     """It is not installed with the tests; what was tried by hand is in the README."""
     adapters = {method: start_of(method) for method in CONFIGS}
-    check_deepspeed(2, adapters["mimic"])
+    for method in ("mimic", "prompt_tuning"):
+        check_deepspeed(2, adapters[method])
     with pytest.raises(NotImplementedError, match="zero_stage is 3.*, or FSDP version 2"):
         check_deepspeed(3, adapters["mimic"])
     for method in ("live", "m2iv", "aim"):

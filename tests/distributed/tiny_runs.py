@@ -26,6 +26,7 @@ CONFIGS = {
     "live": mk.LIVEConfig(),
     "m2iv": mk.M2IVConfig(synergy_weight=0.0),  # synergy is no mean: see the README
     "aim": mk.AIMConfig(),
+    "prompt_tuning": mk.PromptTuningConfig(std=1.0),
 }
 # Four queries in each update, if they are not left over.
 TOGETHER = Recipe(steps=3, batch_size=4, accumulate=1, shots=2, warmup=0.0)

@@ -48,14 +48,16 @@ def drawn(builder, pool, query, shots, seed=0):
 def test_every_row_is_what_each_prompt_alone_is_answered(world):
     model, processor, queries, pool = world
     live, aim = adapter_of(model, mk.LIVEConfig()), adapter_of(model, mk.AIMConfig())
+    learned = adapter_of(model, mk.PromptTuningConfig())
+    adapters = {"live": live, "aim": aim, "learned": learned}
     made = mk.evaluate(
-        model, processor, queries, adapters={"live": live, "aim": aim}, shots=(0, 2, 3), seed=5,
+        model, processor, queries, adapters=adapters, shots=(0, 2, 3), seed=5,
         adapter_shots=(0, 2), demonstrations=pool, generation=WHOLE, batch_size=4, progress=False,
     )  # fmt: skip
     builder, records, examples = mk.PromptBuilder(processor), mk.Records(queries), mk.Records(pool)
-    expected = {
-        name: [] for name in ("zero-shot", "2-shot", "3-shot", "live", "live, 2-shot", "aim, 2 fused")
-    }
+    rows = ["zero-shot", "2-shot", "3-shot", "live", "live, 2-shot", "aim, 2 fused", "aim, 3 fused"]
+    rows += ["learned", "learned, 2-shot"]
+    expected = {name: [] for name in rows if name != "aim, 3 fused"}
     for record in records:
         query = record.demonstration()
         shots = {k: drawn(builder, examples, record, k, seed=5) for k in (2, 3)}
@@ -71,9 +73,12 @@ def test_every_row_is_what_each_prompt_alone_is_answered(world):
             embedded = fused(tokens)
             inputs = handle.splice(prompt, [[0, 1]], tokens=embedded)
             expected["aim, 2 fused"].append(decoded(model, builder, inputs))
+        with mk.attach(model, learned) as handle:
+            for name, before in (("learned", []), ("learned, 2-shot", shots[2])):
+                inputs = handle.splice(builder.prompt([query], [before]))
+                expected[name].append(decoded(model, builder, inputs))
     for name, texts in expected.items():
         assert made[name].texts == tuple(x.strip() for x in texts), name
-    rows = ["zero-shot", "2-shot", "3-shot", "live", "live, 2-shot", "aim, 2 fused", "aim, 3 fused"]
     assert [row.name for row in made.rows] == rows
     assert len(set(map(tuple, expected.values()))) == len(expected)  # else a row may be another's
     assert made.best == "2-shot"  # the first of equals
@@ -96,7 +101,9 @@ def test_the_batch_size_does_not_matter(name, chat, tmp_path):
     queries = [*rows_of("q", 3), *rows_of("two", 2, images=2)]
     queries, pool = write(tmp_path, "query", queries), write(tmp_path, "pool", rows_of("p", 4))
     options = {"shots": (0, 2), "demonstrations": pool, "progress": False}
-    options |= {"generation": WHOLE, "adapters": {"live": adapter_of(model, mk.LIVEConfig())}}
+    configs = {"live": mk.LIVEConfig(), "learned": mk.PromptTuningConfig()}
+    adapters = {adapter: adapter_of(model, config) for adapter, config in configs.items()}
+    options |= {"generation": WHOLE, "adapters": adapters}
     one, four = (mk.evaluate(model, processor, queries, batch_size=n, **options) for n in (1, 4))
     for row, other in zip(one.rows, four.rows, strict=True):
         assert row.texts == other.texts
@@ -400,6 +407,10 @@ def test_rows_and_examples_in_memory(world):
         ({"retrieval": "rices"}, "retrieval is 'rices', features None"),
         ({"features": "a"}, "retrieval is 'random', features 'a'"),
         ({"bank": "bank"}, "bank is given, expected an AIM adapter"),
+        (
+            {"bank": "bank", "adapters": {"learned": "prompt_tuning"}},
+            "bank is given, expected an AIM adapter",
+        ),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"limit": 1}, "records has 1, expected at least 2"),
         ({"adapters": {"a/b": "live"}}, "adapter 'a/b', expected a name of letters"),
@@ -412,7 +423,7 @@ def test_rows_and_examples_in_memory(world):
 def test_errors_before_anything_is_asked(world, options, message, monkeypatch):
     model, processor, queries, _ = world
     monkeypatch.setattr(model, "generate", None)
-    configs = {"live": mk.LIVEConfig(), "aim": mk.AIMConfig()}
+    configs = {"live": mk.LIVEConfig(), "aim": mk.AIMConfig(), "prompt_tuning": mk.PromptTuningConfig()}
     for name, kind in options.get("adapters", {}).items():
         options = {**options, "adapters": {name: mk.create(model, configs[kind])}}
     with pytest.raises(ValueError, match=message):

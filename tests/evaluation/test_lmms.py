@@ -14,7 +14,7 @@ import mmicl_kernels as mk
 from mmicl_kernels.evaluation.asking import OtherImages, asker_of
 from mmicl_kernels.evaluation.generation import Generation
 from mmicl_kernels.evaluation.metrics import postprocess
-from tests.support.questions import adapter_of, model_and_processor, rows_of, said, write
+from tests.support.questions import adapter_of, decoded, model_and_processor, rows_of, said, write
 
 TASK = """
 task: own
@@ -46,6 +46,7 @@ def folder(tmp_path):
     processor.save_pretrained(tmp_path / "model")
     adapter_of(model, mk.LIVEConfig()).save_pretrained(tmp_path / "live")
     adapter_of(model, mk.AIMConfig()).save_pretrained(tmp_path / "aim")
+    adapter_of(model, mk.PromptTuningConfig()).save_pretrained(tmp_path / "learned")
     rows = rows_of("q", 5)
     write(tmp_path, "query", rows)
     # The first two show what two queries do, in other files.
@@ -94,6 +95,21 @@ def test_what_it_is_made_of(folder, tmp_path):
     assert made["aim, 2 fused"].texts[0] == texts[0].strip()
     assert len(mk.DemonstrationBank(tmp_path / "bank")) == 2
     mk.detach(model)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_learned_tokens_without_lmms_eval(folder, tmp_path, count):
+    model, processor = model_and_processor()
+    ask, builder = (
+        asker_of(model, processor, folder / "learned", tmp_path / "bank"),
+        mk.PromptBuilder(processor),
+    )
+    query, *shots = (x.demonstration() for x in mk.Records(folder / "query.jsonl")[: 1 + count])
+    (text,) = ask([query], [shots], Generation(5)).texts
+    inputs = mk.handle_of(model).splice(builder.prompt([query], [shots]))
+    assert text == decoded(model, builder, inputs, max_new_tokens=5) and not (tmp_path / "bank").exists()
+    mk.detach(model)
+    assert text != said(model, builder, query, shots, max_new_tokens=5)
 
 
 def pool_place(pool, demonstration):

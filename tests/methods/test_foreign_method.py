@@ -108,7 +108,7 @@ def test_rows_of_several_methods(registered, model):
             handle.rows(("theirs", "shift"))
         with pytest.raises(ValueError, match="strength is 0.5, expected 1: 'theirs' is a EverywhereAdapter"):
             handle.rows({"theirs": 0.5})
-        with pytest.raises(ValueError, match="fuses demonstrations as 'theirs' does"):
+        with pytest.raises(ValueError, match="has tokens before the prompt as 'theirs' has"):
             handle.add("aim", mk.create(model, mk.AIMConfig()))
 
 

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 import mmicl_kernels as mk
-from mmicl_kernels.methods import AIMAdapter, AIMConfig, LIVEAdapter, M2IVAdapter, MimICAdapter
+from mmicl_kernels.methods import (
+    AIMAdapter,
+    AIMConfig,
+    LIVEAdapter,
+    M2IVAdapter,
+    MimICAdapter,
+    PromptTuningAdapter,
+)
 from mmicl_kernels.methods.base import Backbone
 from mmicl_kernels.methods.mimic.official import read_official
 from mmicl_kernels.store import read_adapter
@@ -20,6 +27,7 @@ MAKERS = {
     "m2iv": lambda: M2IVAdapter(mk.M2IVConfig(), BACKBONE),
     "live": lambda: LIVEAdapter(mk.LIVEConfig(), BACKBONE),
     "aim": lambda: AIMAdapter(AIMConfig(layer_norm=True), BACKBONE),
+    "prompt_tuning": lambda: PromptTuningAdapter(mk.PromptTuningConfig(), BACKBONE),
 }
 
 
@@ -182,7 +190,8 @@ def test_descriptions_that_could_not_be_loaded_are_not_saved(tmp_path, method):
                 work()
             assert contents(tmp_path) == before
     adapter = MAKERS[method]()
-    name, value = ("positions", "nowhere") if method == "aim" else ("ce_weight", -1.0)
+    wrong = {"aim": ("positions", "nowhere"), "prompt_tuning": ("num_tokens", 0)}
+    name, value = wrong.get(method, ("ce_weight", -1.0))
     object.__setattr__(adapter.config, name, value)
     for work in (
         lambda: adapter.save_pretrained(tmp_path / "saved"),

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 import mmicl_kernels as mk
 from mmicl_kernels.methods import Adapter
-from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
+from tests.patch.spliced_prompts import CHOSEN, LEARNED, PLACEHOLDERS, learned_prompt, longer, ordinary_tokens
 from tests.support.published import published, random_adapter
 from tests.support.residuals import Moved, MovedWithNorm, decoder_layers, random_shift
 
-METHODS = ("mimic", "m2iv", "live", "aim")
+METHODS = ("mimic", "m2iv", "live", "aim")  # of the support matrix
+EVERY_METHOD = (*METHODS, "prompt_tuning")  # which is spliced as AIM's tokens are
 # Layers that norm what a branch returned before it joins the stream.
 NORM_OF_ATTENTION = {
     "Gemma2DecoderLayer": "post_attention_layernorm",
@@ -47,6 +48,8 @@ def adapter_of(model: PreTrainedModel, method: str) -> Adapter:
     """One whose effect is large."""
     if method == "mimic":
         return random_adapter(model)
+    if method == "prompt_tuning":
+        return learned_prompt(model)
     config = {"m2iv": mk.M2IVConfig(), "live": mk.LIVEConfig(), "aim": mk.AIMConfig()}[method]
     return mk.create(model, config) if method == "aim" else random_shift(model, config)
 
@@ -54,7 +57,9 @@ def adapter_of(model: PreTrainedModel, method: str) -> Adapter:
 @contextmanager
 def independent(model: PreTrainedModel, method: str, adapter: Adapter) -> Iterator[Prompts]:
     """``model`` with the method of ``adapter`` as plain PyTorch; yields what makes prompts its inputs."""
-    if method == "aim":
+    if method == "prompt_tuning":
+        yield lambda inputs: longer(inputs, LEARNED[: len(inputs["input_ids"])])
+    elif method == "aim":
         yield lambda inputs: longer(inputs, CHOSEN[: len(inputs["input_ids"])])
     elif method == "mimic":
         with published(model, adapter):
@@ -86,11 +91,13 @@ def _moved(model: PreTrainedModel, method: str, adapter: Adapter) -> Iterator[No
 @contextmanager
 def attached(model: PreTrainedModel, method: str, adapter: Adapter) -> Iterator[Prompts]:
     """The same by ``attach``."""
-    options = {"placeholder_ids": PLACEHOLDERS} if method == "aim" else {}
+    options = {"placeholder_ids": PLACEHOLDERS} if adapter.embedding_site is not None else {}
     with mk.attach(model, adapter, **options) as handle:
         if method == "aim":
             trained = model.get_input_embeddings().weight.requires_grad
             tokens = ordinary_tokens(model, trained=trained)
             yield lambda inputs: handle.splice(inputs, CHOSEN[: len(inputs["input_ids"])], tokens=tokens)
+        elif method == "prompt_tuning":
+            yield handle.splice
         else:
             yield dict

@@ -2,11 +2,13 @@
 
 import torch
 
+import mmicl_kernels as mk
 from mmicl_kernels.methods.sites import FusedTokens
 
 # What the bank's demonstrations are made of: ordinary tokens, so that prompts can have them too.
 DEMONSTRATIONS = [[5, 9, 11], [], [7], [20, 21, 22, 23, 24, 25, 26], [7, 7]]
 CHOSEN = [[0, 3], [4, 1, 0, 0]]
+LEARNED = [[0], [0]]  # what learned tokens are: those of one demonstration
 PLACEHOLDERS = (59, 58)
 
 
@@ -18,6 +20,16 @@ def ordinary_tokens(model, *, trained=False):
     with torch.set_grad_enabled(trained):
         rows = embedding(ids.to(embedding.weight.device))
     return FusedTokens(rows, torch.tensor([0, *lengths]).cumsum(0).to(rows.device), None)
+
+
+def learned_prompt(model):
+    """A prompt that learned to be the tokens of ``LEARNED``."""
+    tokens = ordinary_tokens(model)
+    first, last = tokens.offsets[:2].tolist()
+    adapter = mk.create(model, mk.PromptTuningConfig(num_tokens=last - first)).to(tokens.rows.dtype)
+    with torch.no_grad():
+        adapter.tokens.copy_(tokens.rows[first:last])
+    return adapter
 
 
 def longer(inputs, chosen, begins=()):

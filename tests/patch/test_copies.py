@@ -13,22 +13,25 @@ import mmicl_kernels as mk
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.store import DemonstrationBank
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
-from tests.patch.family_oracles import METHODS, adapter_of, attached
+from tests.patch.family_oracles import EVERY_METHOD, adapter_of, attached
 from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
 from tests.support.published import logits, multiply
 
 FAMILIES = ("llava-llama", "idefics2")
 OF_EVERY_FAMILY = [
     pytest.param(name, method, marks=[] if name == "idefics2" else [pytest.mark.slow])
-    for name, method in product(FAMILIES, METHODS)
+    for name, method in product(FAMILIES, EVERY_METHOD)
 ]
 
 
 def attach(model, method, adapter):
     """A handle, and inputs on which the adapter acts."""
     inputs = tiny_inputs(model)
-    if method != "aim":
+    if method not in ("aim", "prompt_tuning"):
         return mk.attach(model, adapter), inputs
+    if method == "prompt_tuning":
+        handle = mk.attach(model, adapter)
+        return handle, handle.splice(inputs)
     tokens = ordinary_tokens(model)
     handle = mk.attach(model, adapter, placeholder_ids=PLACEHOLDERS)
     return handle, handle.splice(inputs, CHOSEN, tokens=tokens)
@@ -67,7 +70,7 @@ COPIERS = {"deepcopy": copy.deepcopy, "pickle": pickled}
 
 
 @pytest.mark.parametrize("copier", COPIERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_copy_of_a_patched_model_is_patched_by_itself(method, copier):
     """Before its first forward pass: transformers then hangs hooks into a model that cannot be pickled."""
     model = tiny_model("idefics2")
@@ -121,7 +124,7 @@ def test_a_copied_handle_reads_the_same_bank(copier, tmp_path):
     assert copied.bank.digest == bank.digest == copied.adapters["aim"].digest()
 
 
-@pytest.mark.parametrize("method, copier", product(METHODS, COPIERS))
+@pytest.mark.parametrize("method, copier", product(EVERY_METHOD, COPIERS))
 def test_adapters_are_copied(method, copier):
     adapter = adapter_of(tiny_model("llava-llama"), method)
     copied = COPIERS[copier](adapter)
@@ -145,7 +148,7 @@ class Logits(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exported_program(name, method, strict):
     model = tiny_model(name).requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import known_type
 from mmicl_kernels.testing.tiny_models import is_available, tiny_inputs, tiny_model
-from tests.patch.family_oracles import METHODS
+from tests.patch.family_oracles import EVERY_METHOD
 from tests.support.published import logits, random_adapter
 from tests.support.residuals import random_shift
 
@@ -17,6 +17,7 @@ CONFIGS = {
     "m2iv": mk.M2IVConfig(),
     "live": mk.LIVEConfig(),
     "aim": mk.AIMConfig(layer_norm=True),
+    "prompt_tuning": mk.PromptTuningConfig(),
 }
 
 
@@ -40,7 +41,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_defaults_do_not_matter(method, default, tmp_path):
     model = tiny_model("llava-llama")
     made = []

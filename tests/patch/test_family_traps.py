@@ -269,7 +269,7 @@ def test_the_report_names_every_method():
         report = str(handle.report()).splitlines()
     sites = "after_attention of m2iv; layer of m2iv; mlp of live"
     assert report == [
-        "embedding  fused tokens of aim",
+        "embedding  tokens of aim",
         f"layer 0  Qwen3_5GatedDeltaNet: {sites}; no softmax for mimic to shift",
         f"layer 1  Qwen3_5Attention: attention of mimic; {sites}",
         f"layer 2  Qwen3_5GatedDeltaNet: {sites}; no softmax for mimic to shift",

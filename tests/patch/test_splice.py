@@ -9,7 +9,14 @@ from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.testing.tiny_models import TINY_MODELS, VOCABULARY, tiny_inputs, tiny_model
 from tests.patch.empty_cells import UNPATCHED_FAILS
 from tests.patch.snapshots import assert_same_objects, snapshot, used_model
-from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, longer, ordinary_tokens
+from tests.patch.spliced_prompts import (
+    CHOSEN,
+    LEARNED,
+    PLACEHOLDERS,
+    learned_prompt,
+    longer,
+    ordinary_tokens,
+)
 from tests.support.published import logits, random_adapter
 
 
@@ -18,41 +25,59 @@ def model(request):
     return used_model(request.param)
 
 
-def attached(model, **options):
-    return mk.attach(model, mk.create(model, mk.AIMConfig()), placeholder_ids=PLACEHOLDERS, **options)
+@pytest.fixture(params=["fused", "learned"])
+def way(request):
+    """Whose tokens are spliced: those of demonstrations, or the adapter's own."""
+    return request.param
+
+
+def attached(model, way="fused", **options):
+    adapter = learned_prompt(model) if way == "learned" else mk.create(model, mk.AIMConfig())
+    return mk.attach(model, adapter, placeholder_ids=PLACEHOLDERS, **options)
+
+
+def chosen(way):
+    return LEARNED if way == "learned" else CHOSEN
+
+
+def spliced_by(handle, inputs, way):
+    """``inputs`` after the tokens of ``chosen(way)``."""
+    if way == "learned":
+        return handle.splice(inputs)
+    return handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(handle.model))
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_forward_equals_ordinary_tokens(model, padding):
+def test_forward_equals_ordinary_tokens(model, way, padding):
     inputs = tiny_inputs(model, padding=padding)
-    expected = logits(model, longer(inputs, CHOSEN))
-    with attached(model) as handle:
-        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    expected = logits(model, longer(inputs, chosen(way)))
+    with attached(model, way) as handle:
+        spliced = spliced_by(handle, inputs, way)
         assert torch.equal(logits(model, spliced), expected)
         assert torch.equal(logits(model, spliced), expected)  # and again
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_equals_ordinary_tokens(model, beams):
+def test_generate_equals_ordinary_tokens(model, way, beams):
     if beams > 1 and (model.config.model_type, "beams") in UNPATCHED_FAILS:
         pytest.skip(f"fails unpatched: {UNPATCHED_FAILS[model.config.model_type, 'beams'].reason}")
     inputs = tiny_inputs(model, padding="left")
     counts = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "num_return_sequences": beams}
     options = GenerationConfig(**counts, pad_token_id=0, bos_token_id=1)
-    expected = model.generate(**longer(inputs, CHOSEN), generation_config=options)
-    with attached(model) as handle:
-        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    expected = model.generate(**longer(inputs, chosen(way)), generation_config=options)
+    with attached(model, way) as handle:
+        spliced = spliced_by(handle, inputs, way)
         generated = model.generate(**spliced, generation_config=options)
     new = spliced["input_ids"].shape[1]
     assert torch.equal(generated[:, new:], expected[:, new:])
 
 
-def test_generate_without_a_cache_and_with_a_static_one(model):
+def test_generate_without_a_cache_and_with_a_static_one(model, way):
     inputs = tiny_inputs(model, padding="left")
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(**longer(inputs, CHOSEN), **options)
-    with attached(model) as handle:
-        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    expected = model.generate(**longer(inputs, chosen(way)), **options)
+    with attached(model, way) as handle:
+        spliced = spliced_by(handle, inputs, way)
         for cache in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
             if cache.get("cache_implementation") and model.config.model_type == "idefics":
                 continue  # it has no static cache, spliced or not
@@ -60,13 +85,13 @@ def test_generate_without_a_cache_and_with_a_static_one(model):
             assert torch.equal(generated[:, -5:], expected[:, -5:]), cache
 
 
-def test_first_token_of_a_text_stays_the_first(model):
+def test_first_token_of_a_text_stays_the_first(model, way):
     inputs = tiny_inputs(model, padding="left")
     first = inputs["attention_mask"].argmax(1)
     inputs["input_ids"][0, first[0]] = model.config.get_text_config().bos_token_id
-    expected = logits(model, longer(inputs, CHOSEN, begins=(1,)))
-    with attached(model) as handle:
-        spliced = handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    expected = logits(model, longer(inputs, chosen(way), begins=(1,)))
+    with attached(model, way) as handle:
+        spliced = spliced_by(handle, inputs, way)
         assert torch.equal(logits(model, spliced), expected)
 
 
@@ -170,18 +195,18 @@ def test_gradients_reach_tokens(model, checkpointing):
     torch.testing.assert_close(tokens.rows.grad, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_detach_restores_everything(model):
+def test_detach_restores_everything(model, way):
     inputs = tiny_inputs(model)
     before, plain = snapshot(model), logits(model, inputs)
-    handle = attached(model)
-    handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+    handle = attached(model, way)
+    spliced_by(handle, inputs, way)
     with pytest.raises(ValueError, match="patched already"):
-        attached(model)
+        attached(model, way)
     handle.detach()
     assert torch.equal(logits(model, inputs), plain)
     assert_same_objects(snapshot(model), before)
     with pytest.raises(RuntimeError, match="detached"):
-        handle.splice(inputs, CHOSEN, tokens=ordinary_tokens(model))
+        spliced_by(handle, inputs, way)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +247,7 @@ def test_bad_attachments_are_named():
     for wrong in ((VOCABULARY, 1), (-1, 1), (1, 1), 1):
         with pytest.raises(TypeError if wrong == 1 else ValueError, match="placeholder_ids is"):
             mk.attach(model, adapter, placeholder_ids=wrong)
-    with pytest.raises(ValueError, match="fuses demonstrations as .* does, expected one of them"):
+    with pytest.raises(ValueError, match="has tokens before the prompt as 'a' has, expected one of them"):
         mk.attach(model, {"a": adapter, "b": mk.create(model, mk.AIMConfig())})
     with (
         mk.attach(model, random_adapter(model)) as handle,

@@ -14,7 +14,7 @@ from tests.support.published import in_double, random_adapter
 from tests.support.residuals import random_shift
 from tests.training.watching import Largest
 
-METHODS = ("mimic", "live", "m2iv", "aim")
+METHODS = ("mimic", "live", "m2iv", "aim", "prompt_tuning")
 # Some hundreds of fp64 roundings one after another; a wrong row or label is off by far more.
 TOLERANCE = 1024 * torch.finfo(torch.float64).eps
 
@@ -24,6 +24,8 @@ def adapter_and_batch(model, method):
         return random_adapter(model), episode(model, padding="left")
     if method == "aim":
         return mk.create(model, mk.AIMConfig()), aggregation(model)
+    if method == "prompt_tuning":
+        return mk.create(model, mk.PromptTuningConfig()), many_shot(model, padding="left")
     config = mk.LIVEConfig() if method == "live" else mk.M2IVConfig()
     return random_shift(model, config), many_shot(model, padding="left")
 
@@ -65,7 +67,7 @@ def test_what_the_head_is_asked_for(method):
         model.lm_head.register_forward_hook(lambda head, args, out: asked.append(out.shape[:-1].numel()))
         objective(batch)
     n = int((batch.labels != -100).sum())
-    assert asked == {"mimic": [1, n], "aim": [n]}.get(method, [n] * 4)
+    assert asked == {"mimic": [1, n], "aim": [n], "prompt_tuning": [n]}.get(method, [n] * 4)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

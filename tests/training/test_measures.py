@@ -188,10 +188,11 @@ def test_reentrant_checkpointing_has_no_gradients_of_parts():
     assert all(x.grad.any() for x in adapter.parameters())
 
 
-def test_aim_has_one_part():
+@pytest.mark.parametrize("config, batch", [(mk.AIMConfig(), aggregation), (mk.PromptTuningConfig(), episode)])
+def test_without_a_teacher_there_is_one_part(config, batch):
     model = tiny_model("llava-llama").requires_grad_(False)
-    adapter = mk.create(model, mk.AIMConfig())
-    losses = measured(model, adapter, aggregation(model))
+    adapter = mk.create(model, config)
+    losses = measured(model, adapter, batch(model))
     norm = torch.cat([x.grad.flatten() for x in adapter.parameters()]).norm()
     assert set(losses.parts) == {"ce", "ce/gradient_norm"}
     assert losses.parts["ce/gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-5)

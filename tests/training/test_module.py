@@ -13,6 +13,7 @@ from mmicl_kernels.methods.aim.objective import AIMObjective
 from mmicl_kernels.methods.live.objective import LIVEObjective
 from mmicl_kernels.methods.m2iv.objective import M2IVObjective
 from mmicl_kernels.methods.mimic.objective import MimICObjective
+from mmicl_kernels.methods.prompt_tuning.objective import PromptTuningObjective
 from mmicl_kernels.testing.tiny_models import tiny_model
 from mmicl_kernels.training import TrainedModule, TrainingConfig, train, trainable
 from tests.support.episode_inputs import aggregation, episode, many_shot, objective_of
@@ -24,6 +25,11 @@ CASES = {
     "live": (LIVEObjective, lambda model: random_shift(model, mk.LIVEConfig()), many_shot),
     "m2iv": (M2IVObjective, random_shift, episode),
     "aim": (AIMObjective, lambda model: mk.create(model, mk.AIMConfig()), aggregation),
+    "prompt_tuning": (
+        PromptTuningObjective,
+        lambda model: mk.create(model, mk.PromptTuningConfig()),
+        episode,
+    ),
 }
 
 

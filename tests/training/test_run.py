@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.data.prompts.builder import builder_of
+from mmicl_kernels.methods import ADAPTERS
 from mmicl_kernels.models.pretrained import load_model
 from mmicl_kernels.patch import attach, handle_of
 from mmicl_kernels.testing.tiny_models import tiny_model
@@ -44,6 +45,7 @@ CONFIGS = {
     "live": mk.LIVEConfig(),
     "m2iv": mk.M2IVConfig(),
     "aim": mk.AIMConfig(),
+    "prompt_tuning": mk.PromptTuningConfig(),
 }
 METHODS = [pytest.param(x, marks=[] if x == "mimic" else pytest.mark.slow) for x in CONFIGS]
 SHORT = Recipe(steps=5, batch_size=4, accumulate=1, shots=2, warmup=0.4, weight_decay=0.1, shuffle=False)
@@ -493,7 +495,7 @@ def test_recipes_are_checked(change, error):
 def test_recipes_name_templates_that_exist():
     from mmicl_kernels.data.prompts.presets import PRESETS
 
-    assert {"mimic", "live", "m2iv", "aim"} <= RECIPES.keys()
+    assert set(ADAPTERS) <= RECIPES.keys()
     assert all(x.template in {None, *PRESETS} for x in RECIPES.values())
 
 

@@ -23,6 +23,7 @@ ADAPTERS = {
     "live": lambda model: random_shift(model, mk.LIVEConfig()),
     "m2iv": lambda model: random_shift(model, mk.M2IVConfig(synergy_weight=0.125)),
     "aim": lambda model: mk.create(model, mk.AIMConfig()),
+    "prompt_tuning": lambda model: mk.create(model, mk.PromptTuningConfig(std=1.0)),
 }
 METHODS = [pytest.param(x, marks=[] if x == "live" else pytest.mark.slow) for x in ADAPTERS]
 

@@ -1,4 +1,4 @@
-"""Fused tokens before a prompt: a hook that overwrites the embeddings of their placeholders."""
+"""Tokens before a prompt: a hook that overwrites the embeddings of their placeholders."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.models.anchors import compute_device, family_of
 from mmicl_kernels.models.tokens import named_ids, special_ids, visual_tokens
@@ -127,11 +128,15 @@ class Splicer:
     # Inference tensors could not be used outside of inference mode.
     @torch.inference_mode(False)
     def splice(
-        self, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]], max_length: int | None,
-        tokens: FusedTokens | None,
+        self, adapter: Adapter, inputs: Mapping[str, object], demonstrations: Sequence[Sequence[int]] | None,
+        max_length: int | None, tokens: FusedTokens | None,
     ) -> dict[str, object]:  # fmt: skip
-        self._check(max_length, tokens)
+        """Learned tokens of ``adapter`` are those of one demonstration, which every prompt has."""
         ids, own = _own_tokens(inputs)
+        if not adapter.fuses:
+            _refuse_demonstrations(adapter, demonstrations, tokens)
+            demonstrations, tokens = [[0]] * len(ids), _as_demonstration(adapter.learned_tokens())
+        self._check(max_length, tokens)
         lengths = self.bank.lengths if tokens is None else tokens.offsets.diff().cpu()
         check_demonstrations(demonstrations, len(ids), len(lengths))
         lengths = {x: int(lengths[x]) for x in set().union(*demonstrations)}
@@ -139,6 +144,10 @@ class Splicer:
         first = ids.gather(1, own.int().argmax(1, keepdim=True)).flatten()
         leading = torch.isin(first, bos.to(first)).int().tolist()
         plan = lay_out(own, leading, demonstrations, lengths, max_length)
+        if not adapter.fuses and len(plan.demonstrations) < len(ids):
+            raise ValueError(
+                f"max_length is {max_length}, expected room for {lengths[0]} learned tokens beside a prompt"
+            )
         placeholder_id = self._turn(ids, plan, tokens)
         grown = grow(inputs, plan, placeholder_id, self._pad_id(), family_of(self._model).per_image)
         made = self._made(grown["input_ids"], plan, tokens)
@@ -186,6 +195,18 @@ class Splicer:
         text = self._model.config.get_text_config()
         found = [*special_ids(text, "pad_token_id"), *special_ids(text, "eos_token_id"), 0]
         return next(token for token in found if token >= 0)  # hidden by the mask, whichever it is
+
+
+def _refuse_demonstrations(adapter: Adapter, demonstrations: object, tokens: object) -> None:
+    for name, given in (("demonstrations", demonstrations), ("tokens", tokens)):
+        if given is not None:
+            raise ValueError(
+                f"{name} was given, expected none: the tokens of a {type(adapter).__name__} are its own"
+            )
+
+
+def _as_demonstration(rows: Tensor) -> FusedTokens:
+    return FusedTokens(rows, torch.tensor([0, len(rows)], device=rows.device), None)
 
 
 def _own_tokens(inputs: Mapping[str, object]) -> tuple[Tensor, Tensor]:

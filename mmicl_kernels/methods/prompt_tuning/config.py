@@ -1,0 +1,25 @@
+"""Choices of prompt tuning (arXiv 2104.08691)."""
+
+from dataclasses import dataclass
+
+from mmicl_kernels.methods.base import check_non_negative
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig:
+    """How many tokens are learned, and where they begin.
+
+    Attributes:
+        num_tokens: before every prompt.
+        std: of the normal distribution that they are drawn from.
+    """
+
+    num_tokens: int = 20
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_tokens, bool) or not isinstance(self.num_tokens, int):
+            raise TypeError(f"num_tokens is {self.num_tokens!r}, expected an int")
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens is {self.num_tokens}, expected at least 1")
+        check_non_negative(self, "std")
