@@ -82,7 +82,7 @@ class Question:
 
     def inputs(self, handle: mk.Handle | None) -> dict:
         """What the model is given."""
-        if self.demonstrations is None:
+        if handle is None or handle.single.embedding_site is None:
             return self.prompt
         return handle.splice(self.prompt, self.demonstrations)
 
@@ -119,9 +119,9 @@ def _ways(model: nn.Module, task: str, seed: int, quick: bool, folder: Path) -> 
         return train_adapter(model, task, config=replace(setting.config, **config), recipe=recipe, seed=seed)
 
     print(f"training for the task {task!r}: MimIC with the gate as published and over visible keys, LIVE,")
-    print(f"M2IV; and M2IV for the style {uses.STYLE!r}")
+    print(f"M2IV, prompt tuning; and M2IV for the style {uses.STYLE!r}")
     gates = {name: trained("mimic", normalizer=name) for name in ("all_keys", "visible")}
-    live, m2iv = trained("live"), trained("m2iv")
+    live, m2iv, prompt = (trained(method) for method in ("live", "m2iv", "prompt_tuning"))
     style = uses.learn(model, uses.STYLE, QUICK_STEPS if quick else None)
     library = mk.VLibrary(folder / "library")
     library.put("task", m2iv, task=task)
@@ -138,6 +138,7 @@ def _ways(model: nn.Module, task: str, seed: int, quick: bool, folder: Path) -> 
         Way("MimIC, ours", 0, lambda: mk.attach(model, gates["visible"])),
         Way("LIVE", 0, lambda: mk.attach(model, live)),
         Way("M2IV", 0, lambda: mk.attach(model, m2iv)),
+        Way("Prompt tuning", 0, lambda: mk.attach(model, prompt)),
         Way(BOTH, 0, lambda: mk.attach(model, both)),
         *(
             Way(f"AIM, {LABELS[shots]}", shots, lambda: mk.attach(model, fuser, bank=bank), bank, pool)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import mmicl_kernels as mk
 from mmicl_kernels.evaluation import wilson_interval
 
 from . import data
@@ -42,6 +43,14 @@ class Accuracy:
 
 # Inputs of queries, each after its own demonstrations.
 Ask = Callable[[Sequence[data.Example], Sequence[Sequence[data.Example]]], Mapping[str, Tensor]]
+
+
+def adapted_prompts(
+    handle: mk.Handle, queries: Sequence[data.Example], shots: Sequence[Sequence[data.Example]]
+) -> Mapping[str, Tensor]:
+    """Plain prompts, after the tokens of an adapter that learned some."""
+    inputs = DigitsPrompts().asked(queries, shots)
+    return inputs if handle.single.embedding_site is None else handle.splice(inputs)
 
 
 def questions(

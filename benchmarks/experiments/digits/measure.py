@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.experiments.digits import data
-from benchmarks.experiments.digits.evaluate import Accuracy, accuracy
+from benchmarks.experiments.digits.evaluate import Accuracy, accuracy, adapted_prompts
 from benchmarks.experiments.digits.model import WEIGHTS, load_model
 from benchmarks.experiments.digits.train import RECIPE, train_adapter
 
@@ -46,6 +47,7 @@ SETTINGS = {
     "mimic": Setting("MimIC", mk.MimICConfig(), RECIPE),
     "live": Setting("LIVE", mk.LIVEConfig(), TAUGHT),
     "m2iv": Setting("M2IV", SYNERGY, TAUGHT),
+    "prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), replace(RECIPE, shots=0)),
     "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", SYNERGY, MANY),
     "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
     "mixed-m2iv-synergy": Setting(
@@ -55,6 +57,7 @@ SETTINGS = {
         "M2IV, no synergy", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0, ce_weight=1), **UNTAUGHT
     ),
     "mixed-mimic": Setting("MimIC", mk.MimICConfig(align_weight=0, ce_weight=1), **UNTAUGHT),
+    "mixed-prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), **UNTAUGHT),
 }
 
 
@@ -85,8 +88,8 @@ def measure(model: nn.Module, split: str, settings: Sequence[str], seeds: Sequen
             model, task, config=setting.config, recipe=setting.recipe, seed=seed, progress=False
         )
         row["seconds"][f"{task}, seed {seed}"] = round(time.perf_counter() - start, 1)
-        with mk.attach(model, adapter):
-            measured[task] = _rate(accuracy(model, task, 0, split))
+        with mk.attach(model, adapter) as handle:
+            measured[task] = _rate(accuracy(model, task, 0, split, ask=partial(adapted_prompts, handle)))
         out.write_text(json.dumps(results, indent=1) + "\n")
     return results
 

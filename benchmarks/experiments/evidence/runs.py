@@ -136,12 +136,14 @@ def _elsewhere(run: Run, model: nn.Module, prompts: mk.PromptBuilder, adapter: A
 @torch.no_grad()
 def _nats(model: nn.Module, prompts: mk.PromptBuilder, adapter: Adapter | None) -> list[float]:
     found = []
-    with nullcontext() if adapter is None else mk.attach(model, adapter):
+    with nullcontext() if adapter is None else mk.attach(model, adapter) as handle:
         for text in prose():
-            ids = prompts.processor.tokenizer(tasks.BEGIN + text, return_tensors="pt")["input_ids"][
-                :, :PASSAGE
-            ]
-            found.append(round(model(input_ids=ids, labels=ids).loss.item(), 4))
+            ids = prompts.processor.tokenizer(tasks.BEGIN + text, return_tensors="pt")["input_ids"]
+            inputs = {"input_ids": ids[:, :PASSAGE], "labels": ids[:, :PASSAGE].clone()}
+            inputs["labels"][:, 0] = -100  # nor do learned tokens predict it
+            if adapter is not None and adapter.embedding_site is not None:
+                inputs = handle.splice(inputs)
+            found.append(round(model(**inputs).loss.item(), 4))
     return found
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import mmicl_kernels as mk
 from mmicl_kernels.data import as_records
 from mmicl_kernels.evaluation.systems import System
-from mmicl_kernels.methods import Adapter, AIMAdapter
+from mmicl_kernels.methods import Adapter
 
 from . import adapters, tasks
 from .measure import GENERATION, QUERIES, SHOTS
@@ -127,8 +127,11 @@ def _ways(
         ways[System(None, k).name] = Way(nullcontext, lambda _, inputs=inputs: inputs)
     alone = prompts.prompt([query])
     for name, adapter in made.items():
-        if not isinstance(adapter, AIMAdapter):
+        if adapter.embedding_site is None:
             ways[name] = Way(partial(mk.attach, model, adapter), lambda _: alone)
+            continue
+        if not adapter.fuses:
+            ways[name] = Way(partial(mk.attach, model, adapter), lambda handle: handle.splice(alone))
             continue
         bank, ids = bank_of(model, prompts, adapter, shown, folder / name)
         attach = partial(mk.attach, model, adapter, bank=bank)
