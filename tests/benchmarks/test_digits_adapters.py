@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import mmicl_kernels as mk
-from benchmarks.experiments.digits import data, measure, report, train, uses
+from benchmarks.experiments.digits import data, evaluate, measure, report, train, uses
 from benchmarks.experiments.digits.model import load_model
 from benchmarks.experiments.digits.processor import DigitsPrompts
 from benchmarks.experiments.digits.train import train_adapter
@@ -52,7 +52,7 @@ def test_many_shots_are_split_over_passes(lvlm):
         assert torch.equal(inputs["input_ids"][query], batch.student["input_ids"][batch.student_query])
 
 
-@pytest.mark.parametrize("name", ["mimic", "live", "m2iv", "m2iv-64"])
+@pytest.mark.parametrize("name", ["mimic", "live", "m2iv", "m2iv-64", "prompt_tuning"])
 def test_training_is_repeatable_and_leaves_the_model(lvlm, name):
     before = {key: x.clone() for key, x in lvlm.state_dict().items()}
     setting = measure.SETTINGS[name]
@@ -94,6 +94,17 @@ def test_measured_results_are_not_measured_again(lvlm, quick, tmp_path):
     assert quick[2:] == [("ink", 1), ("size", 1)]
     assert second["adapted"]["m2iv"]["seeds"]["0"] == first["adapted"]["m2iv"]["seeds"]["0"]
     assert set(second["plain"]["0"]) == set(data.WORDS)
+
+
+def test_learned_tokens_are_before_the_prompts_that_are_measured(lvlm):
+    adapter = mk.create(lvlm, mk.PromptTuningConfig())
+    queries, shots = next(evaluate.questions("ink", 0, "validation", samples=3))
+    with mk.attach(lvlm, adapter) as handle:
+        inputs = evaluate.adapted_prompts(handle, queries, shots)
+    assert inputs["input_ids"].shape[1] == DigitsPrompts().asked(queries)["input_ids"].shape[1] + 20
+    with mk.attach(lvlm, mk.create(lvlm, mk.LIVEConfig())) as handle:
+        inputs = evaluate.adapted_prompts(handle, queries, shots)
+    assert torch.equal(inputs["input_ids"], DigitsPrompts().asked(queries)["input_ids"])
 
 
 def test_results_of_another_recipe_or_split_are_refused(lvlm, quick, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ SETTINGS: Mapping[str, Setting] = {
         replace(RECIPE, shots=(1, 4), shared_shots=False, learning_rate=2e-2),
     ),
     # Of the size of the model's embeddings.
-    "prompt tuning": Setting(mk.PromptTuningConfig(std=0.13), replace(RECIPE, shots=0, shared_shots=False)),
+    "prompt-tuning": Setting(mk.PromptTuningConfig(std=0.13), replace(RECIPE, shots=0, shared_shots=False)),
 }
 
 
