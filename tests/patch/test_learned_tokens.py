@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import mmicl_kernels as mk
 from mmicl_kernels.data import Demonstration
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from mmicl_kernels.testing.tiny_processors import tiny_processor
 from tests.patch.spliced_prompts import CHOSEN, PLACEHOLDERS, ordinary_tokens
+from tests.support.episode_inputs import episode, objective_of
 from tests.support.example_images import png
 from tests.support.published import in_double, logits, random_adapter
 from tests.support.residuals import random_shift
@@ -69,6 +71,25 @@ def test_it_is_rows_put_in_front_by_hand(padding):
         actual = model(**spliced).logits[is_own]
         (actual.square() * weights).sum().backward()
     assert relative(actual, expected) < TOLERANCE < 1e-3 < relative(plain, expected)
+    assert relative(adapter.tokens.grad, tokens.grad) < TOLERANCE
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_objective_is_the_answers_loss_after_them(padding):
+    """Value and gradient, of the labelled tokens alone; nothing stays spliced."""
+    model = in_double(tiny_model("llava-llama")).requires_grad_(False)
+    batch, adapter = episode(model, padding=padding), prompt_of(model)
+    tokens = adapter.tokens.detach().clone().requires_grad_()
+    own = batch.student["attention_mask"].bool()
+    labels = batch.labels[own]
+    # A row's first token is never labelled, so that none is predicted by another row's last.
+    expected = F.cross_entropy(by_hand(model, batch.student, tokens)[:-1], labels[1:])
+    expected.backward()
+    with mk.attach(model, adapter) as handle:
+        losses = objective_of(handle)(batch)
+        losses.total.backward()
+        assert handle._patches.splicer.hook.prefix is None
+    assert list(losses.parts) == ["ce"] and relative(losses.total, expected) < TOLERANCE
     assert relative(adapter.tokens.grad, tokens.grad) < TOLERANCE
 
 

@@ -99,7 +99,8 @@ def _adapters(
 ) -> dict[str, Adapter]:
     """By name; those that are trained are kept under ``out``."""
     if quick and task == adapters.TASK:
-        return {name: mk.load(adapters.SHIPPED / name, model) for name in adapters.SETTINGS}
+        shipped = [name for name in adapters.SETTINGS if (adapters.SHIPPED / name).is_dir()]
+        return {name: mk.load(adapters.SHIPPED / name, model) for name in shipped}
     print(
         f"training an adapter of each method for {task!r}; {CONTROL} has MimIC's parameters, and no teacher"
     )
