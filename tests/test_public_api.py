@@ -47,6 +47,7 @@ SIGNATURES = {
     "MimICConfig": "(normalizer='visible', align='mlp', alignment='relative', align_weight=1.0, "
     "ce_weight=0.5, ffn_shift=False)",
     "PromptTuningConfig": "(num_tokens=20, std=0.02)",
+    "HiFICLConfig": "(num_keys=8, rank=8, prefix=True, normalizer='visible')",
     "MimICAdapter.save_pretrained": "(self, folder)",
     "MimICAdapter.from_pretrained": "(folder)",
     "Handle.rows": "(self, names)",

@@ -2,6 +2,7 @@
 
 from mmicl_kernels.methods.aim import AIMAdapter, AIMConfig
 from mmicl_kernels.methods.base import Adapter, Backbone, CheckpointError
+from mmicl_kernels.methods.hificl import HiFICLAdapter, HiFICLConfig
 from mmicl_kernels.methods.live import LIVEAdapter, LIVEConfig
 from mmicl_kernels.methods.m2iv import M2IVAdapter, M2IVConfig
 from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
@@ -9,7 +10,9 @@ from mmicl_kernels.methods.prompt_tuning import PromptTuningAdapter, PromptTunin
 from mmicl_kernels.methods.registry import Registry
 from mmicl_kernels.methods.sites import AttentionSite, EmbeddingSite, ResidualSite
 
-ADAPTERS = Registry(MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter, PromptTuningAdapter)
+ADAPTERS = Registry(
+    MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter, HiFICLAdapter, PromptTuningAdapter
+)  # fmt: skip
 register = ADAPTERS.register
 
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "Backbone",
     "CheckpointError",
     "EmbeddingSite",
+    "HiFICLAdapter",
+    "HiFICLConfig",
     "LIVEAdapter",
     "LIVEConfig",
     "M2IVAdapter",

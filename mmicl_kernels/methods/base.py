@@ -135,7 +135,8 @@ class Adapter(nn.Module):
         raise NotImplementedError(f"{cls.__name__} has no objective_class, expected one to be trained with")
 
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight ``[H, D]``, bias ``[H]`` and shift ``[H, D]`` of layer ``index``."""
+        """Weight ``[H, D]``, bias ``[H]`` and shift ``[H, D]`` of layer ``index``; or of N virtual keys
+        ``[H, N, D]``, ``[H, N]``, ``[H, N, D]``."""
         raise NotImplementedError
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor | float]:
@@ -348,6 +349,16 @@ def is_plain(x: Tensor) -> bool:
         return False
     last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return x.numel() == 0 or (last + 1) * x.element_size() <= x.untyped_storage().nbytes()
+
+
+def check_count(config: Any, *names: str) -> None:
+    """Raise unless these fields are ints of at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, expected an int")
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 def check_non_negative(config: Any, *names: str) -> None:

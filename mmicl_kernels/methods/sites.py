@@ -15,10 +15,12 @@ NORMALIZERS = ("visible", "all_keys")
 class AttentionSite:
     """Every softmax attention, whose heads a method shifts: ``ops.shifted_attention``.
 
-    ``normalizer``: what the gate's log-sum-exp runs over; adapters of one model must agree on it.
+    ``normalizer``: what the gate's log-sum-exp runs over; adapters of one model must agree on it. ``prefix``:
+    whether the virtual keys stand in one softmax with the others.
     """
 
     normalizer: str = "visible"
+    prefix: bool = False
 
     def __post_init__(self) -> None:
         _check("normalizer", self.normalizer, NORMALIZERS)

@@ -5,17 +5,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-# Of MimIC's parameters, where their heads are: [H, D] and [H], or [slots, H, D] and [slots, H].
-HEAD_DIMS = (-2, -1, -2)
-
 
 def class_name(module: nn.Module) -> str:
     """The name of its class, which ``fully_shard`` replaces by one of its own."""
     return next(x.__name__ for x in type(module).__mro__ if not issubclass(x, FSDPModule))
 
 
-def local_heads(parameters: list[Tensor], H: int, num_heads: int, projection: nn.Module) -> list[Tensor]:
-    """Weight, bias and shift of the H of ``num_heads`` heads that this process's attention has.
+def local_heads(
+    parameters: list[Tensor], dim: int, H: int, num_heads: int, projection: nn.Module
+) -> list[Tensor]:
+    """Weight, bias and shift, whose heads are dimension ``dim``, of the H of ``num_heads`` heads that this
+    process's attention has.
 
     With tensor parallelism an attention sees its share of the heads, in the order of ``projection``'s mesh.
     Each process computes the gradients of its own; they are gathered, so that all have those of all heads.
@@ -40,9 +40,6 @@ def local_heads(parameters: list[Tensor], H: int, num_heads: int, projection: nn
         )
     first = H * mesh.get_local_rank()
     if not torch.is_grad_enabled():
-        return [x.narrow(dim, first, H) for x, dim in zip(parameters, HEAD_DIMS, strict=True)]
+        return [x.narrow(dim, first, H) for x in parameters]
     whole = [DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in parameters]
-    return [
-        x.redistribute(placements=[Shard(x.dim() + dim)]).to_local()
-        for x, dim in zip(whole, HEAD_DIMS, strict=True)
-    ]
+    return [x.redistribute(placements=[Shard(dim)]).to_local() for x in whole]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmicl_kernels.methods import ADAPTERS, Adapter
-from mmicl_kernels.methods.mimic.official import read_official
+from mmicl_kernels.methods.official import read_official
 from mmicl_kernels.models.anchors import (
     Anchor,
     check_backbone,
@@ -69,7 +69,7 @@ def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = 
 
 
 def load_official(path: str | os.PathLike, model: nn.Module) -> Adapter:
-    """Read ``encoder.pth`` of the official MimIC code for ``model``; ``normalizer`` is "all_keys".
+    """Read ``encoder.pth`` of the official code of MimIC or HiFICL; ``normalizer`` is "all_keys".
 
     Raises: as :func:`load`. The file does not say which model it belongs to: only shapes are checked.
     """

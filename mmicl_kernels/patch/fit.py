@@ -87,7 +87,11 @@ def _check_layer(name: str, adapter: Adapter, anchor: Anchor) -> None:
 
 def _check_normalizer(name: str, adapter: Adapter, adapters: Mapping[str, Adapter]) -> None:
     sites = [x.attention_site for x in adapters.values() if x.attention_site is not None]
-    if adapter.attention_site is not None and sites and adapter.attention_site != sites[0]:
+    if (
+        adapter.attention_site is not None
+        and sites
+        and adapter.attention_site.normalizer != sites[0].normalizer
+    ):
         raise ValueError(
             f"adapter {name!r} has normalizer {adapter.attention_site.normalizer!r}, "
             f"expected {sites[0].normalizer!r} like the others"

@@ -165,10 +165,14 @@ class Patches:
         shifting = {name for name, x in state.adapters.items() if x.attention_site is not None}
         # Inference tensors could not be copied into again outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            state.adapter_ids = None
+            state.adapter_ids = state.prefixes = None
             if rows is not None:
                 ids = [next((slots[name] for name in row if name in shifting), -1) for row in rows]
                 state.adapter_ids = torch.tensor(ids, dtype=torch.int32, device=state.device)
+                sites = [None if x is None else x.attention_site for x in state.slots]
+                prefixes = [site is not None and site.prefix for site in sites]
+                if any(prefixes):
+                    state.prefixes = torch.tensor(prefixes, device=state.device)
             for site, shift in self._sites.items():
                 here = {name: slots[name] for name, x in state.adapters.items() if site in x.residual_sites}
                 shift.choose(rows, here, state.strength, state.device)

@@ -38,6 +38,10 @@ class SlotStack:
         found = [(slot, self._of(adapter)) for slot, adapter in enumerate(self._slots) if adapter is not None]
         return [(slot, tensors) for slot, tensors in found if tensors is not None]
 
+    def _fitted(self, used: list[tuple[int, list[Tensor]]]) -> list[tuple[int, list[Tensor]]]:
+        """The same in one shape for all slots, which they have unless a subclass says otherwise."""
+        return used
+
     # Stacks that were inference tensors could not be copied into again outside of inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -49,10 +53,12 @@ class SlotStack:
         self._copied, self._versions = [x.detach() for x in sources], [_version(x) for x in sources]
         if not used:
             return
+        used = self._fitted(used)
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in sources), torch.float32)
-        if not self._stacks or self._stacks[0].dtype != dtype:
+        shapes = [(len(self._slots), *x.shape) for x in used[0][1]]
+        if [x.shape for x in self._stacks] != shapes or self._stacks[0].dtype != dtype:
             options = {"dtype": dtype, "device": self._device}
-            self._stacks = [torch.zeros(len(self._slots), *x.shape, **options) for x in used[0][1]]
+            self._stacks = [torch.zeros(shape, **options) for shape in shapes]
         for slot, tensors in used:
             for stack, x in zip(self._stacks, tensors, strict=True):
                 stack[slot].copy_(x)
@@ -75,7 +81,7 @@ class SlotStack:
 
     def _stack_anew(self, used: list[tuple[int, list[Tensor]]]) -> list[Tensor]:
         columns = [[*stack] for stack in self._stacks]
-        for slot, tensors in used:
+        for slot, tensors in self._fitted(used):
             for column, x in zip(columns, tensors, strict=True):
                 column[slot] = x.to(column[slot])
         return [torch.stack(column) for column in columns]

@@ -18,7 +18,8 @@ class State:
     """Of one model; patched layers and its handle share it.
 
     ``adapters`` are those attached, by name, and ``slots`` the places they take. ``rows`` are the open ones
-    or None. ``adapter_ids [rows]`` are the slots of those that shift attention, -1 where a row has none. What
+    or None. ``adapter_ids [rows]`` are the slots of those that shift attention, -1 where a row has none, and
+    ``prefixes [slots]`` says which of these are a prefix, None for none. What
     is in the model knows its state, which keeps ``patches``, all of them, in being.
     """
 
@@ -31,6 +32,7 @@ class State:
         self.slots: list[Adapter | None] = [None] * slots
         self.rows: Rows | None = None
         self.adapter_ids: Tensor | None = None
+        self.prefixes: Tensor | None = None
         self._last_forward: tuple[float, Rows | None] | None = None
 
     @property

@@ -52,6 +52,7 @@ _LAZY = {
     "M2IVObjective": "m2iv",
     "MimICObjective": "mimic",
     "PromptTuningObjective": "prompt_tuning",
+    "HiFICLObjective": "hificl",
 }
 
 

@@ -10,13 +10,14 @@ import mmicl_kernels as mk
 from mmicl_kernels.methods import (
     AIMAdapter,
     AIMConfig,
+    HiFICLAdapter,
     LIVEAdapter,
     M2IVAdapter,
     MimICAdapter,
     PromptTuningAdapter,
 )
 from mmicl_kernels.methods.base import Backbone
-from mmicl_kernels.methods.mimic.official import read_official
+from mmicl_kernels.methods.official import read_official
 from mmicl_kernels.store import read_adapter
 from tests.store.vectors import BACKBONE, assert_same
 
@@ -28,6 +29,7 @@ MAKERS = {
     "live": lambda: LIVEAdapter(mk.LIVEConfig(), BACKBONE),
     "aim": lambda: AIMAdapter(AIMConfig(layer_norm=True), BACKBONE),
     "prompt_tuning": lambda: PromptTuningAdapter(mk.PromptTuningConfig(), BACKBONE),
+    "hificl": lambda: HiFICLAdapter(mk.HiFICLConfig(), BACKBONE),
 }
 
 
@@ -190,7 +192,7 @@ def test_descriptions_that_could_not_be_loaded_are_not_saved(tmp_path, method):
                 work()
             assert contents(tmp_path) == before
     adapter = MAKERS[method]()
-    wrong = {"aim": ("positions", "nowhere"), "prompt_tuning": ("std", -1.0)}
+    wrong = {"aim": ("positions", "nowhere"), "prompt_tuning": ("std", -1.0), "hificl": ("rank", 0)}
     name, value = wrong.get(method, ("ce_weight", -1.0))
     object.__setattr__(adapter.config, name, value)
     for work in (

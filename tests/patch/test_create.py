@@ -18,6 +18,7 @@ CONFIGS = {
     "live": mk.LIVEConfig(),
     "aim": mk.AIMConfig(layer_norm=True),
     "prompt_tuning": mk.PromptTuningConfig(),
+    "hificl": mk.HiFICLConfig(),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 import mmicl_kernels as mk
 from mmicl_kernels import durable
 from mmicl_kernels.methods.base import CONFIG_FILE, TENSORS_FILE
-from mmicl_kernels.methods.mimic.official import read_official
+from mmicl_kernels.methods.official import read_official
 from mmicl_kernels.store import read_adapter
 from tests.store.banks import adapter, add, assert_holds, filled
 from tests.store.crashes import in_child, index_at_rest

@@ -46,6 +46,7 @@ CONFIGS = {
     "m2iv": mk.M2IVConfig(),
     "aim": mk.AIMConfig(),
     "prompt_tuning": mk.PromptTuningConfig(),
+    "hificl": mk.HiFICLConfig(),
 }
 METHODS = [pytest.param(x, marks=[] if x == "mimic" else pytest.mark.slow) for x in CONFIGS]
 SHORT = Recipe(steps=5, batch_size=4, accumulate=1, shots=2, warmup=0.4, weight_decay=0.1, shuffle=False)

@@ -47,6 +47,7 @@ SETTINGS = {
     "mimic": Setting("MimIC", mk.MimICConfig(), RECIPE),
     "live": Setting("LIVE", mk.LIVEConfig(), TAUGHT),
     "m2iv": Setting("M2IV", SYNERGY, TAUGHT),
+    "hificl": Setting("HiFICL", mk.HiFICLConfig(), replace(RECIPE, shots=0)),
     "prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), replace(RECIPE, shots=0)),
     "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", SYNERGY, MANY),
     "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
@@ -57,6 +58,7 @@ SETTINGS = {
         "M2IV, no synergy", mk.M2IVConfig(mimicry_weight=0, synergy_weight=0, ce_weight=1), **UNTAUGHT
     ),
     "mixed-mimic": Setting("MimIC", mk.MimICConfig(align_weight=0, ce_weight=1), **UNTAUGHT),
+    "mixed-hificl": Setting("HiFICL", mk.HiFICLConfig(), **UNTAUGHT),
     "mixed-prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), **UNTAUGHT),
 }
 

@@ -61,7 +61,7 @@ class Arm:
 CONTROL, PULL, SHUFFLED = "answers alone", "pull to zero-shot", "shuffled teacher"
 OFFICIAL, SMALL = "MimIC, mean square", "MimIC, mean square, weight 0.02"
 STATES = "MimIC, states alone"
-PROMPT = "prompt tuning"
+HIFICL, PROMPT = "HiFICL", "prompt tuning"
 ANSWERS = mk.MimICConfig(align_weight=0, ce_weight=1)
 # Of the magnitude sigmoid(q.weight + bias - lse) what is left: sigmoid(bias - lse), or 1.
 MAGNITUDES: Mapping[str, dict[str, float]] = {
@@ -79,6 +79,7 @@ ARMS: Mapping[str, Arm] = {
     "LIVE": Arm(mk.LIVEConfig(), rate=2e-2),
     "M2IV": Arm(mk.M2IVConfig()),
     "AIM": Arm(FUSED, rate=2e-2),
+    HIFICL: Arm(mk.HiFICLConfig(), teacher="nothing"),
     PROMPT: Arm(mk.PromptTuningConfig(std=0.13), teacher="nothing"),
     "AIM, random projection": Arm(FUSED, held={"fuser.weight": NOISE, "fuser.bias": 0}),
     **{f"MimIC, {form}": Arm(mk.MimICConfig(), form=form) for form in FORMS},

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.experiments.smolvl.tasks import IMAGE_TASKS, TASKS
 
-from .arms import ALIGNED, CONTROL, MAGNITUDES, OFFICIAL, PROMPT, PULL, SHUFFLED, SMALL, STATES
+from .arms import ALIGNED, CONTROL, HIFICL, MAGNITUDES, OFFICIAL, PROMPT, PULL, SHUFFLED, SMALL, STATES
 from .runs import ICL, LORA, Run
 from .world import LAST_LETTER, RENAMED
 
@@ -42,11 +42,11 @@ TAUGHT_TASKS = ("past", "feeling")
 # A task, and those that AIM's projection learns instead.
 HELD_OUT: Mapping[str, str] = {"kind": "colour + feeling + past", "colour": "kind + feeling + past"}
 LIMITS = (*RENAMED, LAST_LETTER)
-BESIDE = ("MimIC", CONTROL, "M2IV", "LIVE", PROMPT, LORA)
+BESIDE = ("MimIC", CONTROL, "M2IV", "LIVE", HIFICL, PROMPT, LORA)
 
 COUNTS = (4, 16, 64)
 EFFICIENCY_TASKS = ("past", "feeling", "kind")
-EFFICIENCY_ARMS = ("MimIC", CONTROL, PULL, SHUFFLED, OFFICIAL, "M2IV", "LIVE", PROMPT, LORA)
+EFFICIENCY_ARMS = ("MimIC", CONTROL, PULL, SHUFFLED, OFFICIAL, "M2IV", "LIVE", HIFICL, PROMPT, LORA)
 
 FEW = ("past", "feeling", "colour")
 _FEW: dict[str, Any] = {"labelled": 4, "unlabelled": 0}

@@ -51,6 +51,7 @@ SETTINGS: Mapping[str, Setting] = {
         mk.AIMConfig(positions="answer_end"),
         replace(RECIPE, shots=(1, 4), shared_shots=False, learning_rate=2e-2),
     ),
+    "HiFICL": Setting(mk.HiFICLConfig(), replace(RECIPE, shots=0, shared_shots=False)),
     # Of the size of the model's embeddings.
     "prompt-tuning": Setting(mk.PromptTuningConfig(std=0.13), replace(RECIPE, shots=0, shared_shots=False)),
 }

@@ -1,44 +1,27 @@
 """The official code's checkpoints, ``encoder.pth`` of github.com/Kamichanw/MimIC."""
 
-import os
-import pickle
-import struct
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmicl_kernels.durable import is_file, replacing
-from mmicl_kernels.methods.base import Backbone, CheckpointError, check_tensors, is_plain, stored
+from mmicl_kernels.methods.base import Backbone, CheckpointError, check_tensors, stored
 from mmicl_kernels.methods.mimic.adapter import MimICAdapter
 from mmicl_kernels.methods.mimic.config import MimICConfig
 
-# What torch.load's unpicklers trip over in damaged files: found by damaging files at random.
-DAMAGED = (
-    pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError,
-    LookupError, AttributeError, TypeError, AssertionError,
-)  # fmt: skip
 
+def from_encoder(encoder: dict[str, Any], source: str, backbone: Backbone) -> MimICAdapter:
+    """Dtype and bits unchanged; ``normalizer`` is "all_keys", which is what that code computes.
 
-def read_official(path: str | os.PathLike, backbone: Backbone) -> MimICAdapter:
-    """Read ``encoder.pth`` of github.com/Kamichanw/MimIC for ``backbone``, dtype and bits unchanged.
-
-    The adapter gets ``normalizer="all_keys"``, which is what that code computes.
-
-    Raises:
-        FileNotFoundError: no such file. CheckpointError: not a checkpoint of the multi-head variant,
-        or of another geometry.
+    Raises CheckpointError: not of the multi-head variant, or of another geometry.
     """
-    encoder = _load_tensors(Path(path))
-    if "attn_shift" not in encoder:
-        raise CheckpointError(f"{path} has no attn_shift, expected an encoder.pth of MimIC")
     shift = encoder["attn_shift"]
     indices = list(backbone.layers)
     heads = set(backbone.layers.values())
     expected = (len(indices), *heads.pop()) if len(heads) == 1 else None
     if tuple(shift.shape) != expected:
         raise CheckpointError(
-            f"{path}: attn_shift has shape {list(shift.shape)}, expected "
+            f"{source}: attn_shift has shape {list(shift.shape)}, expected "
             f"[layers, heads, head dim] = {list(expected or ())} of this model (one shift per head)"
         )
     config = MimICConfig("all_keys", alignment="mean_square", ffn_shift="ffn_shift" in encoder)
@@ -48,27 +31,19 @@ def read_official(path: str | os.PathLike, backbone: Backbone) -> MimICAdapter:
         for name in ("weight", "bias"):
             key = f"log_Z1_lin.{row}.{name}"
             if key not in encoder:
-                raise CheckpointError(f"{path} lacks {key}")
+                raise CheckpointError(f"{source} lacks {key}")
             tensors[f"layers.{index}.{name}"] = encoder[key]
     if config.ffn_shift:
         tensors["ffn_shift"] = encoder["ffn_shift"]
     unknown = len(encoder) - 1 - 2 * len(indices) - config.ffn_shift
     if unknown:
-        raise CheckpointError(f"{path} has {unknown} tensors beside those of MimIC")
-    check_tensors(str(path), tensors, MimICAdapter.tensor_shapes(config, backbone))
+        raise CheckpointError(f"{source} has {unknown} tensors beside those of MimIC")
+    check_tensors(source, tensors, MimICAdapter.tensor_shapes(config, backbone))
     return MimICAdapter.from_tensors(config, backbone, tensors)
 
 
-def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
-    """Write ``adapter`` as the official code's ``encoder.pth``.
-
-    Raises:
-        TypeError: not a MimIC adapter. ValueError: its gate is not the official one
-        (``normalizer="all_keys"``), its layers differ in shape, which the format cannot hold, or its tensors
-        could not be read back, as NaN could not. OSError: the disk. The old file is left then.
-    """
-    if not isinstance(adapter, MimICAdapter):
-        raise TypeError(f"adapter is a {type(adapter).__name__}, expected a MimICAdapter")
+def to_encoder(adapter: MimICAdapter) -> dict[str, Tensor]:
+    """Raises ValueError: its gate is not the official one, its layers differ in shape, or it holds NaN."""
     if adapter.config.normalizer != "all_keys":
         raise ValueError(
             f"normalizer is {adapter.config.normalizer!r}; the official code always computes "
@@ -86,19 +61,4 @@ def save_official(adapter: MimICAdapter, path: str | os.PathLike) -> None:
             encoder[f"log_Z1_lin.{row}.{name}"] = tensors[f"layers.{index}.{name}"]
     if adapter.config.ffn_shift:
         encoder["ffn_shift"] = tensors["ffn_shift"]
-    with replacing(Path(path)) as (temporary,):
-        torch.save(encoder, temporary)
-
-
-def _load_tensors(path: Path) -> dict[str, Any]:
-    if not is_file(path):
-        raise FileNotFoundError(f"{path} does not exist, expected an encoder.pth")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        raise CheckpointError(f"{path} is not a checkpoint of tensors: {error}") from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and is_plain(x) for key, x in loaded.items()
-    ):
-        raise CheckpointError(f"{path} does not hold a dict of dense tensors")
-    return loaded
+    return encoder

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mmicl_kernels.methods.base import check_non_negative
+from mmicl_kernels.methods.base import check_count, check_non_negative
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,5 @@ class PromptTuningConfig:
     std: float = 0.02
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_tokens, bool) or not isinstance(self.num_tokens, int):
-            raise TypeError(f"num_tokens is {self.num_tokens!r}, expected an int")
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens is {self.num_tokens}, expected at least 1")
+        check_count(self, "num_tokens")
         check_non_negative(self, "std")

@@ -1,8 +1,11 @@
 """The patch of one self-attention: a clone of its config that names our attention function."""
 
 import copy
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import Anchor
@@ -12,11 +15,22 @@ from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
 
 
+class VirtualKeys(NamedTuple):
+    """What ``ops.shifted_attention`` is told of adapters."""
+
+    weight: Tensor
+    bias: Tensor
+    shift: Tensor
+    adapter_ids: Tensor | None
+    prefix: bool | Tensor
+
+
 class PatchedLayer(SlotStack):
     """What one patched attention reads at run time; the module has it as an attribute."""
 
     def __init__(self, state: State, anchor: Anchor) -> None:
         super().__init__(state.slots, anchor.device)
+        self._num_keys = 1  # of the slots; it never shrinks, so that nothing is compiled again
         self._state, self._anchor, self._key = state, anchor, str(anchor.index)
         self._module = anchor.mixer
         self._base_config = self._module.config
@@ -50,17 +64,44 @@ class PatchedLayer(SlotStack):
     def impl(self) -> str:
         return self._state.impl
 
-    def parameters(self, B: int, H: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Weight, bias, shift and adapter ids for a batch of B rows and the H heads of this process."""
-        self._state.check_recomputation(self._anchor)
-        ids = self._state.adapter_ids
-        if ids is None:
-            return *self._local(self._of(self._state.require_single()), H), None
-        return *self._local(self.stacked(), H), for_batch(ids.to(self._device), B)
+    def virtual_keys(self, B: int, H: int) -> VirtualKeys:
+        """For a batch of B rows and the H heads of this process."""
+        state = self._state
+        state.check_recomputation(self._anchor)
+        if state.adapter_ids is None:
+            adapter = state.require_single()
+            parameters = self._local([*adapter.attention_shift(self._key)], 0, H)
+            return VirtualKeys(*parameters, None, adapter.attention_site.prefix)
+        ids = for_batch(state.adapter_ids.to(self._device), B)
+        prefix = state.prefixes if state.prefixes is None else state.prefixes.to(self._device)
+        return VirtualKeys(*self._local(self.stacked(), 1, H), ids, False if prefix is None else prefix)
 
-    def _local(self, parameters: list[Tensor], H: int) -> list[Tensor]:
+    def _local(self, parameters: list[Tensor], dim: int, H: int) -> list[Tensor]:
         """The rows of H consecutive heads: with tensor parallelism an attention sees its share alone."""
-        return local_heads(parameters, H, self._anchor.num_heads, self._anchor.projection)
+        return local_heads(parameters, dim, H, self._anchor.num_heads, self._anchor.projection)
+
+    def _fitted(self, used: list[tuple[int, list[Tensor]]]) -> list[tuple[int, list[Tensor]]]:
+        """All with as many virtual keys as that which has most; a key with a bias of -inf is none."""
+        self._num_keys = max([self._num_keys, *(_num_keys(tensors) for _, tensors in used)])
+        if self._num_keys == 1:
+            return used
+        return [(slot, _padded(tensors, self._num_keys)) for slot, tensors in used]
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         return None if adapter.attention_site is None else [*adapter.attention_shift(self._key)]
+
+
+def _num_keys(tensors: list[Tensor]) -> int:
+    return tensors[1].shape[1] if tensors[1].dim() == 2 else 1
+
+
+def _padded(tensors: list[Tensor], N: int) -> list[Tensor]:
+    """Weight, bias and shift ``[H, N, ...]``."""
+    if tensors[1].dim() == 1:
+        tensors = [x.unsqueeze(1) for x in tensors]
+    weight, bias, shift = tensors
+    more = N - bias.shape[1]
+    if more == 0:
+        return tensors
+    rows = (0, 0, 0, more)
+    return [F.pad(weight, rows), F.pad(bias, (0, more), value=-torch.inf), F.pad(shift, rows)]

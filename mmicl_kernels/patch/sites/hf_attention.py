@@ -110,7 +110,7 @@ def attention_forward(
     kind, T = mask_kind(layer.base_implementation), query.shape[2]
     key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
     visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)
-    weight, bias, shift, adapter_ids = layer.parameters(*query.shape[:2])
+    weight, bias, shift, adapter_ids, prefix = layer.virtual_keys(*query.shape[:2])
     packed = {}
     if attention_mask is None and kind == "flash":
         packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
@@ -118,7 +118,8 @@ def attention_forward(
         adapter_ids = adapter_ids.expand(len(packed["cu_seqlens_q"]) - 1)
     out = shifted_attention(
         query, key, value, weight, bias, shift,
-        scale=scaling, softcap=softcap, adapter_ids=adapter_ids, normalizer=layer.normalizer, impl=layer.impl,
+        scale=scaling, softcap=softcap, adapter_ids=adapter_ids, prefix=prefix, normalizer=layer.normalizer,
+        impl=layer.impl,
         kv_end=_used_keys(visible["mask"], query, key) if layer.normalizer == "all_keys" else None,
         **visible, **packed,
     )  # fmt: skip
