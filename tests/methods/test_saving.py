@@ -192,7 +192,11 @@ def test_descriptions_that_could_not_be_loaded_are_not_saved(tmp_path, method):
                 work()
             assert contents(tmp_path) == before
     adapter = MAKERS[method]()
-    wrong = {"aim": ("positions", "nowhere"), "prompt_tuning": ("std", -1.0), "hificl": ("normalizer", "none")}
+    wrong = {
+        "aim": ("positions", "nowhere"),
+        "prompt_tuning": ("std", -1.0),
+        "hificl": ("normalizer", "none"),
+    }
     name, value = wrong.get(method, ("ce_weight", -1.0))
     object.__setattr__(adapter.config, name, value)
     for work in (

@@ -316,6 +316,9 @@ TYPICAL = (
 SLOW = {
     *TYPICAL, "long", "longer", "head_dim_72", "head_dim_80", "head_dim_128", "all_keys", "all_keys_causal",
     "all_keys_bias_fp32", "ids_int64", "mask_0d", "hide_inf_fp32", "hide_finite_causal", "bias_fp64",
+    *(f"{kind}_{N}" for kind in ("keys", "prefix") for N in (1, 2, 5, 8, 16, 64, 128)), "prefix_mask",
+    "prefix_hide_inf", "prefix_softcap", "prefix_no_keys", "prefix_sliced", "prefix_half", "prefix_packed",
+    "keys_all_keys", "keys_packed_ids", "ids_of_queries",
 }  # fmt: skip
 
 

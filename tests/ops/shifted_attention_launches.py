@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from mmicl_kernels.ops.attention_shift._triton import bwd as shift_kernels
+from mmicl_kernels.ops.attention_shift._triton import keys as keys_kernels
 from mmicl_kernels.ops.shifted_attention._triton import bwd, fwd, launch
 
 FORWARD, COMBINE = "shifted_attention_fwd_kernel", "shifted_attention_combine_kernel"
 DQ, DKDV = "shifted_attention_dq_kernel", "shifted_attention_dkdv_kernel"
 DELTA = ["attention_shift_bwd_kernel", "attention_shift_reduce_kernel"]
+KEYS_DELTA = ["virtual_keys_bwd_kernel"]  # of several virtual keys, whose parameters' gradients are torch's
 
 
 class Launch(NamedTuple):
@@ -39,7 +41,13 @@ class Spy:
 def note_launches(monkeypatch):
     """The list to which every launch is added from now on."""
     noted = []
-    for module, kernels in ((fwd, (FORWARD, COMBINE)), (bwd, (DQ, DKDV)), (shift_kernels, DELTA)):
+    modules = (
+        (fwd, (FORWARD, COMBINE)),
+        (bwd, (DQ, DKDV)),
+        (shift_kernels, DELTA),
+        (keys_kernels, KEYS_DELTA),
+    )
+    for module, kernels in modules:
         for name in kernels:
             monkeypatch.setattr(module, name, Spy(getattr(module, name), noted))
     return noted
