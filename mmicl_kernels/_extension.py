@@ -1,6 +1,6 @@
 """The compiled CPU kernels, `torch.ops.mmicl_cpu.*`: found and loaded on first use, absent without harm.
 
-The library registers its operators through libtorch's stable ABI (csrc/bindings.cpp) and contains no
+The library registers its operators through libtorch's stable ABI (csrc/bindings*.cpp) and contains no
 Python. Beside it lies `_build_info`, which says how it was built and needs no torch.
 MMICL_DISABLE_EXTENSION=1 leaves the library alone; MMICL_CPU_ISA=baseline or avx2 makes it use less
 than the processor offers.
