@@ -49,6 +49,7 @@ def ops():
         ("attention_shift.kernels", "backend_kernels"),
         ("prefix_splice._op", "_kernels"),
         ("residual_shift._op", "_kernels"),
+        ("residual_shift.gradients", "_kernels"),
         ("residual_shift_rms_norm._op", "_kernels"),
     ],
 )

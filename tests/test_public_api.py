@@ -21,7 +21,7 @@ SIGNATURES = {
     "ops.residual_shift": "(x, vector, scale=1.0, *, preserve_norm=False, adapter_ids=None, strengths=None, "
     "impl='auto')",
     "ops.residual_shift_rms_norm": "(x, residual, vector, scale, norm_weight, *, eps, weight_offset=0.0, "
-    "adapter_ids=None, impl='auto')",
+    "adapter_ids=None, strengths=None, impl='auto')",
     "ops.prefix_splice": "(bank, offsets, demo_ids, cu_demos, prompt, *, length, layout='left', "
     "max_length=None, prompt_start=None, prompt_end=None, cu_prompt=None, labels=None, bank_scale=None, "
     "impl='auto')",

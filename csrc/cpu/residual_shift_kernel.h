@@ -24,48 +24,57 @@ struct TokenTile {
   }
 };
 
-// ---- what is added to a batch row ----
+// ---- what is added to a token ----
 
 template <class acc>
 struct Entry {
-  const acc* vector;
-  acc coefficient;  // 0: nothing is added
+  const acc* vector = nullptr;
+  acc coefficient = 0;  // 0: nothing is added
 };
 
 template <class acc>
-MMICL_INLINE Entry<acc> single_entry(const EntryParams& p, int64_t b, int64_t k) {
-  const int64_t id = p.adapter_ids ? p.adapter_ids[b * p.stride_ids_b + k * p.stride_ids_k] : 0;
-  if (id < 0) return {nullptr, 0};
-  acc coefficient = p.strengths ? static_cast<const acc*>(p.strengths)[b * p.K + k] : 1;
+MMICL_INLINE Entry<acc> single_entry(const EntryParams& p, int64_t b, int64_t t, int64_t k) {
+  const int64_t id =
+      p.adapter_ids ? p.adapter_ids[b * p.stride_ids_b + t * p.stride_ids_t + k * p.stride_ids_k] : b;
+  if (id < 0) return {};
+  const int64_t row = p.per_token ? b * p.T + t : b;
+  acc coefficient = p.strengths ? static_cast<const acc*>(p.strengths)[row * p.K + k] : 1;
   if (p.scale) coefficient *= static_cast<const acc*>(p.scale)[id * p.stride_scale];
-  return {static_cast<const acc*>(p.vector) + id * p.C, coefficient};
+  return {static_cast<const acc*>(p.vector) + id * p.stride_vector, coefficient};
 }
 
 // A single one that is not off is used as it is, so that a row does not depend on the K of others.
 template <class acc>
-MMICL_INLINE Entry<acc> entry_of(const EntryParams& p, int64_t b) {
-  Entry<acc> only = {nullptr, 0};
+Entry<acc> entry_of(const EntryParams& p, int64_t b, int64_t t) {
+  Entry<acc> only;
+  int64_t count = 0;
   for (int64_t k = 0; k < p.K; ++k) {
-    const Entry<acc> e = single_entry<acc>(p, b, k);
-    if (e.coefficient == 0) continue;
-    if (only.coefficient != 0) return {static_cast<const acc*>(p.combined) + b * p.C, 1};
-    only = e;
+    const Entry<acc> e = single_entry<acc>(p, b, t, k);
+    if (e.coefficient != 0) only = e, ++count;
   }
-  return only;
+  if (count <= 1) return only;
+  acc* combined = static_cast<acc*>(p.combined);
+  __builtin_memset(combined, 0, p.C * sizeof(acc));
+  for (int64_t k = 0; k < p.K; ++k) {
+    const Entry<acc> e = single_entry<acc>(p, b, t, k);
+    if (e.coefficient != 0) accumulate<acc>(combined, e.coefficient, e.vector, p.C);
+  }
+  return {combined, 1};
 }
 
-template <class T>
-void combine(const EntryParams& p, int64_t begin, int64_t end) {
-  using acc = acc_t<T>;
-  for (int64_t b = begin; b < end; ++b) {
-    acc* combined = static_cast<acc*>(p.combined) + b * p.C;
-    __builtin_memset(combined, 0, p.C * sizeof(acc));
-    for (int64_t k = 0; k < p.K; ++k) {
-      const Entry<acc> e = single_entry<acc>(p, b, k);
-      if (e.coefficient != 0) accumulate<acc>(combined, e.coefficient, e.vector, p.C);
-    }
+// The entry of one token after another, looked up where it may be another than the last one's.
+template <class acc>
+struct TokenEntry {
+  const EntryParams& p;
+  Entry<acc> e;
+  int64_t row = -1;
+
+  MMICL_INLINE explicit TokenEntry(const EntryParams& params) : p(params) {}
+  MMICL_INLINE Entry<acc> at(int64_t b, int64_t t) {
+    if (p.per_token || b != row) e = entry_of<acc>(p, b, t), row = b;
+    return e;
   }
-}
+};
 
 // ---- residual_shift ----
 
@@ -114,10 +123,11 @@ MMICL_INLINE void forward_row(T* out, const T* x, Entry<acc_t<T>> e, int64_t C, 
 
 template <class T>
 void forward(const ResidualShiftParams& p, int64_t begin, int64_t end) {
+  TokenEntry<acc_t<T>> entry(p);
   for (int64_t index = begin; index < end; ++index) {
     const TokenTile tile(p, index);
-    const Entry<acc_t<T>> e = entry_of<acc_t<T>>(p, tile.b);
     for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      const Entry<acc_t<T>> e = entry.at(tile.b, t);
       const T* x = row<T>(p.x, tile.b, t);
       T* out = row<T>(p.out, tile.b, t);
       if (e.coefficient == 0) {
@@ -172,21 +182,61 @@ MMICL_INLINE void backward_row_off(T* dx, acc_t<T>* sums, const T* dout, const T
 template <class T>
 void backward(const ResidualShiftGradParams& p, int64_t begin, int64_t end) {
   using acc = acc_t<T>;
+  TokenEntry<acc> entry(p);
   for (int64_t index = begin; index < end; ++index) {
     const TokenTile tile(p, index);
-    const Entry<acc> e = entry_of<acc>(p, tile.b);
-    acc* sums = p.sums ? static_cast<acc*>(p.sums) + index * p.C : nullptr;
-    if (sums) __builtin_memset(sums, 0, p.C * sizeof(acc));
+    acc* sums = nullptr;
     for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
+      if (p.sums && (p.per_token || t == tile.t_begin)) {
+        sums = static_cast<acc*>(p.sums) + (p.per_token ? tile.b * p.T + t : index) * p.C;
+        __builtin_memset(sums, 0, p.C * sizeof(acc));
+      }
       const T* dout = row<T>(p.dout, tile.b, t);
-      T* dx = p.dx.data ? row<T>(p.dx, tile.b, t) : nullptr;
       if (!p.x.data) {
         if (sums) accumulate<T>(sums, 1, dout, p.C);
-      } else if (e.coefficient == 0) {
+        continue;
+      }
+      T* dx = p.dx.data ? row<T>(p.dx, tile.b, t) : nullptr;
+      const Entry<acc> e = entry.at(tile.b, t);
+      if (e.coefficient == 0) {
         backward_row_off(dx, sums, dout, row<T>(p.x, tile.b, t), p.C);
       } else {
         backward_row(dx, sums, dout, row<T>(p.x, tile.b, t), e, p.C);
       }
+    }
+  }
+}
+
+// ---- gradients of tokens' entries ----
+
+template <class T>
+void adapter_sums(const AdapterSumsParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  const acc* strengths = static_cast<const acc*>(p.strengths);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = p.starts[index / p.parts], last = p.starts[index / p.parts + 1];
+    const int64_t size = (last - first + p.parts - 1) / p.parts;
+    const int64_t i_begin = first + index % p.parts * size;
+    const int64_t i_end = i_begin + size < last ? i_begin + size : last;
+    acc* sums = static_cast<acc*>(p.sums) + index * p.C;
+    __builtin_memset(sums, 0, p.C * sizeof(acc));
+    for (int64_t i = i_begin; i < i_end; ++i) {
+      const int64_t entry = p.order[i], token = entry / p.K;
+      const T* dd = row<T>(p.dd, token / p.T, token % p.T);
+      accumulate<T>(sums, strengths ? strengths[entry] : 1, dd, p.C);
+    }
+  }
+}
+
+template <class T>
+void entry_products(const EntryProductsParams& p, int64_t begin, int64_t end) {
+  using acc = acc_t<T>;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t b = token / p.T, t = token % p.T;
+    for (int64_t k = 0; k < p.K; ++k) {
+      const Entry<acc> e = single_entry<acc>(p, b, t, k);
+      acc* product = static_cast<acc*>(p.products) + token * p.K + k;
+      *product = e.vector ? dot<T>(row<T>(p.dd, b, t), e.vector, p.C) : 0;
     }
   }
 }
@@ -232,14 +282,14 @@ void norm_forward(const RMSNormParams& p, int64_t begin, int64_t end) {
   using acc = acc_t<T>;
   const acc* weight = static_cast<const acc*>(p.weight);
   const acc offset = static_cast<acc>(p.offset);
+  TokenEntry<acc> entry(p);
   for (int64_t index = begin; index < end; ++index) {
     const TokenTile tile(p, index);
-    const Entry<acc> e = entry_of<acc>(p, tile.b);
     const T *residual = row<T>(p.residual, tile.b, tile.t_begin), *x = row<T>(p.x, tile.b, tile.t_begin);
     for (int64_t t = tile.t_begin; t < tile.t_end; ++t) {
       T* h = row<T>(p.new_residual, tile.b, t);
       T* normed = row<T>(p.normed, tile.b, t);
-      const acc square = add_row(h, residual, x, e, p.C, normed);
+      const acc square = add_row(h, residual, x, entry.at(tile.b, t), p.C, normed);
       const acc rstd = 1 / square_root(square / p.C + static_cast<acc>(p.eps));
       *row<acc>(p.rstd, tile.b, t) = rstd;
       residual += p.residual.stride_t, x += p.x.stride_t;
@@ -296,8 +346,8 @@ void norm_backward(const RMSNormGradParams& p, int64_t begin, int64_t end) {
 
 // Named unlike those of attention_shift: the linker would merge variables of one name.
 template <class T>
-constexpr ResidualShiftKernels kResidualShiftKernels = {combine<T>, forward<T>, backward<T>,
-                                                        norm_forward<T>, norm_backward<T>};
+constexpr ResidualShiftKernels kResidualShiftKernels = {
+    forward<T>, backward<T>, norm_forward<T>, norm_backward<T>, adapter_sums<T>, entry_products<T>};
 
 }  // namespace MMICL_ISA
 

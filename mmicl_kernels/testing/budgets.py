@@ -275,9 +275,17 @@ def eager_residual_shift(
     adapter_ids: Tensor | None = None,
     preserve_norm: bool = False,
 ) -> Tensor:
-    """:func:`mmicl_kernels.ops.residual_shift` without upcasting, with autograd, row by row of the batch."""
-    entries = [_row_entry(x, vector, scale, strengths, adapter_ids, b) for b in range(x.shape[0])]
-    y = x + torch.stack(entries)[:, None]
+    """:func:`mmicl_kernels.ops.residual_shift` without upcasting, with autograd, row by row of the batch.
+
+    Or token by token, where every token has ids of its own.
+    """
+    B = x.shape[0]
+    if adapter_ids is not None and adapter_ids.dim() == 3:
+        adapter_ids = adapter_ids.flatten(0, 1)
+        strengths = None if strengths is None else strengths.flatten(0, 1)
+    rows = range(B if adapter_ids is None else len(adapter_ids))
+    entries = [_row_entry(x, vector, scale, strengths, adapter_ids, row) for row in rows]
+    y = x + torch.stack(entries).unflatten(0, (B, -1))
     if not preserve_norm:
         return y
     return y * (_lengths(x) / _lengths(y)).to(x.dtype)
@@ -285,6 +293,8 @@ def eager_residual_shift(
 
 def _row_entry(x, vector, scale, strengths, adapter_ids, b: int) -> Tensor:
     if adapter_ids is None:
+        if vector.dim() == 2:
+            vector, scale = vector[b], scale.expand(len(vector))[b]
         return (scale * vector).to(x.dtype)
     total = 0 * (scale.sum() * vector.sum(0))
     for k, a in enumerate(adapter_ids[b].reshape(-1).tolist()):
@@ -304,13 +314,14 @@ def eager_residual_shift_rms_norm(
     vector: Tensor,
     scale: Tensor,
     norm_weight: Tensor,
+    strengths: Tensor | None = None,
     *,
     eps: float,
     weight_offset: float = 0.0,
     adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`mmicl_kernels.ops.residual_shift_rms_norm` as a model computes it, every step rounded."""
-    h = residual + eager_residual_shift(x, vector, scale, adapter_ids=adapter_ids)
+    h = residual + eager_residual_shift(x, vector, scale, strengths, adapter_ids=adapter_ids)
     n = h.to(_acc(h))
     n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + eps)
     return n.to(h.dtype) * (weight_offset + norm_weight).to(h.dtype), h

@@ -153,6 +153,12 @@ def residual_shift_inputs(
     return x, vector, scale.to(dtype=parameter_dtype, device=device)
 
 
+def token_ids(B: int, T: int, K: int, *, adapters: int, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Int32 ids ``[B, T, K]`` of every token's entries, any of them -1."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, adapters, (B, T, K), dtype=torch.int32, generator=generator).to(device)
+
+
 def hidden_states(
     B: int, T: int, C: int, *, dtype: torch.dtype, device: str = "cpu", layout: str = "dense", seed: int = 0
 ) -> Tensor:

@@ -52,8 +52,25 @@ def residual(x, vector, scale, **options):
     return residual_shift(x, vector, scale, **options)
 
 
+def plain_norm(x, skip, norm_weight, impl):
+    return normed(x, skip, norm_weight, x.new_zeros(12), 0.0, impl=impl)
+
+
 def normed(x, skip, norm_weight, vector, scale, **options):
     return residual_shift_rms_norm(x, skip, vector, scale, norm_weight, eps=1e-5, **options)
+
+
+def of_tokens(call):
+    """The same with a row's id at each of its tokens."""
+
+    def with_ids(*inputs, adapter_ids, **options):
+        return call(*inputs, adapter_ids=adapter_ids[:, None, None].expand(B, 5, 1), **options)
+
+    return with_ids
+
+
+def with_norm(x, vector, scale, **options):
+    return residual_shift(x, vector, scale, preserve_norm=True, **options)
 
 
 def attention(*inputs, **options):
@@ -72,14 +89,12 @@ OPS = {
     ),
     "attention_shift": Op(attention_shift, shift_inputs, 3, lambda out, lse, q, impl: out),
     "residual_shift": Op(residual, residual_inputs, 2, lambda x, impl: x),
-    "preserve_norm": Op(
-        lambda *x, **o: residual(*x, preserve_norm=True, **o), residual_inputs, 2, lambda x, impl: x
-    ),
-    "rms_norm": Op(
-        normed, norm_inputs, 2,
-        lambda x, skip, norm_weight, impl: normed(x, skip, norm_weight, x.new_zeros(12), 0.0, impl=impl),
-    ),
-}  # fmt: skip
+    "residual_shift_tokens": Op(of_tokens(residual), residual_inputs, 2, lambda x, impl: x),
+    "preserve_norm": Op(with_norm, residual_inputs, 2, lambda x, impl: x),
+    "preserve_norm_tokens": Op(of_tokens(with_norm), residual_inputs, 2, lambda x, impl: x),
+    "rms_norm": Op(normed, norm_inputs, 2, plain_norm),
+    "rms_norm_tokens": Op(of_tokens(normed), norm_inputs, 2, plain_norm),
+}
 every_op = pytest.mark.parametrize("name", OPS)
 
 

@@ -16,6 +16,7 @@ from mmicl_kernels.testing.inputs import (
     normal,
     residual_shift_inputs,
     shifted_attention_inputs,
+    token_ids,
 )
 from tests.ops import test_alignment_loss as alignment
 from tests.ops import test_prefix_splice as splice
@@ -65,6 +66,23 @@ def residual(preserve_norm, T, C, dtype, device):
     return Given((*inputs, strengths), call, (ids,))
 
 
+def residual_tokens(preserve_norm, T, C, dtype, device):
+    inputs = residual_shift_inputs(2, T, C, adapters=2, dtype=dtype, device=device)
+    ids = token_ids(2, T, 2, adapters=2, device=device)
+    strengths = normal(*ids.shape, dtype=inputs[1].dtype, device=device, seed=5)
+
+    def call(x, vector, scale, strengths, impl):
+        options = {"strengths": strengths, "preserve_norm": preserve_norm, "impl": impl}
+        return residual_shift(x, vector, scale, adapter_ids=ids, **options)
+
+    return Given((*inputs, strengths), call, (ids,))
+
+
+def residual_own(preserve_norm, T, C, dtype, device):
+    inputs = residual_shift_inputs(2, T, C, adapters=2, dtype=dtype, device=device)
+    return Given(inputs, partial(residual_shift, preserve_norm=preserve_norm), ())
+
+
 def norm(weight_offset, adapters, T, C, dtype, device):
     x, vector, scale = residual_shift_inputs(2, T, C, adapters=adapters, dtype=dtype, device=device)
     skip = normal(*x.shape, dtype=dtype, device=device, seed=6)
@@ -72,6 +90,17 @@ def norm(weight_offset, adapters, T, C, dtype, device):
     ids = None if adapters is None else IDS.to(device)
     call = partial(residual_shift_rms_norm, eps=1e-5, weight_offset=weight_offset, adapter_ids=ids)
     return Given((x, skip, vector, scale, weight), call, () if ids is None else (ids,))
+
+
+def norm_tokens(T, C, dtype, device):
+    inputs, call, _ = norm(0.0, 2, T, C, dtype, device)
+    ids = token_ids(2, T, 2, adapters=2, device=device)
+    strengths = normal(*ids.shape, dtype=inputs[2].dtype, device=device, seed=5)
+
+    def with_strengths(*inputs, impl):
+        return call(*inputs[:5], strengths=inputs[5], adapter_ids=ids, impl=impl)
+
+    return Given((*inputs, strengths), with_strengths, (ids,))
 
 
 def spliced(layout, T, C, dtype, device):
@@ -119,9 +148,13 @@ OPS = {
         f"residual_shift-added{x}": partial(f, False) for x, f in (("", residual), ("-alone", residual_alone))
     },
     **{f"residual_shift-norm{x}": partial(f, True) for x, f in (("", residual), ("-alone", residual_alone))},
+    "residual_shift-added-tokens": partial(residual_tokens, False),
+    "residual_shift-norm-tokens": partial(residual_tokens, True),
+    "residual_shift-norm-own": partial(residual_own, True),
     "residual_shift_rms_norm-llama": partial(norm, 0.0, 2),
     "residual_shift_rms_norm-gemma": partial(norm, 1.0, 2),
     "residual_shift_rms_norm-alone": partial(norm, 0.0, None),
+    "residual_shift_rms_norm-tokens": norm_tokens,
     **{f"prefix_splice-{layout}": partial(spliced, layout) for layout in splice.LAYOUTS},
     "prefix_splice_": placed,
     **{f"row_projection-{form}": partial(projected, form) for form in projection.FORMS},

@@ -154,6 +154,7 @@ def test_adapter_ids_out_of_range(bad, inputs, impl):
         lambda: shifted_attention(*inputs[:3], *stack, adapter_ids=ids, impl=impl),
         lambda: attention_shift(*shift, adapter_ids=ids, impl=impl),
         lambda: residual_shift(x, vector, adapter_ids=ids, impl=impl),
+        lambda: residual_shift(x, vector, adapter_ids=ids[:, None, None].expand(2, 3, 1), impl=impl),
         lambda: residual_shift_rms_norm(x, x, vector, 1.0, weight, eps=1e-5, adapter_ids=ids, impl=impl),
     )
     for call in calls:

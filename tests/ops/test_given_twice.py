@@ -14,13 +14,13 @@ from mmicl_kernels.ops import (
     row_projection,
     shifted_attention,
 )
-from mmicl_kernels.testing.inputs import ints, normal
+from mmicl_kernels.testing.inputs import ints, normal, token_ids
 
 FP32 = torch.float32
 
 
 CU, LONG_CU, ROWS, MASK = ints(0, 2, 5), ints(0, 1, 2).long(), ints(2, 5), torch.ones(5, dtype=torch.bool)
-OFFSETS, IDS = ints(0, 2, 8), ints(1, 0)
+OFFSETS, IDS, TOKEN_IDS = ints(0, 2, 8), ints(1, 0), token_ids(2, 5, 2, adapters=2)
 PACKED = {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 3, "max_seqlen_k": 3}
 
 
@@ -77,6 +77,11 @@ CALLS = {
     "residual_shift": (
         (X, (2, 8)), lambda x, v, impl: residual_shift(
             x, v, v[:, 0], adapter_ids=IDS, strengths=v[:, 0], preserve_norm=True, impl=impl)),
+    "strengths of tokens": (
+        (X, (2, 8)), lambda x, v, impl: residual_shift(
+            x, v, v[:, 0], adapter_ids=TOKEN_IDS, strengths=x[..., :2], preserve_norm=True, impl=impl)),
+    "vectors of rows": (
+        (X, (2, 8)), lambda x, v, impl: residual_shift_rms_norm(x, x, v, v[:, 0], v[0], eps=1e-5, impl=impl)),
     "scale, strengths": (
         (X, (2, 8), (2,)), lambda x, v, s, impl: residual_shift(
             x, v, s, adapter_ids=IDS, strengths=s, impl=impl)),
@@ -154,6 +159,8 @@ def test_fake_integers(inside, impl):
         yield shifted_attention(q, q, q, *parameters, kv_start=start, kv_end=end, q_start=start, **options)
         yield attention_shift(q, q[..., 0], q, *parameters, **options)
         yield residual_shift(x, vector, **options)
+        tokens = {**options, "adapter_ids": ids[:, None, None].expand(2, 5, 1)}
+        yield residual_shift(x, vector, strengths=x[..., :1], preserve_norm=True, **tokens)
         yield residual_shift_rms_norm(x, x, vector, 1.0, vector[0], eps=1e-5, **options)[0]
         yield row_projection(x, ids, vector, impl=impl)
         yield alignment_loss((x, x), (vector[:2], vector[1:]), ids, impl=impl)[None]
@@ -167,4 +174,4 @@ def test_fake_integers(inside, impl):
             outputs = list(run())
     else:
         outputs = list(run())
-    assert [y.shape[-1] for y in outputs] == ([8] * 4 + [3, 1] + [8] * 2)[: len(outputs)]
+    assert [y.shape[-1] for y in outputs] == ([8] * 5 + [3, 1] + [8] * 2)[: len(outputs)]

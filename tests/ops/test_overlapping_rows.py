@@ -17,7 +17,7 @@ from mmicl_kernels.ops import (
     shifted_attention,
 )
 from mmicl_kernels.ops._core.checks import overlaps
-from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
+from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs, token_ids
 from tests.ops.triton_process import INTERPRETED
 
 # In the interpreter, which takes minutes.
@@ -170,9 +170,17 @@ def test_hidden_states(view, impl):
     other, rows = normal(*x.shape, dtype=FP32, seed=3), torch.tensor([0, 2, 2, -1])
     weight = normal(6, D, dtype=FP32, seed=4)
     stacked, ids = normal(3, D, dtype=FP32, seed=5), torch.tensor([2, -1], dtype=torch.int32)
+
+    def of_tokens(x):
+        return token_ids(*x.shape[:2], 2, adapters=3)
+
     calls = {
         "plain": lambda x: residual_shift(x, vector, 0.5, impl=impl),
         "norm": lambda x: residual_shift(x, stacked, 0.5, preserve_norm=True, adapter_ids=ids, impl=impl),
+        "tokens": lambda x: residual_shift(x, stacked, 0.5, adapter_ids=of_tokens(x), impl=impl),
+        "tokens_norm": lambda x: residual_shift(
+            x, stacked, 0.5, preserve_norm=True, adapter_ids=of_tokens(x), impl=impl
+        ),
         "rms": lambda x: residual_shift_rms_norm(x, other, vector, 0.5, skip, eps=1e-5, impl=impl),
         "skip": lambda x: residual_shift_rms_norm(other, x, vector, 0.5, skip, eps=1e-5, impl=impl),
         "rows": lambda x: row_projection(x, rows, weight, norm_weight=weight[:, 0], impl=impl),

@@ -12,7 +12,7 @@ from mmicl_kernels.testing.budgets import (
     gradients,
     product_error,
 )
-from mmicl_kernels.testing.inputs import hidden_states, normal, residual_shift_inputs
+from mmicl_kernels.testing.inputs import hidden_states, ints, normal, residual_shift_inputs, token_ids
 from tests.ops.test_compiled_ops import same_when_compiled
 from tests.ops.triton_process import INTERPRETED
 
@@ -40,18 +40,41 @@ GRID = {
     "strengths_off": {
         "B": 3, "ids": ((1, 0), (2, 2), (0, 1)), "strengths": ((0.0, 0.0), (1.0, 0.0), (0.0, 2.0)),
     },
+    "tokens": {"ids": token_ids(2, 13, 1, adapters=3)},
+    "tokens_flat": {"B": 1, "T": 67, "C": 72, "ids": token_ids(1, 67, 3, adapters=3), "strengths": 1.5},
+    "tokens_long": {"B": 1, "T": 500, "C": 7, "ids": token_ids(1, 500, 1, adapters=3)},
+    "tokens_decode": {"B": 3, "T": 1, "C": 1000, "ids": token_ids(3, 1, 2, adapters=3), "strengths": 1.0},
+    "tokens_chosen": {"ids": token_ids(2, 13, 1, adapters=1) * 2 + 1},  # of one adapter, 1, or none
+    "tokens_none": {"ids": token_ids(2, 13, 3, adapters=0), "strengths": 1.0},
+    **{
+        f"tokens_{layout}": {"layout": layout, "ids": token_ids(2, 13, 3, adapters=3), "strengths": 0.5}
+        for layout in ("tokens_first", "sliced", "expanded")
+    },
+    "tokens_half_parameters": {
+        "parameter_dtype": torch.float16, "ids": token_ids(2, 13, 3, adapters=3), "strengths": 1.0,
+    },
+    "own": {"B": 3, "own": True},
+    "own_sliced": {"B": 3, "T": 67, "C": 72, "layout": "sliced", "own": True},
+    "own_half_parameters": {"B": 3, "parameter_dtype": torch.float16, "own": True},
+    "own_one_scale": {"B": 3, "own": "scale"},
 }  # fmt: skip
 
 
 def inputs_of(name, dtype, device):
-    """``x, vector, scale`` and where the case has them strengths; and the keyword arguments."""
+    """``x, vector, scale`` and where the case has them strengths; and the keyword arguments.
+
+    Strengths that are given as a number are normal ones times it; own vectors are those of batch rows.
+    """
     sizes = dict(GRID[name])
-    ids, strengths = sizes.pop("ids", None), sizes.pop("strengths", None)
-    adapters = None if ids is None else 3
-    inputs = residual_shift_inputs(dtype=dtype, device=device, adapters=adapters, **sizes)
+    ids, strengths, own = (sizes.pop(x, None) for x in ("ids", "strengths", "own"))
+    adapters = 3 if ids is not None or own else None
+    x, vector, scale = residual_shift_inputs(dtype=dtype, device=device, adapters=adapters, **sizes)
+    inputs = (x, vector, scale[1] if own == "scale" else scale)
+    ids = None if ids is None else torch.as_tensor(ids, dtype=torch.int32, device=device)
+    if isinstance(strengths, float):
+        strengths = strengths * normal(*ids.shape, dtype=torch.float32, seed=5)
     if strengths is not None:
-        inputs = (*inputs, torch.tensor(strengths, device=device, dtype=inputs[1].dtype))
-    ids = None if ids is None else torch.tensor(ids, dtype=torch.int32, device=device)
+        inputs = (*inputs, torch.as_tensor(strengths, device=device, dtype=vector.dtype))
     return inputs, {"adapter_ids": ids}
 
 
@@ -84,8 +107,15 @@ def eager_in_order(seed, inputs, options, dout):
     if seed == 0:
         tokens, columns = tokens.sort()[0], columns.sort()[0]
 
-    def permuted(x, vector, *rest):
-        y = call(eager_residual_shift, options, x[:, tokens][..., columns], vector[..., columns], *rest)
+    def of_tokens(entries):
+        return entries if entries is None or entries.dim() < 3 else entries[:, tokens]
+
+    ordered = {**options, "adapter_ids": of_tokens(options["adapter_ids"])}
+
+    def permuted(x, vector, scale, *strengths):
+        strengths = map(of_tokens, strengths)
+        x, vector = x[:, tokens][..., columns], vector[..., columns]
+        y = call(eager_residual_shift, ordered, x, vector, scale, *strengths)
         return y[:, tokens.argsort()][..., columns.argsort()]
 
     return gradients(permuted, inputs, (dout,))
@@ -97,7 +127,7 @@ def compare(actual, lows, exact, inputs):
     entry = wide[2] / inputs[2][..., None]
     for i, (name, result) in enumerate(zip(NAMES, results, strict=False)):
         others = [x[i] for x in lows]
-        if name in ("dscale", "dstrengths") and wide[i].any():
+        if name in ("dscale", "dstrengths") and wide[i].dim() < 3 and wide[i].any():
             others.append(wide[i] + product_error(relative, entry, inputs[1]))
         assert_within_budget(name, result, others, wide[i])
 
@@ -120,7 +150,7 @@ def test_value_and_gradients(name, preserve_norm, dtype, impl, device):
 
 
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
-@pytest.mark.parametrize("name", [name for name in GRID if name not in ("half_parameters", "columns_1")])
+@pytest.mark.parametrize("name", [x for x in GRID if "half_parameters" not in x and x != "columns_1"])
 def test_the_reference_agrees_with_independent_code(name, preserve_norm):
     _, _, _, low, exact = budget(name, preserve_norm, torch.float64, "cpu")
     for label, other, reference in zip(NAMES, sum(low[0], ()), sum(exact, ()), strict=False):
@@ -139,6 +169,12 @@ def test_the_formula_in_numbers(impl):
     stack, ids = torch.tensor([[1.0, 2.0], [10.0, 20.0]]), torch.tensor([[0, 1]])
     out = residual_shift(x, stack, 1, adapter_ids=ids, strengths=torch.tensor([[2.0, -1.0]]), impl=impl)
     assert torch.equal(out, torch.tensor([[[3.0 - 8.0, 4.0 - 16.0]]]))
+    x, ids = x.expand(2, 3, 2), torch.tensor([[[0, 1], [-1, 1], [-1, -1]], [[1, 1], [0, -1], [-1, 0]]])
+    out = residual_shift(x, stack, torch.tensor([1.0, 0.5]), adapter_ids=ids, impl=impl)
+    added = [[[6.0, 12.0], [5.0, 10.0], [0.0, 0.0]], [[10.0, 20.0], [1.0, 2.0], [1.0, 2.0]]]
+    assert torch.equal(out, x + torch.tensor(added))
+    out = residual_shift(x, stack, torch.tensor([1.0, 0.5]), impl=impl)
+    assert torch.equal(out, x + torch.tensor([[[1.0, 2.0]], [[5.0, 10.0]]]))
 
 
 def patterns(dtype):
@@ -157,7 +193,12 @@ OFF = {
     "strength": {"adapter_ids": torch.tensor([0]), "strengths": torch.tensor([0.0])},
     "strengths": {"adapter_ids": torch.tensor([[0, 1, -1]]), "strengths": torch.tensor([[0.0, 0.0, 5.0]])},
     "scales": {"adapter_ids": torch.tensor([[0, 1]]), "scale": torch.zeros(2)},
-}
+    "tokens_none": {"adapter_ids": torch.tensor([[[-1, -1]]])},
+    "tokens": {
+        "adapter_ids": torch.tensor([[[0, 1, -1]]]), "strengths": torch.tensor([[[0.0, 0.0, 5.0]]]),
+    },
+    "own": {"scale": torch.zeros(1)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,9 +207,11 @@ OFF = {
 def test_off_is_x_bit_for_bit(name, preserve_norm, dtype, impl):
     """Whatever the vectors hold, NaN included; the gradient of x is that of the output, bit for bit."""
     x = patterns(dtype)
-    options = {**OFF[name], "preserve_norm": preserve_norm, "impl": impl}
+    options = {key: y.expand(-1, x.shape[1], -1) if key != "scale" and y.dim() == 3 else y
+               for key, y in OFF[name].items()}  # fmt: skip
+    options |= {"preserve_norm": preserve_norm, "impl": impl}
     vector = torch.full((2, x.shape[2]), torch.nan)
-    vector = vector if "adapter_ids" in options else vector[0]
+    vector = vector if "adapter_ids" in options else vector[:1] if name == "own" else vector[0]
     bits = torch.int64 if dtype.itemsize == 8 else {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(residual_shift(x, vector, **options).view(bits), x.view(bits))
     if impl != "reference":  # whose autograd multiplies with NaN
@@ -177,15 +220,17 @@ def test_off_is_x_bit_for_bit(name, preserve_norm, dtype, impl):
         assert torch.equal(torch.autograd.grad(out, finite, x)[0].view(bits), x.view(bits))
 
 
+@pytest.mark.parametrize("tokens", (False, True), ids=("rows", "tokens"))
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
-def test_a_coefficient_of_zero_can_be_trained(preserve_norm, impl):
+def test_a_coefficient_of_zero_can_be_trained(preserve_norm, tokens, impl):
     """The gradients of a scale or strength of 0 are those of the formula beside 0."""
     x, vector, _ = residual_shift_inputs(adapters=2, dtype=torch.float64)
     ids, dout = torch.tensor([[0, 1], [1, 0]]), normal(*x.shape, dtype=torch.float64, seed=9)
+    ids = ids[:, None].expand(2, x.shape[1], 2) if tokens else ids
 
     def grads(scale, strength):
         scale = torch.full((2,), scale, dtype=torch.float64, requires_grad=True)
-        strengths = torch.full((2, 2), strength, dtype=torch.float64, requires_grad=True)
+        strengths = torch.full(ids.shape, strength, dtype=torch.float64, requires_grad=True)
         out = residual_shift(
             x, vector, scale, adapter_ids=ids, strengths=strengths, preserve_norm=preserve_norm, impl=impl
         )
@@ -246,8 +291,13 @@ def test_empty(shape, preserve_norm, impl):
     (out,), grads = gradients(fn, (x, vector, scale), (x,))
     assert out.shape == shape and grads[0].shape == shape
     assert not grads[1].any() and not grads[2].any()
-    ids = torch.zeros(shape[0], 2, dtype=torch.int32)
-    assert fn(x, vector[None], scale, adapter_ids=ids).shape == shape
+    own = x.new_zeros(shape[0], shape[2])
+    assert all(map(torch.equal, gradients(fn, (x, own, scale), (x,))[1], (x, own, scale * 0)))
+    for ids in (torch.zeros(shape[0], 2, dtype=torch.int32), torch.zeros(*shape[:2], 2, dtype=torch.int32)):
+        of_ids = functools.partial(fn, adapter_ids=ids)
+        (out,), grads = gradients(lambda x, v, s, w, fn=of_ids: fn(x, v, s, strengths=w),
+                                  (x, vector[None], scale, torch.ones(ids.shape)), (x,))  # fmt: skip
+        assert out.shape == shape and not any(grad.any() for grad in grads)
 
 
 def test_rows_of_a_batch_are_the_rows_alone(impl):
@@ -304,19 +354,20 @@ def test_a_slot_no_row_uses_has_gradient_zero(shared, preserve_norm, impl):
     torch.testing.assert_close(dscale, expected)
 
 
+@pytest.mark.parametrize("shape", ((2, 3), (2, 13, 3)), ids=("rows", "tokens"))
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
 @pytest.mark.parametrize("scale", (1.0, torch.tensor(2.0), torch.ones(0)), ids=("none", "one", "stacked"))
-def test_no_adapters(scale, preserve_norm, impl):
+def test_no_adapters(scale, preserve_norm, shape, impl):
     """Without a slot every id is -1."""
     x, _, _ = residual_shift_inputs()
-    ids, vector = torch.full((2, 3), -1), torch.ones(0, x.shape[2])
+    ids, vector = torch.full(shape, -1), torch.ones(0, x.shape[2])
     fn = functools.partial(residual_shift, scale=scale, preserve_norm=preserve_norm, impl=impl)
     (out,), (dx, dvector, dstrengths) = gradients(
-        lambda x, v, w: fn(x, v, adapter_ids=ids, strengths=w), (x, vector, torch.ones(2, 3)), (x,)
+        lambda x, v, w: fn(x, v, adapter_ids=ids, strengths=w), (x, vector, torch.ones(shape)), (x,)
     )
     assert torch.equal(out, x)
     torch.testing.assert_close(dx, x)
-    assert dvector.shape == vector.shape and not dstrengths.any()
+    assert dvector.shape == vector.shape and dstrengths.shape == shape and not dstrengths.any()
 
 
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
@@ -357,18 +408,24 @@ def test_vmap_of_the_reference():
     assert torch.equal(mapped[0], residual_shift(x, vector, scale, impl="reference"))
 
 
+# Of x [2, T, C].
 ENTRIES = {
-    "plain": {},
-    "ids": {"adapter_ids": torch.tensor([[1, 0], [-1, 1]], dtype=torch.int32), "strengths": torch.ones(2, 2)},
+    "plain": lambda x: {},
+    "ids": lambda x: {"adapter_ids": ints(1, 0, -1, 1).view(2, 2), "strengths": torch.ones(2, 2)},
+    "tokens": lambda x: {
+        "adapter_ids": (torch.arange(4 * x.shape[1]).int() % 3 - 1).view(2, -1, 2),
+        "strengths": torch.ones(2, x.shape[1], 2),
+    },
+    "own": lambda x: {},
 }
 
 
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
 @pytest.mark.parametrize("name", ENTRIES)
 def test_opcheck(name, preserve_norm, operator):
-    adapters = 2 if ENTRIES[name] else None
+    adapters = None if name == "plain" else 2
     x, vector, scale = residual_shift_inputs(dtype=torch.float16, adapters=adapters, layout="tokens_first")
-    ids, strengths = ENTRIES[name].get("adapter_ids"), ENTRIES[name].get("strengths")
+    ids, strengths = (ENTRIES[name](x).get(key) for key in ("adapter_ids", "strengths"))
     ops = torch.ops.mmicl
     entries = (vector, scale, ids, strengths)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -382,8 +439,12 @@ def test_opcheck(name, preserve_norm, operator):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_compile(name, preserve_norm, composed):
     """First and second call, then another length, without a graph break, forward and backward."""
-    fn = functools.partial(residual_shift, **ENTRIES[name], preserve_norm=preserve_norm, impl=composed)
-    adapters = 2 if ENTRIES[name] else None
+
+    def fn(x, vector, scale):
+        options = {**ENTRIES[name](x), "preserve_norm": preserve_norm, "impl": composed}
+        return residual_shift(x, vector, scale, **options)
+
+    adapters = None if name == "plain" else 2
     calls = [residual_shift_inputs(T=T, adapters=adapters) for T in (27, 27, 35)]
     calls = [(inputs, [torch.ones_like(inputs[0])]) for inputs in calls]
     same_when_compiled(fn, calls, backend="aot_eager", dynamic=True)
@@ -405,21 +466,43 @@ BAD = {
     "x_stride": (changed(x=torch.zeros(2, 8, 3).mT), ValueError, "x has strides"),
     "x_type": (changed(x=[1.0]), TypeError, "x must be a tensor, got list"),
     "vector_size": (changed(vector=torch.zeros(7)), ValueError, r"vector has shape \[7\].*C = 8"),
-    "vector_stacked": (changed(vector=torch.zeros(2, 8)), ValueError, "a 2-D vector needs adapter_ids"),
+    "vector_rows": (changed(vector=torch.zeros(3, 8)), ValueError, r"vector has shape \[3, 8\].*B = 2"),
+    "vector_columns": (changed(vector=torch.zeros(2, 7)), ValueError, r"vector has shape \[2, 7\].*C = 8"),
+    "vector_rank": (changed(vector=torch.zeros(2, 1, 8)), ValueError, r"shape \[2, 1, 8\], expected \[C\]"),
     "vector_device": (changed(vector=torch.zeros(8, device="meta")), ValueError, "vector is on meta"),
     "scale_large": (changed(scale=-1e39), ValueError, "scale is -1e.39, expected a number of fp32"),
     "scale_huge": (changed(scale=10**400), ValueError, "scale is 1000.*expected a number of fp32"),
     "scale_type": (changed(scale="1"), TypeError, "scale must be a number or a tensor, got str"),
     "scale_shape": (changed(scale=torch.zeros(1)), ValueError, r"scale has shape \[1\], expected \[\]"),
+    "scale_rows": (
+        changed(vector=torch.zeros(2, 8), scale=torch.zeros(1)), ValueError, r"scale has shape \[1\].*B = 2",
+    ),
     "scale_dtype": (changed(scale=torch.tensor(1)), TypeError, "scale has dtype torch.int64"),
     "strengths_alone": (changed(strengths=torch.ones(2)), ValueError, "strengths were given without adapter"),
     "ids_flat": (changed(adapter_ids=torch.zeros(2).int()), ValueError, "ids were given beside a 1-D"),
     "ids_high": (stacked(adapter_ids=torch.tensor([0, 2])), ValueError, "adapter_ids has values from 0 to 2"),
     "ids_low": (stacked(adapter_ids=torch.tensor([[-2], [1]])), ValueError, "adapter_ids has values from -2"),
     "ids_shape": (stacked(adapter_ids=torch.tensor([0])), ValueError, r"adapter_ids has shape \[1\].*B = 2"),
+    "ids_tokens": (
+        stacked(adapter_ids=torch.zeros(2, 4, 1).int()), ValueError, r"shape \[2, 4, 1\].*K\] with T = 3",
+    ),
+    "ids_rank": (
+        stacked(adapter_ids=torch.zeros(2, 3, 1, 1).int()), ValueError, r"expected \[B\], \[B, K\] or \[B, T",
+    ),
+    "ids_high_tokens": (
+        stacked(adapter_ids=torch.full((2, 3, 1), 2)), ValueError, "adapter_ids has values from 2 to 2",
+    ),
     "ids_dtype": (stacked(adapter_ids=torch.zeros(2)), TypeError, "adapter_ids has dtype torch.float32"),
     "scales": (stacked(scale=torch.zeros(3)), ValueError, r"scale has shape \[3\].*A = 2"),
     "strengths": (stacked(strengths=torch.ones(2, 1)), ValueError, r"strengths has shape.*expected \[B\]"),
+    "strengths_rows": (
+        stacked(adapter_ids=torch.zeros(2, 3, 1).int(), strengths=torch.ones(2, 3)), ValueError,
+        r"strengths has shape \[2, 3\], expected \[B, T, K\]",
+    ),
+    "strengths_entries": (
+        stacked(adapter_ids=torch.zeros(2, 3, 1).int(), strengths=torch.ones(2, 3, 2)), ValueError,
+        r"strengths has shape \[2, 3, 2\].*K = 1",
+    ),
     "strengths_dtype": (stacked(strengths=torch.ones(2).int()), TypeError, "strengths has dtype torch.int32"),
     "impl": (changed(impl="fast"), ValueError, "impl is 'fast'"),
     "impl_cuda": (changed(impl="cuda"), NotImplementedError, "residual_shift has no impl='cuda'"),

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several ops share: types; the gate of a head; a row's entries and its launch."""
+"""What the Triton kernels of several ops share: types; the gate of a head; entries and their launch."""
 
 from dataclasses import dataclass
 
@@ -89,13 +89,13 @@ def row_pointers(x, s_b, s_t, i_b, o_t):
 @triton.jit
 def entry(
     vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b, o_c, m_c,
-    C, K: tl.constexpr, acc: tl.constexpr,
+    C, K: tl.constexpr, PER_ROW: tl.constexpr, acc: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a batch row's entries ``[BC]``, and how many are not off."""
+    """The sum of a batch row's entries ``[1, BC]``, and whether all are off."""
     b_d = tl.zeros([o_c.shape[0]], dtype=acc)
     n_on = 0
     for i_k in range(K):
-        i_a = i_b * 0
+        i_a = i_b * PER_ROW
         if adapter_ids is not None:
             i_a = tl.load(adapter_ids + i_b * s_id_b + i_k * s_id_k).to(tl.int64)
         b_c = tl.full([], 1.0, dtype=acc)
@@ -107,7 +107,34 @@ def entry(
         b_v = tl.load(vector + tl.maximum(i_a, 0) * C + o_c, mask=m_c & m_on, other=0.0).to(acc)
         b_d += tl.where(m_on, b_c, 0.0) * b_v
         n_on += m_on.to(tl.int32)
-    return b_d, n_on
+    return b_d[None, :], n_on == 0
+
+
+@triton.jit
+def token_entries(
+    vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_t, s_id_k, s_strength_b, s_strength_t,
+    s_strength_k, i_b, o_t, m_t, o_c, m_c, C, K: tl.constexpr, acc: tl.constexpr,
+):  # fmt: skip
+    """The sum of each token's entries ``[BT, BC]``, and whether all are off ``[BT, 1]``."""
+    b_d = tl.zeros([o_t.shape[0], o_c.shape[0]], dtype=acc)
+    # [BT]
+    n_on = tl.zeros([o_t.shape[0]], dtype=tl.int32)
+    p_id = row_pointers(adapter_ids, s_id_b, s_id_t, i_b, o_t)
+    for i_k in range(K):
+        i_a = tl.load(p_id + i_k * s_id_k, mask=m_t, other=-1).to(tl.int64)
+        b_c = tl.full([o_t.shape[0]], 1.0, dtype=acc)
+        if scale is not None:
+            b_c = tl.load(scale + tl.maximum(i_a, 0) * s_scale, mask=i_a >= 0, other=0.0).to(acc)
+        if strengths is not None:
+            p_strength = row_pointers(strengths, s_strength_b, s_strength_t, i_b, o_t)
+            b_c *= tl.load(p_strength + i_k * s_strength_k, mask=m_t, other=0.0).to(acc)
+        m_on = (i_a >= 0) & (b_c != 0)
+        # [BT, BC]
+        p_v = vector + tl.maximum(i_a, 0)[:, None] * C + o_c[None, :]
+        b_v = tl.load(p_v, mask=m_on[:, None] & m_c[None, :], other=0.0).to(acc)
+        b_d += tl.where(m_on, b_c, 0.0)[:, None] * b_v
+        n_on += m_on.to(tl.int32)
+    return b_d, (n_on == 0)[:, None]
 
 
 def token_strides(x: Tensor | None) -> tuple[int, int]:
@@ -117,8 +144,23 @@ def token_strides(x: Tensor | None) -> tuple[int, int]:
 
 def entry_strides(
     scale: Tensor | None, adapter_ids: Tensor | None, strengths: Tensor | None
-) -> tuple[int, int, int, int, int]:
-    """Strides of the scale over adapters (0: shared), of ids and strengths over rows and entries."""
+) -> tuple[int, int, int, int, int, int, int]:
+    """Strides of the scale over adapters (0: shared), of ids and strengths over rows, tokens and entries."""
     shared = scale is None or scale.numel() == 1
-    ids = (0, 0) if adapter_ids is None else adapter_ids.stride()
-    return 0 if shared else 1, *ids, *((0, 0) if strengths is None else strengths.stride())
+    return 0 if shared else 1, *_entry_strides(adapter_ids), *_entry_strides(strengths)
+
+
+def _entry_strides(x: Tensor | None) -> tuple[int, int, int]:
+    if x is None:
+        return 0, 0, 0
+    return x.stride() if x.dim() == 3 else (x.stride(0), 0, x.stride(1))
+
+
+def entry_forms(vector: Tensor, adapter_ids: Tensor | None) -> tuple[int, bool, int]:
+    """How many entries are summed, whether they are of each token, and 1 where each batch row has a vector.
+
+    K, PER_TOKEN and PER_ROW of a launch.
+    """
+    if adapter_ids is None:
+        return 1, False, int(vector.shape[0] > 1)
+    return adapter_ids.shape[-1], adapter_ids.dim() == 3, 0

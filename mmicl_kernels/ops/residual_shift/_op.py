@@ -13,12 +13,11 @@ from mmicl_kernels.ops._core.dispatch import (
 )
 from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_tokens
 from mmicl_kernels.ops.residual_shift import _torch
-from mmicl_kernels.ops.residual_shift.entries import (
+from mmicl_kernels.ops.residual_shift.entries import per_token, prepared, stacked
+from mmicl_kernels.ops.residual_shift.gradients import (
     fake_entry_grads,
     outputs,
     parameter_grads,
-    prepared,
-    stacked,
     strength_grads,
 )
 
@@ -58,13 +57,17 @@ def _residual_shift_bwd(
     vector, scale, strengths = prepared(dout, impl, *given)
     grads = [None, None, None]
     with no_autocast(dout.device):
-        dx, sums = _kernels(impl, dout.device).residual_shift_bwd(
-            dout, x, *stacked(vector, scale), adapter_ids, strengths, need_dx, need_dentry or need_dstrengths
-        )
+        if x is None and per_token(adapter_ids):
+            dx, sums = dout.new_empty(0), dout
+        else:
+            dx, sums = _kernels(impl, dout.device).residual_shift_bwd(
+                dout, x, *stacked(vector, scale), adapter_ids, strengths, need_dx,
+                need_dentry or need_dstrengths,
+            )  # fmt: skip
         if need_dentry:
             grads[0], grads[1], _ = parameter_grads(impl, sums, vector, scale, adapter_ids, strengths)
         if need_dstrengths:
-            grads[2] = strength_grads(sums, *stacked(vector, scale), adapter_ids)
+            grads[2] = strength_grads(impl, sums, *stacked(vector, scale), adapter_ids)
         return dx, *outputs(grads, given, dx)
 
 

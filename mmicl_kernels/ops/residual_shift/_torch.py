@@ -1,13 +1,15 @@
 """The residual shift's kernels in plain PyTorch; C++ (csrc/cpu) and ``_triton`` have the same functions.
 
-They take entries as ``entries.py`` says; ``_triton`` has ``entry_grads`` beside them.
+They take entries as ``entries.py`` says, and give ``sums`` as ``gradients.py`` says; ``_triton`` has
+``entry_grads`` beside them.
 """
 
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._core.layout import new_tokens
-from mmicl_kernels.ops.residual_shift.entries import row_entries
+from mmicl_kernels.ops._core.layout import accumulation_dtype, new_tokens
+from mmicl_kernels.ops._core.rows import sum_rows
+from mmicl_kernels.ops.residual_shift.entries import added_entries, of_entries, per_token
 
 
 def residual_shift_fwd(
@@ -18,7 +20,7 @@ def residual_shift_fwd(
     strengths: Tensor | None,
     preserve_norm: bool,
 ) -> Tensor:
-    d, off = row_entries(vector, scale, adapter_ids, strengths)
+    d, off = added_entries(vector, scale, adapter_ids, strengths)
     y = x + d
     if preserve_norm:
         x_square, y_square = _square_norms(x, y)
@@ -37,14 +39,15 @@ def residual_shift_bwd(
     need_dx: bool,
     need_sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``dx [B, T, C]`` and ``sums [B, N, C]``: the gradient of every row's entry, in N parts.
+    """``dx [B, T, C]`` and ``sums``, the gradients of what was added.
 
-    Without ``x`` the norm is not preserved: ``dx`` is ``dout``, and empty here. What is not needed is empty.
+    Without ``x`` the norm is not preserved: ``dx`` is ``dout``, and empty here; entries are those of batch
+    rows, since a token's gradient is ``dout`` too. What is not needed is empty.
     """
     dx = sums = dout.new_empty(0)
     if x is None:
         return dx, dout.sum(1, keepdim=True, dtype=vector.dtype) if need_sums else sums
-    d, off = row_entries(vector, scale, adapter_ids, strengths)
+    d, off = added_entries(vector, scale, adapter_ids, strengths)
     y = x + d
     x_square, y_square = _square_norms(x, y)
     zero = (x_square == 0) | (y_square == 0)
@@ -54,7 +57,33 @@ def residual_shift_bwd(
     if need_dx:
         grad = (dd + x * (ratio * along / x_square)).masked_fill(zero, 0.0)
         dx = new_tokens(x).copy_(torch.where(off, dout, grad))
-    return dx, dd.sum(1, keepdim=True) if need_sums else sums
+    if need_sums:
+        sums = dd if per_token(adapter_ids) else dd.sum(1, keepdim=True)
+    return dx, sums
+
+
+def adapter_sums(dd: Tensor, adapter_ids: Tensor, strengths: Tensor | None, A: int) -> tuple[Tensor, Tensor]:
+    """Of every adapter the sum ``[A, N, C]`` of its tokens' ``dd``, each times its strength, in N parts.
+
+    And ids for these A rows, ``[A, 1]`` int32: the adapter, or -1 where no token has it.
+
+    Args:
+        dd: ``[B, T, C]``, contiguous last dimension. adapter_ids, strengths: ``[B, T, K]``.
+    """
+    dd = dd.to(accumulation_dtype(dd))
+    sums = dd.new_zeros(A, dd.shape[2])
+    for k in range(adapter_ids.shape[2]):
+        rows = dd if strengths is None else dd * strengths[:, :, k, None]
+        sums += sum_rows(rows.flatten(0, 1), adapter_ids[:, :, k].flatten(), A)
+    named = torch.where(adapter_ids < 0, A, adapter_ids).flatten().long()
+    used = adapter_ids.new_full((A + 1,), -1).index_copy(0, named, named.int())
+    return sums[:, None], used[:A, None]
+
+
+def entry_products(dd: Tensor, vector: Tensor, adapter_ids: Tensor) -> Tensor:
+    """Every token's ``dd . vector_a [B, T, K]``; anything where the id is -1."""
+    products = [(dd * of_entries(vector, ids)).sum(-1) for ids in adapter_ids.unbind(2)]
+    return torch.stack(products, 2) if products else vector.new_empty(adapter_ids.shape)
 
 
 def _square_norms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """A vector added to the residual stream: the specification.
 
-    d_b = sum_k strength_bk * scale_a * vector_a,  a = adapter_ids_bk
+    d_bt = sum_k strength_btk * scale_a * vector_a,  a = adapter_ids_btk,  or of all tokens of a row the same
     y = x + d        out = y, or with preserve_norm  y * |x| / |y|
 
 Sources: M2IV (arXiv 2504.04633), and with ``preserve_norm`` LIVE (arXiv 2406.13185).
@@ -22,7 +22,8 @@ def residual_shift_reference(
     """Plain PyTorch form of :func:`mmicl_kernels.ops.residual_shift`; fp64 in, fp64 out.
 
     Args:
-        scale: ``[]``, ``[A]`` or None for 1. adapter_ids, strengths: ``[B, K]`` or None.
+        vector: ``[A, C]``; without ids ``[C]`` or ``[B, C]``. scale: ``[]``, ``[A]``, ``[B]`` or None for 1.
+        adapter_ids, strengths: ``[B, K]``, ``[B, T, K]`` or None.
     """
     acc = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -37,26 +38,29 @@ def residual_shift_reference(
 def total_entry(
     vector: Tensor, scale: Tensor | None, adapter_ids: Tensor | None, strengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a row's entries ``[B, 1, C]``, and where all are off, ``[B, 1, 1]``; B is 1 without ids.
+    """The sum of entries, and where all are off: ``[B, N, C]`` and ``[B, N, 1]``.
 
-    An entry whose coefficient is 0 has no part in the value, but its coefficient has its gradient.
+    N is T where every token has entries of its own, else 1; B is 1 for one vector without ids. An entry whose
+    coefficient is 0 has no part in the value, but its coefficient has its gradient.
     """
     if adapter_ids is None:
-        stacked = vector[None, None]
-        coefficient = vector.new_ones(1, 1) if scale is None else scale.to(vector.dtype).reshape(1, 1)
+        stacked = (vector if vector.dim() == 2 else vector[None])[:, None, None]  # [1 or B, 1, 1, C]
+        coefficient = vector.new_ones(()) if scale is None else scale.to(vector.dtype)
+        coefficient = coefficient.reshape(-1, 1, 1)
     else:
         ids = adapter_ids.long()  # -1 is the last row, which is one of zeros
-        stacked = pad(vector, (0, 0, 0, 1))[ids]  # [B, K, C]
+        ids = ids[:, None] if ids.dim() == 2 else ids
+        stacked = pad(vector, (0, 0, 0, 1))[ids]  # [B, 1 or T, K, C]
         coefficient = torch.ones_like(ids, dtype=vector.dtype)
         if scale is not None:
             coefficient = pad(scale.to(vector.dtype).expand(vector.shape[0]), (0, 1))[ids]
         if strengths is not None:
-            coefficient = coefficient * strengths.to(vector.dtype)
+            coefficient = coefficient * strengths.to(vector.dtype).reshape(ids.shape)
         coefficient = coefficient.masked_fill(ids < 0, 0.0)
     zero = (coefficient == 0)[..., None]
     terms = coefficient[..., None] * stacked
-    d = _Valued.apply(terms, torch.zeros_like(terms), zero).sum(1, keepdim=True)
-    return d, zero.all(1, keepdim=True)
+    d = _Valued.apply(terms, torch.zeros_like(terms), zero).sum(2)
+    return d, zero.all(2)
 
 
 def _with_norm_of(x: Tensor, y: Tensor, off: Tensor) -> Tensor:

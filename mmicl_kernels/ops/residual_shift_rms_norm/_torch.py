@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.layout import new_tokens
-from mmicl_kernels.ops.residual_shift.entries import row_entries
+from mmicl_kernels.ops.residual_shift.entries import added_entries
 
 
 def residual_shift_rms_norm_fwd(
@@ -17,11 +17,12 @@ def residual_shift_rms_norm_fwd(
     scale: Tensor | None,
     norm_weight: Tensor,
     adapter_ids: Tensor | None,
+    strengths: Tensor | None,
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``normed``, ``new_residual``, and ``rstd [B, T]`` for the backward."""
-    d, _ = row_entries(vector, scale, adapter_ids, None)
+    d, _ = added_entries(vector, scale, adapter_ids, strengths)
     new_residual = new_tokens(x).copy_(residual.to(d.dtype) + x + d)
     h = new_residual.to(d.dtype)
     rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
@@ -44,7 +45,7 @@ def residual_shift_rms_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dx [B, T, C]``, also that of the residual; ``sums`` and ``dweight_sums [B, N, C]`` in N parts.
 
-    ``sums`` adds up to the gradient of every row's entry. What is not needed is empty.
+    ``sums`` adds up to the gradient of every row's entries. What is not needed is empty.
     """
     n = new_residual * rstd[..., None]
     dn = dnormed * (weight_offset + norm_weight)

@@ -13,9 +13,11 @@ from mmicl_kernels.ops._core._triton import (
     acc_type,
     check_row,
     entry,
+    entry_forms,
     entry_strides,
     position,
     row_pointers,
+    token_entries,
     token_strides,
 )
 from mmicl_kernels.ops._core.layout import accumulation_dtype, new_tokens
@@ -24,7 +26,11 @@ from mmicl_kernels.ops._core.layout import accumulation_dtype, new_tokens
 CONFIGS = {"fwd": RowConfig(num_warps=4, steps=2), "bwd": RowConfig(num_warps=4, steps=16)}
 
 
-@triton.jit(do_not_specialize=["T", "NT", "s_scale", "s_id_b", "s_id_k", "s_strength_b", "s_strength_k"])
+@triton.jit(
+    do_not_specialize=[
+        "T", "NT", "s_scale", "s_id_b", "s_id_t", "s_id_k", "s_strength_b", "s_strength_t", "s_strength_k",
+    ]
+)  # fmt: skip
 def residual_shift_rms_norm_fwd_kernel(
     x,
     residual,
@@ -32,6 +38,7 @@ def residual_shift_rms_norm_fwd_kernel(
     scale,
     norm_weight,
     adapter_ids,
+    strengths,
     normed,
     new_residual,
     rstd,
@@ -43,12 +50,17 @@ def residual_shift_rms_norm_fwd_kernel(
     s_normed_t,
     s_scale,
     s_id_b,
+    s_id_t,
     s_id_k,
     s_strength_b,
+    s_strength_t,
     s_strength_k,
     T,
     NT,
     C: tl.constexpr,
+    K: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    PER_ROW: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     acc: tl.constexpr,
@@ -59,21 +71,27 @@ def residual_shift_rms_norm_fwd_kernel(
     i_b, i_t, _ = position(NT, 1)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
+    if not PER_TOKEN:
+        b_d, m_off = entry(
+            vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b,
+            o_c, m_c, C, K, PER_ROW, acc,
+        )  # fmt: skip
     # [BC]
-    b_d, _ = entry(
-        vector, scale, adapter_ids, None, s_scale, s_id_b, s_id_k, s_strength_b, s_strength_k, i_b, o_c, m_c,
-        C, 1, acc,
-    )  # fmt: skip
     b_weight = tl.load(norm_weight + o_c, mask=m_c, other=0.0).to(acc) + OFFSET
     for i_s in range(NS):
         o_t = (i_t * NS + i_s) * BT + tl.arange(0, BT)
         m_t = o_t < T
         m_tc = m_t[:, None] & m_c[None, :]
+        if PER_TOKEN:
+            b_d, m_off = token_entries(
+                vector, scale, adapter_ids, strengths, s_scale, s_id_b, s_id_t, s_id_k, s_strength_b,
+                s_strength_t, s_strength_k, i_b, o_t, m_t, o_c, m_c, C, K, acc,
+            )  # fmt: skip
         # [BT, BC]
         p_x = row_pointers(x, s_x_b, s_x_t, i_b, o_t)[:, None] + o_c[None, :]
         p_residual = row_pointers(residual, s_residual_b, s_residual_t, i_b, o_t)[:, None] + o_c[None, :]
         b_x = tl.load(p_x, mask=m_tc, other=0.0).to(acc)
-        b_h = tl.load(p_residual, mask=m_tc, other=0.0).to(acc) + b_x + b_d[None, :]
+        b_h = tl.load(p_residual, mask=m_tc, other=0.0).to(acc) + b_x + b_d
         b_stored = b_h.to(new_residual.dtype.element_ty)
         o_new = row_pointers(0, s_normed_b, s_normed_t, i_b, o_t)[:, None] + o_c[None, :]
         tl.store(new_residual + o_new, b_stored, mask=m_tc)
@@ -166,6 +184,7 @@ def residual_shift_rms_norm_fwd(
     scale: Tensor | None,
     norm_weight: Tensor,
     adapter_ids: Tensor | None,
+    strengths: Tensor | None,
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,10 +198,11 @@ def residual_shift_rms_norm_fwd(
     NT = triton.cdiv(T, BT * NS)
     with torch.cuda.device_of(x):
         residual_shift_rms_norm_fwd_kernel[(B * NT,)](
-            x, residual, vector, scale, norm_weight, adapter_ids, normed, new_residual, rstd,
+            x, residual, vector, scale, norm_weight, adapter_ids, strengths, normed, new_residual, rstd,
             *token_strides(x), *token_strides(residual), *token_strides(normed),
-            *entry_strides(scale, adapter_ids, None),
-            T, NT, C, eps, weight_offset, acc_type(x), BT, BC, NS, num_warps=num_warps,
+            *entry_strides(scale, adapter_ids, strengths),
+            T, NT, C, *entry_forms(vector, adapter_ids), eps, weight_offset, acc_type(x), BT, BC, NS,
+            num_warps=num_warps,
         )  # fmt: skip
     return normed, new_residual, rstd
 

@@ -26,6 +26,7 @@ def residual_shift_rms_norm(
     eps: float,
     weight_offset: float = 0.0,
     adapter_ids: Tensor | None = None,
+    strengths: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Residual add, shift and the RMSNorm that follows: ``h = residual + x + scale * vector``, and its norm.
@@ -34,15 +35,13 @@ def residual_shift_rms_norm(
     and rounded once; the norm reads the rounded ``h``, as the norm of the next layer would. With
     ``weight_offset=0`` as transformers' ``LlamaRMSNorm``: the normalised row is rounded to the dtype of
     ``x`` before the product with the weight. With another as ``GemmaRMSNorm`` (which has 1): times
-    ``weight_offset + weight``, rounded once. Ids of -1 and a scale of 0 are off: ``h = residual + x``.
+    ``weight_offset + weight``, rounded once. Where all entries are off ``h = residual + x``.
 
     Args:
         x, residual: ``[B, T, C]``, one dtype of fp16, bf16, fp32 and fp64, contiguous last dimension.
-        vector: ``[C]``, or with ``adapter_ids`` ``[A, C]``; any floating dtype.
-        scale: a number, ``[]``, or beside a stacked vector ``[A]``; any floating dtype.
+        vector, scale, adapter_ids, strengths: as in :func:`mmicl_kernels.ops.residual_shift`.
         norm_weight: ``[C]``, any floating dtype.
         eps: added to the mean square, at least 0. weight_offset: added to the weight.
-        adapter_ids: int32 or int64 ``[B]``, -1 is none. Checked against A on CPU only.
         impl: "reference", "composed" (C++ on CPU if it was built, Triton on CUDA), "triton" or "auto".
 
     Returns:
@@ -54,9 +53,10 @@ def residual_shift_rms_norm(
         NotImplementedError: an ``impl`` this op does not have. RuntimeError: "triton" on CPU tensors
         without ``TRITON_INTERPRET=1``.
     """
-    _check(x, residual, vector, scale, norm_weight, eps, weight_offset, adapter_ids)
-    scale, adapter_ids, _ = entries(x, scale, adapter_ids, None)
-    arguments = (x, residual, vector, scale, norm_weight, adapter_ids, float(eps), float(weight_offset))
+    _check(x, residual, norm_weight, eps, weight_offset, vector, scale, adapter_ids, strengths)
+    scale, adapter_ids, strengths = entries(x, scale, adapter_ids, strengths)
+    numbers = (float(eps), float(weight_offset))
+    arguments = (x, residual, vector, scale, norm_weight, adapter_ids, strengths, *numbers)
     impl = resolve(impl, ("reference", "composed", "triton"), "composed", "residual_shift_rms_norm")
     if impl == "reference":
         return residual_shift_rms_norm_reference(*arguments)
@@ -65,7 +65,7 @@ def residual_shift_rms_norm(
     return residual_shift_rms_norm_op(*arguments, impl)
 
 
-def _check(x, residual, vector, scale, norm_weight, eps, weight_offset, adapter_ids) -> None:
+def _check(x, residual, norm_weight, eps, weight_offset, vector, scale, adapter_ids, strengths) -> None:
     sizes = Sizes()
     sizes.bind("x", x, "B T C")
     check_float("x", x)
@@ -73,12 +73,11 @@ def _check(x, residual, vector, scale, norm_weight, eps, weight_offset, adapter_
     sizes.bind("residual", residual, "B T C")
     check_float("residual", residual, x.dtype)
     check_last_stride("residual", residual)
-    if isinstance(adapter_ids, Tensor) and adapter_ids.dim() != 1:
-        raise ValueError(f"adapter_ids has shape {list(adapter_ids.shape)}, expected [B]")
-    check_entries(sizes, x, vector, scale, adapter_ids, None)
+    check_entries(sizes, x, vector, scale, adapter_ids, strengths)
     sizes.bind("norm_weight", norm_weight, "C")
     check_float("norm_weight", norm_weight)
-    check_same_device(x=x, residual=residual, vector=vector, norm_weight=norm_weight, adapter_ids=adapter_ids)
+    check_same_device(x=x, residual=residual, vector=vector, norm_weight=norm_weight)
+    check_same_device(x=x, adapter_ids=adapter_ids, strengths=strengths)
     for name, value in (("eps", eps), ("weight_offset", weight_offset)):
         if not is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
