@@ -4,6 +4,7 @@ Hidden states are ``[B, T, C]``, C = H * D.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness.case import DTYPES, IDEFICS2, QWEN, SMOLVLM, Case, prefill, square, training
 from benchmarks.harness.spec import Inputs, Outputs, Spec, bound, compiled, memcpy, on_both
+from benchmarks.harness.timing import Function
 from benchmarks.harness.values import Part, as_tuple, corners, relative_error
 from mmicl_kernels.ops import residual_shift
 from mmicl_kernels.testing.budgets import eager_residual_shift, gradients, product_error
@@ -131,5 +133,22 @@ def _scale_error(arguments: Sequence[Tensor], low: Sequence[Tensor], wide: Seque
     return product_error(relative_error(low[number], wide[number]), wide[number] / scale, vector)
 
 
+def of_tokens(case: Case, inputs: Inputs) -> Function:
+    """Composed with an id of every token's own, all of them of one adapter: the same results."""
+    ids = torch.zeros(case.B, case.T, 1, dtype=torch.int32, device=inputs[0].device)
+
+    def op(x: Tensor, vector: Tensor, scale: Tensor) -> Tensor:
+        return residual_shift(x, vector[None], scale[None], adapter_ids=ids, impl="composed")
+
+    return bound(op, 3)(case, inputs)
+
+
 # dx is dout: the backward reads alone.
-SPEC = residual_spec("residual_shift", residual_shift, added, eager_residual_shift, passes=(2, 1))
+_ROWS = residual_spec("residual_shift", residual_shift, added, eager_residual_shift, passes=(2, 1))
+SPEC = replace(
+    _ROWS,
+    lineups={
+        device: replace(lineup, ours={**lineup.ours, "of tokens": of_tokens})
+        for device, lineup in _ROWS.lineups.items()
+    },
+)

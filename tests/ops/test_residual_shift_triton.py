@@ -155,7 +155,7 @@ def test_launches(preserve_norm, device):
 @on_device
 @pytest.mark.parametrize("preserve_norm", (False, True))
 def test_launches_of_tokens(preserve_norm, device):
-    """One forward; backward the norm's, a sum by adapter and one over its parts, and one for the strengths."""
+    """One forward; backward the norm's, a sum by adapter and one of its parts, and one for the strengths."""
     x, vector, scale = (p.to(device) for p in residual_shift_inputs(adapters=2))
     ids = token_ids(2, 13, 2, adapters=2, device=device)
     strengths = torch.ones(ids.shape, device=device)

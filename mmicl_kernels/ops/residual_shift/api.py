@@ -23,15 +23,17 @@ def residual_shift(
 
     M2IV (arXiv 2504.04633); with ``preserve_norm`` rescaled to the length of ``x``, ``y * |x| / |y|``, as
     LIVE (arXiv 2406.13185) does, where a row of ``x`` or ``y`` without length gives 0 and no gradient.
-    Entries whose coefficient ``strength * scale`` is 0 and ids of -1 are off: a row without another entry
+    Entries whose coefficient ``strength * scale`` is 0 and ids of -1 are off: a token without another entry
     is ``x`` bit for bit, ``preserve_norm`` too; the coefficient's gradient is still that of the formula.
 
     Args:
         x: hidden states ``[B, T, C]``, fp16, bf16, fp32 or fp64, contiguous last dimension.
-        vector: ``[C]``, or with ``adapter_ids`` ``[A, C]``; any floating dtype.
-        scale: a number, ``[]``, or beside a stacked vector ``[A]``; any floating dtype.
-        adapter_ids: int32 or int64 ``[B]``, or ``[B, K]`` for a sum of K entries per row; -1 is none.
-            Checked against A on CPU only.
+        vector: ``[C]``; ``[B, C]``, one of each batch row; or with ``adapter_ids`` ``[A, C]``. Any floating
+            dtype.
+        scale: a number, ``[]``, or beside a 2-D vector one of each of its rows; any floating dtype.
+        adapter_ids: int32 or int64 ``[B]``; ``[B, K]`` for a sum of K entries per batch row; or ``[B, T, K]``
+            for those of every token (two dimensions are never ``[B, T]``). -1 is none. Checked against A on
+            CPU only.
         strengths: the entries' weights in the shape of ``adapter_ids``, any floating dtype; 1 if None.
         impl: "reference", "composed" (C++ on CPU if it was built, Triton on CUDA), "triton" or "auto".
 

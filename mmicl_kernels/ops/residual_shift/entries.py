@@ -55,8 +55,8 @@ def check_entries(
 
 def _check_vector(sizes: Sizes, vector: Tensor, adapter_ids: Tensor | None) -> str:
     """The letter of the stack that ``vector`` is, "" for none."""
-    dims = vector.dim() if isinstance(vector, Tensor) else 1
-    if dims == 1 and adapter_ids is not None and isinstance(vector, Tensor):
+    dims = vector.dim() if isinstance(vector, Tensor) else None  # what is no tensor is refused below
+    if dims == 1 and adapter_ids is not None:
         raise ValueError(f"adapter_ids were given beside a 1-D vector {list(vector.shape)}, expected [A, C]")
     if dims == 2 and adapter_ids is None and len(vector) != sizes["B"]:
         expected = f"[B, C] with B = {sizes['B']}: a stack [A, C] needs adapter_ids"
