@@ -60,7 +60,10 @@ def entry_grads(
         total = sums.sum((0, 1) if vector.dim() == 1 else 1)
     if scale is None:
         return total, None
-    dvector, dscale = total * scale.unsqueeze(-1), (total * vector).sum(-1)
+    dscale = (total * vector).sum(-1)
+    if vector.dim() == 1:
+        return total * scale, dscale
+    dvector = total * scale.unsqueeze(-1)
     if adapter_ids is not None:
         unused = torch.isin(torch.arange(len(vector), device=sums.device), adapter_ids, invert=True)
         dvector, dscale = dvector.masked_fill(unused[:, None], 0.0), dscale.masked_fill(unused, 0.0)
