@@ -58,6 +58,12 @@ class Backbone:
         """Those of ``layers`` that have softmax attention."""
         return {index: geometry for index, geometry in self.layers.items() if geometry != (0, 0)}
 
+    @property
+    def geometry(self) -> tuple[int, int] | None:
+        """``(num_heads, head_dim)`` of all layers, None where they differ or one has no softmax attention."""
+        found = set(self.layers.values())
+        return found.pop() if len(found) == 1 and (0, 0) not in found else None
+
     def differences(self, other: "Backbone") -> list[str]:
         """Readable differences that make an adapter of ``self`` meaningless on ``other``.
 

@@ -49,8 +49,7 @@ def to_encoder(adapter: HiFICLAdapter) -> dict[str, Tensor]:
             f"config is {adapter.config}, expected normalizer='all_keys' and a prefix: the official code "
             "always computes these, so it would run this adapter as something else"
         )
-    heads = set(adapter.backbone.layers.values())
-    if len(heads) != 1 or (0, 0) in heads:
+    if adapter.backbone.geometry is None:
         raise ValueError("layers differ in heads or head dim, expected one shape for all of them")
     shapes = adapter.tensor_shapes(adapter.config, adapter.backbone)
     tensors = stored("adapter", adapter.state_dict(), shapes)

@@ -17,8 +17,7 @@ def from_encoder(encoder: dict[str, Any], source: str, backbone: Backbone) -> Mi
     """
     shift = encoder["attn_shift"]
     indices = list(backbone.layers)
-    heads = set(backbone.layers.values())
-    expected = (len(indices), *heads.pop()) if len(heads) == 1 else None
+    expected = None if backbone.geometry is None else (len(indices), *backbone.geometry)
     if tuple(shift.shape) != expected:
         raise CheckpointError(
             f"{source}: attn_shift has shape {list(shift.shape)}, expected "
@@ -49,8 +48,7 @@ def to_encoder(adapter: MimICAdapter) -> dict[str, Tensor]:
             f"normalizer is {adapter.config.normalizer!r}; the official code always computes "
             "'all_keys', so it would run this adapter as something else"
         )
-    heads = set(adapter.backbone.layers.values())
-    if len(heads) != 1 or (0, 0) in heads:
+    if adapter.backbone.geometry is None:
         raise ValueError("layers differ in heads or head dim, expected one shape for all of them")
     shapes = adapter.tensor_shapes(adapter.config, adapter.backbone)
     tensors = stored("adapter", adapter.state_dict(), shapes)
