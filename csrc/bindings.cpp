@@ -32,7 +32,8 @@ void check_ids(const std::optional<Tensor>& ids, int64_t B, int64_t T, int64_t A
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t t = 0; t < (per_query ? T : 1); ++t) {
       const int32_t id = data[b * ids->stride(0) + (per_query ? t * ids->stride(1) : 0)];
-      STD_TORCH_CHECK(id >= -1 && id < A, "adapter_ids[", b, "] is ", id, ", expected -1 or 0 to ", A - 1);
+      STD_TORCH_CHECK(id >= -1 && id < A, "adapter_ids[", b, per_query ? ", " + std::to_string(t) : "", "] is ",
+                      id, ", expected -1 or 0 to ", A - 1);
     }
   }
 }

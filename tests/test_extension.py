@@ -369,7 +369,7 @@ def test_bad_input_of_one_operator(ops):
         ops.attention_shift_fwd(*tensors(inputs), IDS, prefix[:1])
     with pytest.raises(RuntimeError, match="a is None, expected the attention output beside a prefix"):
         ops.attention_shift_bwd(dout, *tensors(inputs)[1:], IDS, prefix, None, True)
-    with pytest.raises(RuntimeError, match=r"adapter_ids\[0\] is 2, expected -1 or 0 to 1"):
+    with pytest.raises(RuntimeError, match=r"adapter_ids\[0, 0\] is 2, expected -1 or 0 to 1"):
         ops.attention_shift_fwd(*tensors(inputs), IDS[:, None].expand(B, T).cumsum(0).int() + 1, None)
 
 

@@ -243,6 +243,8 @@ GRID = {
             ("hide_finite", "finfo.min does not", {"mask": hiding(lowest, 2, 1, 37, 37)}, {}),
             ("softcap", "Gemma 2's, here strong", {"softcap": 2.0, "causal": True}, {}),
             ("all_keys", "the official HiFICL", {"normalizer": "all_keys", "causal": True}, {}),
+            ("all_keys_hide_finite", "a row of finfo.min beside a gate of other keys",
+             {"normalizer": "all_keys", "mask": hiding(lowest, 2, 1, 37, 37)}, {}),
             ("no_keys", "an empty cache", {}, {"S": 0}),
             ("sliced", "odd offsets", {"causal": True}, {"layout": "sliced"}),
             ("half", "parameters in bf16", {}, {"parameter_dtype": torch.bfloat16}),

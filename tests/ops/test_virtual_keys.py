@@ -101,7 +101,7 @@ def test_hificl_as_its_authors_wrote_it(impl):
 
 @impls
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_one_key_is_the_shift_bit_for_bit(dtype, impl):
+def test_one_key_in_either_form(dtype, impl):
     q, k, v, weight, bias, shift = shifted_attention_inputs(dtype=dtype)
     keys = weight[:, None], bias[:, None], shift[:, None]
     dout = normal(*q.shape, dtype=dtype, seed=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
 from mmicl_kernels.methods.hificl.config import HiFICLConfig
 from mmicl_kernels.methods.sites import AttentionSite
+from mmicl_kernels.ops._core.dispatch import no_autocast
 
 if TYPE_CHECKING:
     from mmicl_kernels.methods.objective import Objective
@@ -32,7 +34,6 @@ class HiFICLAdapter(Adapter):
     def __init__(self, config: HiFICLConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.attention_site = AttentionSite(config.normalizer, config.prefix)
-        self._folded: dict[str, tuple[tuple, tuple[Tensor, Tensor, Tensor]]] = {}
         for index, (num_heads, head_dim) in backbone.attention_layers.items():
             left, right = _shapes(config, num_heads, head_dim)
             self.layers[str(index)] = nn.ParameterDict(
@@ -43,9 +44,6 @@ class HiFICLAdapter(Adapter):
                     "value_b": torch.zeros(right, dtype=DTYPE),
                 }
             )
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_folded": {}}
 
     @staticmethod
     def tensor_shapes(config: HiFICLConfig, backbone: Backbone) -> dict[str, tuple[int, ...]]:
@@ -62,28 +60,17 @@ class HiFICLAdapter(Adapter):
         return HiFICLObjective
 
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The products of the factors; kept while nothing changes them, as they are asked for every token."""
         layer = self.layers[index]
-        factors = [layer[part] for part in PARTS]
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and any(x.requires_grad for x in factors)
-        ):
-            return _fold(*factors)
-        state = tuple(
-            (x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version) for x in factors
-        )
-        known, folded = self._folded.get(index, (None, None))
-        if known != state:
-            with torch.inference_mode(False), torch.no_grad():
-                folded = _fold(*(x.clone() if x.is_inference() else x for x in factors))
-            self._folded[index] = state, folded
-        return folded
+        key_a, key_b, value_a, value_b = _in_one_dtype([layer[part] for part in PARTS])
+        with no_autocast(key_a.device):
+            weight = key_a @ (key_b * key_b.shape[-1] ** -0.5)
+            return weight, weight.new_zeros(weight.shape[:2]), value_a @ value_b
 
 
 def _shapes(config: HiFICLConfig, num_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (num_heads, config.num_keys, config.rank), (num_heads, config.rank, head_dim)
 
 
-def _fold(key_a: Tensor, key_b: Tensor, value_a: Tensor, value_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    weight = key_a @ (key_b * key_b.shape[-1] ** -0.5)
-    return weight, weight.new_zeros(weight.shape[:2]), value_a @ value_b
+def _in_one_dtype(factors: list[Tensor]) -> list[Tensor]:
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in factors))
+    return [x.to(dtype) for x in factors]

@@ -26,6 +26,8 @@ def from_encoder(encoder: dict[str, Any], source: str, backbone: Backbone) -> Hi
             f"{source}: K_learn_A has shape {list(first.shape)}, expected [layers, heads, keys, rank] of "
             f"{len(indices)} layers"
         )
+    if 0 in first.shape:
+        raise CheckpointError(f"{source}: K_learn_A has shape {list(first.shape)}, expected keys and a rank")
     config = HiFICLConfig(first.shape[2], first.shape[3], normalizer="all_keys")
     shapes = HiFICLAdapter.tensor_shapes(config, backbone)
     expected = {

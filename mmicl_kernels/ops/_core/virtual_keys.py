@@ -51,6 +51,8 @@ def check_virtual_keys(
     if adapter_ids is not None:
         if isinstance(adapter_ids, Tensor) and adapter_ids.dim() == 2:
             Sizes(B=q.shape[0], T=q.shape[2]).bind("adapter_ids", adapter_ids, "B T")
+        elif isinstance(adapter_ids, Tensor) and adapter_ids.dim() != 1:
+            raise ValueError(f"adapter_ids has shape {list(adapter_ids.shape)}, expected [B] or [B, T]")
         else:
             Sizes(B=rows).bind("adapter_ids", adapter_ids, "B")
         check_integer("adapter_ids", adapter_ids)

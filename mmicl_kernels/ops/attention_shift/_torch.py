@@ -190,10 +190,16 @@ def sum_per_adapter(
         total = torch.einsum(equation, *factors).sum(0, keepdim=True)
     elif adapter_ids.dim() == 1:
         total = sum_rows(torch.einsum(equation, *factors), adapter_ids, A)
+    elif 0 < A <= weight.shape[2]:  # one adapter after the other, or one key
+        own = [[x.masked_fill((adapter_ids != a)[:, None, :, None], 0.0) for x in factors] for a in range(A)]
+        total = torch.stack([torch.einsum(equation, *x).sum(0) for x in own])
     else:
-        total = factors[0].new_zeros(A, *torch.einsum(equation, *(x[:1, :, :0] for x in factors)).shape[1:])
-        for a in range(A):
-            other = (adapter_ids != a)[:, None, :, None]
-            own = (x.masked_fill(other, 0.0) for x in factors)
-            total[a] = torch.einsum(equation, *own).sum(0)
+        rows = [_products(x, *factors[1:]) for x in factors[0].unbind(-1)]
+        total = torch.stack([sum_rows(x, adapter_ids.flatten(), A) for x in rows], 2)
     return total.unflatten(1, (P, -1)).sum(2)
+
+
+def _products(factor: Tensor, other: Tensor | None = None) -> Tensor:
+    """``factor [B, H, T]`` times ``other [B, H, T, D]``, if given, as rows ``[B * T, H, ...]``."""
+    product = factor if other is None else factor[..., None] * other
+    return product.transpose(1, 2).flatten(0, 1)

@@ -41,7 +41,8 @@ def attention_shift(
         q: queries ``[B, H, T, D]`` after RoPE and not scaled, dtype of ``out``.
         weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; or N virtual keys (at most
             2048) of P heads, each for H / P neighbouring ones: ``[P, N, D]``, ``[P, N]``, ``[P, N, D]``. With
-            ``adapter_ids`` stacked: ``[A, ...]``. A key whose bias is -inf is none.
+            ``adapter_ids`` stacked: ``[A, ...]``; without them a 3-D weight is no stack but P heads' keys. A
+            key whose bias is -inf, and whose weight and shift are finite, is none.
         adapter_ids: int32 or int64 ``[B]``, or ``[B, T]`` for each query its own; -1 leaves it unchanged.
             Checked against A on CPU only.
         prefix: whether the virtual keys stand in one softmax with the others, which lose what they take;

@@ -82,11 +82,15 @@ def _backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: O
         return [x.new_empty(0) for x in qkv], dparameters
 
     kernel = attention_kernel(q, k, options.scale, options.softcap, options.visibility)
-    raised = lse if keys.prefix is None else lse + lift
-    dq, dk, dv = kernel.backward(dout, q, k, v, base if through_lse else a, raised)
     if options.all_keys:
+        # The gate's lse may be of another size: lse + lift could round to lse.
+        kept = dout if keys.prefix is None else (dout * torch.exp(-lift)[..., None]).to(dout.dtype)
+        dq, dk, dv = kernel.backward(kept, q, k, v, a, lse)
         gate = attention_kernel(q, k, options.scale, options.softcap, options.visibility.all_keys())
         _add_lse_grad(gate, -logit_grad(dg, total), gate_lse, q, k, dq, dk)
+    else:
+        raised = lse if keys.prefix is None else lse + lift
+        dq, dk, dv = kernel.backward(dout, q, k, v, base, raised)
     if dlse is not None:
         # of a query that sees no key it may be NaN: the gradient of -inf through a torch.where
         _add_lse_grad(kernel, dlse.masked_fill(lse == -torch.inf, 0.0), lse, q, k, dq, dk)

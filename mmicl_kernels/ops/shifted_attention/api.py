@@ -75,7 +75,8 @@ def shifted_attention(
         k, v: ``[B, G, S, D]`` in q's dtype; H is a multiple of G. Packed: ``[1, G, N_k, D]``.
         weight, bias, shift: ``[H, D]``, ``[H]``, ``[H, D]``, any floating dtype; or N virtual keys of P
             heads, each for H / P neighbouring ones: ``[P, N, D]``, ``[P, N]``, ``[P, N, D]``. With
-            ``adapter_ids`` stacked: ``[A, ...]``. A key whose bias is -inf is none.
+            ``adapter_ids`` stacked: ``[A, ...]``; without them a 3-D weight is no stack but P heads' keys. A
+            key whose bias is -inf, and whose weight and shift are finite, is none.
         scale: of the scores, ``D**-0.5`` by default. softcap: ``s = softcap * tanh(s / softcap)``.
         window: number of keys a query sees to its left, itself included; at least 1. One that reaches
             from any position to any key (``sys.maxsize``) is none.

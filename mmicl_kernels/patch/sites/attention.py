@@ -83,7 +83,7 @@ class PatchedLayer(SlotStack):
     def _fitted(self, used: list[tuple[int, list[Tensor]]]) -> list[tuple[int, list[Tensor]]]:
         """All with as many virtual keys as that which has most; a key with a bias of -inf is none."""
         self._num_keys = max([self._num_keys, *(_num_keys(tensors) for _, tensors in used)])
-        if self._num_keys == 1:
+        if all(tensors[1].dim() == 1 for _, tensors in used) and self._num_keys == 1:
             return used
         return [(slot, _padded(tensors, self._num_keys)) for slot, tensors in used]
 

@@ -328,11 +328,15 @@ def backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Op
     )  # fmt: skip
     if not need_dqkv:
         return [x.new_empty(0) for x in qkv], dparameters
-    low = launch.or_none(lse_low)
-    if deltas.lift is not None:
+    low, kept, delta = launch.or_none(lse_low), dout, deltas.delta
+    if deltas.lift is not None and options.all_keys:
+        # The gate's lse may be of another size: lse + lift could round to lse.
+        kept = (dout * torch.exp(-deltas.lift)[..., None]).to(dout.dtype)
+        delta = (kept.to(lse.dtype) * a.to(lse.dtype)).sum(-1).masked_fill(lse == -torch.inf, 0.0)
+    elif deltas.lift is not None:
         lse, low = _raised(lse, low, deltas.lift)
     gate = gate_lse if options.all_keys else None
-    dqkv = _through_scores(dout, (lse, low, deltas.delta, gate, deltas.total), deltas.dg, qkv, keys, options)
+    dqkv = _through_scores(kept, (lse, low, delta, gate, deltas.total), deltas.dg, qkv, keys, options)
     if apart:
         # A prefix takes from the keys what the gradient of their own lse does not know of.
         rows = results[1], launch.or_none(lse_low), -dlse.contiguous(), None, torch.zeros_like(deltas.total)
