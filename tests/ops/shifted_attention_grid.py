@@ -313,14 +313,18 @@ TYPICAL = (
     "kv_start", "mask_bounds", "hide_inf_causal", "all_keys_window", "packed_window", "packed_ids",
     "ids_blind", "tiles", "keys_8", "prefix_5", "keys_of_queries",
 )  # fmt: skip
+# Whose kernels' way others take, too, in the interpreter.
+NOT_INTERPRETED = {
+    *(f"keys_{N}" for N in (1, 2, 5, 16, 64, 128)), *(f"prefix_{N}" for N in (1, 2, 8, 16, 64)),
+    "prefix_hide_inf", "prefix_hide_finite", "prefix_no_keys", "prefix_sliced", "prefix_half",
+}  # fmt: skip
 # In the interpreter these take the kernels' way of another case, take long, or are tried in other tiles
 # (test_shifted_attention_triton.py).
 SLOW = {
     *TYPICAL, "long", "longer", "head_dim_72", "head_dim_80", "head_dim_128", "all_keys", "all_keys_causal",
     "all_keys_bias_fp32", "ids_int64", "mask_0d", "hide_inf_fp32", "hide_finite_causal", "bias_fp64",
-    *(f"{kind}_{N}" for kind in ("keys", "prefix") for N in (1, 2, 5, 8, 16, 64, 128)), "prefix_mask",
-    "prefix_hide_inf", "prefix_softcap", "prefix_no_keys", "prefix_sliced", "prefix_half", "prefix_packed",
-    "keys_all_keys", "keys_packed_ids", "ids_of_queries",
+    "prefix_128", "prefix_mask", "prefix_softcap", "prefix_packed", "keys_all_keys", "keys_packed_ids",
+    "ids_of_queries",
 }  # fmt: skip
 
 
