@@ -23,7 +23,7 @@ def module(parameters, base, *, normalizer="visible", **attributes):
         base_implementation=base,
         normalizer=normalizer,
         impl="reference",
-        parameters=lambda B, H: (*parameters, None),
+        virtual_keys=lambda B, H: (*parameters, None, False),
     )
     return SimpleNamespace(mmicl_layer=layer, **attributes)
 

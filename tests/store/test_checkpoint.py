@@ -132,11 +132,11 @@ def without(name):
 
 
 HOSTILE = {
-    "no shift": (without("attn_shift"), "no attn_shift"),
+    "no shift": (without("attn_shift"), "none of attn_shift, K_learn_A"),
     "no weight": (without("log_Z1_lin.1.weight"), r"lacks log_Z1_lin\.1\.weight"),
     "no bias": (without("log_Z1_lin.2.bias"), r"lacks log_Z1_lin\.2\.bias"),
-    "LIVE's": ({"ffn_shift": torch.randn(LAYERS, HIDDEN)}, "no attn_shift"),
-    "LoRA's": ({}, "no attn_shift"),
+    "LIVE's": ({"ffn_shift": torch.randn(LAYERS, HIDDEN)}, "none of attn_shift, K_learn_A"),
+    "LoRA's": ({}, "none of attn_shift, K_learn_A"),
     "more layers": (official(attn_shift=torch.randn(4, HEADS, HEAD_DIM)), r"\[4, 4, 8\].*\[3, 4, 8\]"),
     "heads not apart": (official(attn_shift=torch.randn(LAYERS, HIDDEN)), r"\[3, 32\], expected"),
     "other heads": (

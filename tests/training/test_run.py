@@ -415,7 +415,11 @@ def test_examples_of_any_kind(model, processor, records):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"recipe": "fast"}, ValueError, r"recipe is 'fast', expected one of mimic, live, m2iv, aim, mimic-"),
+        (
+            {"recipe": "fast"},
+            ValueError,
+            r"recipe is 'fast', expected one of mimic, live, m2iv, aim, prompt_tuning, hificl, mimic-",
+        ),
         ({"recipe": 3}, TypeError, "recipe is a int, expected a Recipe or its name"),
         ({"shots": -1}, ValueError, "shots is -1, expected at least 0"),
         ({"shots": 12}, ValueError, "the pool has 12 examples, 11 of them others than the query"),
