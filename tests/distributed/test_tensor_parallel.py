@@ -25,7 +25,7 @@ from tests.distributed.short_training import (
 from tests.distributed.two_processes import WORLD_SIZE, two_processes
 from tests.support.published import random_adapter
 
-METHODS = ("mimic", "ffn_shift", "m2iv", "live")
+METHODS = ("mimic", "ffn_shift", "hificl", "m2iv", "live")
 H, D = 4, 8
 # Heads that an attention sees. Phi4 gathers what its one projection to queries, keys and values returns.
 HEADS = {"llava-llama": 2, "idefics2": 2, "qwen2_vl": 2, "qwen2_5_vl": 2, "phi4_multimodal": 4}
@@ -41,13 +41,13 @@ def tensor_parallel(model):
 
 def recorded_heads():
     """The heads of every call of a patched attention from now on."""
-    seen, original = [], PatchedLayer.parameters
+    seen, original = [], PatchedLayer.virtual_keys
 
-    def parameters(self, B, H):
+    def virtual_keys(self, B, H):
         seen.append(H)
         return original(self, B, H)
 
-    PatchedLayer.parameters = parameters
+    PatchedLayer.virtual_keys = virtual_keys
     return seen
 
 
@@ -74,7 +74,7 @@ def check_inference(family, whole, model, inputs):
         expected, tokens = outputs(whole, adapter, inputs)
         seen = recorded_heads()
         actual, generated = outputs(model, adapter, inputs)
-        assert set(seen) == ({HEADS[family]} if method in ("mimic", "ffn_shift") else set())
+        assert set(seen) == ({HEADS[family]} if method in ("mimic", "ffn_shift", "hificl") else set())
         assert_same_logits(actual, expected)
         assert torch.equal(generated, tokens)
         assert (expected - plain).norm() > 0.01 * plain.norm()
@@ -168,17 +168,17 @@ def test_local_heads(rank):
         projection = projection_on(mesh, placements)
         for gradient in (False, True):
             with torch.set_grad_enabled(gradient):
-                weight, bias, negative = local_heads(parameters, 2, H, projection)
+                weight, bias, negative = local_heads(parameters, 1, 2, H, projection)
             assert type(weight) is torch.Tensor
             assert torch.equal(weight, shift[:, mine])
             assert torch.equal(bias, shift[:, mine, 0])
             assert torch.equal(negative, -shift[:, mine])
         with pytest.raises(NotImplementedError, match="1 of its 4 heads, expected 4 / 2"):
-            local_heads(parameters, 1, H, projection)
+            local_heads(parameters, 1, 1, H, projection)
 
 
 def test_all_heads_need_no_projection():
     parameters = [torch.ones(H, D), torch.ones(H), torch.ones(H, D)]
-    assert local_heads(parameters, H, H, nn.Identity()) is parameters
+    assert local_heads(parameters, 0, H, H, nn.Identity()) is parameters
     with pytest.raises(NotImplementedError, match="2 of its 4 heads.*is a Parameter, expected a DTensor"):
-        local_heads(parameters, 2, H, nn.Linear(H * D, 3))
+        local_heads(parameters, 0, 2, H, nn.Linear(H * D, 3))
