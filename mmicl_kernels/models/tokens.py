@@ -17,11 +17,7 @@ def text_positions(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     Neither padding nor what begins a text is among them; what ends it is: there all of it has been read.
     """
     ids = inputs["input_ids"]
-    visual = visual_tokens(model, ids)
-    additional = getattr(model.config, "additional_vocab_size", 0)  # Idefics v1 keeps its image markers there
-    if additional:
-        visual |= ids >= model.config.vocab_size
-    after = visual.flip(-1).cumsum(-1).flip(-1) == 0
+    after = visual_tokens(model, ids).flip(-1).cumsum(-1).flip(-1) == 0
     chosen = after & ~_among(ids, special_ids(model.config.get_text_config(), "bos_token_id"))
     mask = inputs.get("attention_mask")
     return chosen if mask is None else chosen & mask.bool()
@@ -43,8 +39,16 @@ def named_ids(config: object) -> Iterator[tuple[str, int]]:
 
 
 def visual_tokens(model: nn.Module, ids: Tensor) -> Tensor:
-    """Where ``ids`` stand for images or frames, or begin or end them, as the configuration names them."""
-    return _among(ids, [token for name, token in named_ids(model.config) if name.startswith(VISUAL)])
+    """Where ``ids`` stand for images or frames, or begin or end them."""
+    return _among(ids, visual_ids(model))
+
+
+def visual_ids(model: nn.Module) -> list[int]:
+    """The ids that stand for images or frames, or begin or end them, as the configuration names them."""
+    named = [token for name, token in named_ids(model.config) if name.startswith(VISUAL)]
+    additional = getattr(model.config, "additional_vocab_size", 0)  # Idefics v1 keeps its image markers there
+    first = model.config.vocab_size if additional else 0
+    return [*named, *range(first, first + additional)]
 
 
 def _among(ids: Tensor, values: list[int]) -> Tensor:

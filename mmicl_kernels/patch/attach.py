@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import find_anchors, unwrap
@@ -25,6 +25,7 @@ def attach(
     impl: str = "auto",
     slots: int = 8,
     strength: float = 1.0,
+    tokens: str | Tensor | None = None,
     bank: DemonstrationBank | None = None,
     bank_bytes: int = 2**30,
     placeholder_ids: tuple[int, int] | None = None,
@@ -42,6 +43,7 @@ def attach(
             ``prefix_splice_``.
         slots: how many adapters the handle can hold at once.
         strength: what every M2IV and LIVE vector is multiplied by, see :meth:`Handle.strength`.
+        tokens: which tokens they act on, see :meth:`Handle.tokens`; all by default.
         bank: demonstrations that an AIM adapter fused, for :meth:`Handle.splice`.
         bank_bytes: how much of the bank stays on an accelerator; the CPU maps its file.
         placeholder_ids: two ids of the vocabulary that no prompt has, in whose places tokens are spliced; by
@@ -65,6 +67,7 @@ def attach(
     try:
         state = State(model, find_anchors(model), impl, slots)
         state.set_strength(strength)
+        state.selection.choose(tokens)
         handle = Handle(Patches(state, Splicer(state, bank, bank_bytes, placeholder_ids)))
         handle._patches.start(adapters)
     except BaseException:

@@ -1,10 +1,10 @@
-"""A patched model: which adapters it has, which batch row uses which, on, off and away."""
+"""A patched model: which adapters it has, and which batch rows and tokens they act on."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
@@ -17,10 +17,11 @@ from mmicl_kernels.patch.fit import check_filling, require_fusing, require_splic
 from mmicl_kernels.patch.patches import Patches
 from mmicl_kernels.patch.report import Report, report
 from mmicl_kernels.patch.slots import RowEntry, check_products, parse_rows
+from mmicl_kernels.patch.switch import Switch
 from mmicl_kernels.store import DemonstrationBank
 
 
-class Handle:
+class Handle(Switch):
     """A patched model, from :func:`attach`. As a context manager it detaches at the end of its block.
 
     The model stays patched when its handle is dropped; :func:`handle_of` makes another.
@@ -75,44 +76,6 @@ class Handle:
         """Which layers are patched with what, and why some are not; print it."""
         return report(find_mixers(self.model), self.anchors, self._state.adapters)
 
-    @property
-    def enabled(self) -> bool:
-        return self._patches.is_attached and self._patches.enabled
-
-    def enable(self) -> None:
-        """Switch the adapters on, as they are after :func:`attach`."""
-        self._check_attached()
-        self._patches.enabled = True
-        self._patches.sync()
-
-    def disable(self) -> None:
-        """Switch the adapters off: the plain model, bit for bit, until :meth:`enable`."""
-        self._check_attached()
-        self._patches.enabled = False
-        self._patches.remove()
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The plain model within a ``with`` block, for all threads."""
-        enabled = self.enabled
-        self.disable()
-        try:
-            yield
-        finally:
-            if enabled and self._patches.is_attached:
-                self.enable()
-
-    def detach(self) -> None:
-        """Restore the model exactly. Detaching again does nothing."""
-        if self._patches.is_attached:
-            self._patches.detach()
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.detach()
-
     def rows(self, names: RowEntry | Sequence[RowEntry]) -> ExitStack:
         """Say which adapters each batch row uses from now on, until ``close()`` of what is returned, or the
         end of its ``with`` block.
@@ -154,6 +117,25 @@ class Handle:
         restoring = ExitStack()
         restoring.callback(self._patches.set_strength, self._state.strength)
         self._patches.set_strength(value)
+        return restoring
+
+    def tokens(self, tokens: str | Tensor | None) -> ExitStack:
+        """Say which tokens the adapters act on from now on, until as of :meth:`rows`; fused ones stay.
+
+        Args:
+            tokens: "all"; those of the "prompt", or its "last" one; "generated" ones; "text"; "image", what
+                stands for, begins or ends images and frames; or a mask, bool ``[rows, columns]`` of a padded
+                sequence from its first column, False beyond its last. What ``generate`` is given is the
+                prompt, else what a pass with an empty cache sees: in training all but what a mask leaves out.
+                None is "all" without the hooks that find tokens: between names nothing is compiled again.
+
+        Raises TypeError, ValueError: others. A forward pass raises ValueError: a mask of too few columns, or
+        rows that do not divide the batch; RuntimeError: it is that of a part of the model.
+        """
+        self._check_attached()
+        restoring = ExitStack()
+        restoring.callback(self._patches.set_tokens, self._state.selection.tokens)
+        self._patches.set_tokens(tokens)
         return restoring
 
     def add(self, name: str, adapter: Adapter) -> None:
@@ -243,7 +225,3 @@ class Handle:
         """
         check_filling(self.bank, self._state.adapters, batch_size)
         return fill(self.bank, demonstrations, collate, self.aggregate, batch_size, progress)
-
-    def _check_attached(self) -> None:
-        if not self._patches.is_attached:
-            raise RuntimeError("the handle is detached, expected an attached one")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from weakref import ReferenceType, WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.models.anchors import find_anchors
@@ -130,6 +130,8 @@ class Patches:
                 hook.install() if hook.shifts else hook.remove()
         splicing = any(x.embedding_site is not None for x in adapters)
         self.splicer.hook.install() if splicing else self.splicer.hook.remove()
+        selection = self.state.selection
+        selection.install() if selection.is_on else selection.remove()
 
     def remove(self) -> None:
         """The plain model, object by object; :meth:`sync` brings everything back."""
@@ -139,6 +141,7 @@ class Patches:
             for hook in hooks:
                 hook.remove()
         self.splicer.hook.remove()
+        self.state.selection.remove()
 
     def detach(self) -> None:
         """The plain model for good."""
@@ -156,6 +159,11 @@ class Patches:
         """Raises as ``Handle.strength``."""
         self.state.set_strength(value)
         self.choose(self.state.rows)
+
+    def set_tokens(self, tokens: str | Tensor | None) -> None:
+        """Raises as ``Handle.tokens``."""
+        self.state.selection.choose(tokens)
+        self.sync()
 
     def choose(self, rows: Rows | None) -> None:
         """Make ``rows`` tensors on the device, or close the open ones."""

@@ -151,9 +151,9 @@ def check_products(rows: list[dict[str, float]], strength: float) -> None:
             check_strength(f"strength of {name!r} times the global {strength!r}", x * strength)
 
 
-def for_batch(rows: Tensor, B: int) -> Tensor:
+def for_batch(rows: Tensor, B: int, named_by: str = "rows()") -> Tensor:
     """``rows [n, ...]`` repeated for a batch of B, as ``generate`` repeats rows for beams."""
     n = rows.shape[0]
     if B % n != 0:
-        raise ValueError(f"rows() named {n} rows, expected a divisor of the batch {B}")
+        raise ValueError(f"{named_by} named {n} rows, expected a divisor of the batch {B}")
     return rows if n == B else rows.repeat_interleave(B // n, dim=0)

@@ -9,6 +9,7 @@ from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.checkpointing import repeats_reentrant
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
+from mmicl_kernels.patch.sites.selection import TokenSelection
 from mmicl_kernels.patch.slots import check_products, check_strength, check_strength_of
 
 Rows = list[dict[str, float]]  # of every batch row the adapters, with their strengths
@@ -19,8 +20,8 @@ class State:
 
     ``adapters`` are those attached, by name, and ``slots`` the places they take. ``rows`` are the open ones
     or None. ``adapter_ids [rows]`` are the slots of those that shift attention, -1 where a row has none, and
-    ``prefixes [slots]`` says which of these are a prefix, None for none. What
-    is in the model knows its state, which keeps ``patches``, all of them, in being.
+    ``prefixes [slots]`` says which of these are a prefix, None for none; ``selection`` on which tokens
+    all act. What is in the model knows its state, which keeps ``patches``, all of them, in being.
     """
 
     patches: object
@@ -33,7 +34,9 @@ class State:
         self.rows: Rows | None = None
         self.adapter_ids: Tensor | None = None
         self.prefixes: Tensor | None = None
+        self.selection = TokenSelection(model, self.device)
         self._last_forward: tuple[float, Rows | None] | None = None
+        self._last_chosen: Tensor | None = None
 
     @property
     def strength(self) -> float:
@@ -77,18 +80,23 @@ class State:
     def check_recomputation(self, anchor: Anchor) -> None:
         """Raise RuntimeError where checkpointing would give other gradients than without.
 
-        Reentrant it may lose them. Any kind repeats a forward pass, in which rows and strength must be those
-        of the last forward pass that built a graph: of several before one backward pass, the earlier ones
-        must have had the same.
+        Reentrant it may lose them. Any kind repeats a forward pass, in which rows, strength and chosen tokens
+        must be those of the last forward pass that built a graph: of several before one backward pass, the
+        earlier ones must have had the same.
         """
         if torch.compiler.is_compiling():
             return
         refuse_reentrant_checkpointing(self.model, anchor)
         if not (torch.is_grad_enabled() or repeats_reentrant(anchor.layer)):
             return
-        now = (self._strength, self.rows)
+        now, chosen = (self._strength, self.rows), self.selection.chosen
         if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-            self._last_forward = now
+            self._last_forward, self._last_chosen = now, chosen
+        elif self._last_forward is not None and self._last_chosen is not chosen:
+            raise RuntimeError(
+                "another forward pass chose its tokens before layers of this one ran again: with tokens() "
+                "and gradient checkpointing call backward() before another forward pass"
+            )
         elif self._last_forward not in (now, None):
             raise RuntimeError(
                 f"strength and rows are {now}, expected {self._last_forward} as at the last forward pass: "

@@ -64,15 +64,20 @@ class PatchedLayer(SlotStack):
     def impl(self) -> str:
         return self._state.impl
 
-    def virtual_keys(self, B: int, H: int) -> VirtualKeys:
-        """For a batch of B rows and the H heads of this process."""
-        state = self._state
+    def virtual_keys(self, query: Tensor) -> VirtualKeys:
+        """For the batch and the heads of ``query [B, H, T, D]``, which are those of this process."""
+        state, (B, H) = self._state, query.shape[:2]
         state.check_recomputation(self._anchor)
+        chosen = state.selection.of(query[:, 0])
         if state.adapter_ids is None:
             adapter = state.require_single()
-            parameters = self._local([*adapter.attention_shift(self._key)], 0, H)
-            return VirtualKeys(*parameters, None, adapter.attention_site.prefix)
+            parameters, ids = self._local([*adapter.attention_shift(self._key)], 0, H), None
+            if chosen is not None:
+                parameters, ids = [x[None] for x in parameters], chosen.int() - 1
+            return VirtualKeys(*parameters, ids, adapter.attention_site.prefix)
         ids = for_batch(state.adapter_ids.to(self._device), B)
+        if chosen is not None:
+            ids = ids[:, None].where(chosen, -1)
         prefix = state.prefixes if state.prefixes is None else state.prefixes.to(self._device)
         return VirtualKeys(*self._local(self.stacked(), 1, H), ids, False if prefix is None else prefix)
 

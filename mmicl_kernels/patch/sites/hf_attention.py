@@ -110,11 +110,11 @@ def attention_forward(
     kind, T = mask_kind(layer.base_implementation), query.shape[2]
     key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
     visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)
-    weight, bias, shift, adapter_ids, prefix = layer.virtual_keys(*query.shape[:2])
+    weight, bias, shift, adapter_ids, prefix = layer.virtual_keys(query)
     packed = {}
     if attention_mask is None and kind == "flash":
         packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
-    if packed and adapter_ids is not None:
+    if packed and adapter_ids is not None and adapter_ids.dim() == 1:
         adapter_ids = adapter_ids.expand(len(packed["cu_seqlens_q"]) - 1)
     out = shifted_attention(
         query, key, value, weight, bias, shift,

@@ -60,14 +60,22 @@ class LayerShift(SlotStack):
             return self(x[:, None])[:, 0]
         self._state.check_recomputation(self._anchor)
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._state.impl}
+        chosen = self._state.selection.of(x)
         if self._rows.ids is None:
             adapter = self._state.require_single()
             vector, scale = adapter.residual_shift(self._site, self._key)
             if adapter.has_strength:
                 scale = self._state.scaled(_as_tensor(scale, vector))
-            return residual_shift(x, vector.to(x.device), scale, **options)
+            vector = vector.to(x.device)
+            if chosen is not None:
+                vector, scale = vector[None], _as_tensor(scale, vector)[None]
+                options["adapter_ids"] = chosen.int()[..., None] - 1
+            return residual_shift(x, vector, scale, **options)
         B, (vector, scale) = x.shape[0], self.stacked()
         ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))
+        if chosen is not None:
+            ids = ids[:, None].where(chosen[..., None], -1)
+            strengths = strengths[:, None].expand(ids.shape)
         return residual_shift(x, vector, scale, adapter_ids=ids, strengths=strengths, **options)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
