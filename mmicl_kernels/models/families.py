@@ -60,6 +60,7 @@ FAMILIES = {
     ),
     "glm4v": _LANGUAGE_MODEL,
     "glm4v_moe": _LANGUAGE_MODEL,
+    "gpt_oss": _FLAT,
     # Its gated cross-attention layers stand in a list of their own and are never touched.
     "idefics": _FLAT,
     "idefics2": _TEXT_MODEL,
@@ -107,6 +108,7 @@ DECODERS = {
     # Here post_attention_layernorm is the norm before the MLP.
     "glm4v_text": Decoder(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),
     "glm4v_moe_text": _PRE_NORM,
+    "gpt_oss": _PRE_NORM,
     "idefics": _PRE_NORM,
     "lfm2": Decoder(projection="out_proj", mlp="feed_forward", mixers=("conv",)),
     "llama": _PRE_NORM,

@@ -6,8 +6,9 @@ import transformers
 
 VERSION = "5.17" if transformers.__version__.startswith("5.17.") else "5.23"
 
-# Its attention caps its scores, which sdpa cannot: 5.23 raises, 5.17 forgets the cap.
-NEEDS_EAGER = ("paligemma2",)
+# GPT-OSS has no sdpa, for its sinks. PaliGemma 2's attention caps its scores, which sdpa cannot: 5.23 raises,
+# 5.17 forgets the cap.
+NEEDS_EAGER = ("gpt_oss", "paligemma2")
 
 # The method cannot apply, and creating an adapter says so.
 REFUSED = {("gemma4", "aim"): "every layer looks up an embedding of its own by the placeholder's id"}

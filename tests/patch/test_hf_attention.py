@@ -18,12 +18,12 @@ def case(T, S):
     return q, k, v, parameters
 
 
-def module(parameters, base, *, normalizer="visible", **attributes):
+def module(parameters, base, *, normalizer="visible", impl="reference", prefix=False, **attributes):
     layer = SimpleNamespace(
         base_implementation=base,
         normalizer=normalizer,
-        impl="reference",
-        virtual_keys=lambda B, H: (*parameters, None, False),
+        impl=impl,
+        virtual_keys=lambda B, H: (*parameters, None, prefix),
     )
     return SimpleNamespace(mmicl_layer=layer, **attributes)
 
@@ -123,8 +123,11 @@ def test_refused_calls():
         attention_forward(module(parameters, "sdpa"), q, k, v, None, dropout=0.5)
     with pytest.raises(RuntimeError, match=r"'mmicl' is set by mmicl_kernels\.attach"):
         attention_forward(SimpleNamespace(config=SimpleNamespace()), q, k, v, None)
-    for name in ("s_aux", "position_bias", "cache"):
+    for name in ("position_bias", "cache"):
         with pytest.raises(NotImplementedError, match=f"gives its attention {name}, expected none"):
             attention_forward(module(parameters, "sdpa"), q, k, v, None, **{name: object()})
+    with pytest.raises(NotImplementedError, match="gives its attention s_aux and normalizer is 'all_keys'"):
+        official = module(parameters, "sdpa", normalizer="all_keys")
+        attention_forward(official, q, k, v, None, s_aux=torch.zeros(H))
     with pytest.raises(ValueError, match="attention_mask has 3 dimensions, expected 2 or 4"):
         attention_forward(module(parameters, "sdpa"), q, k, v, torch.ones(B, 5, 5))

@@ -27,7 +27,7 @@ from tests.support.published import doubled, in_double, logits, relative_error, 
 
 NEW_TOKENS = 4
 # Of each way in which families differ, one, in `make test`; the others in `make test-families`.
-QUICK = ("gemma4", "glm4v", "llama4", "mllama", "paligemma2", "qwen3_5")
+QUICK = ("gemma4", "glm4v", "gpt_oss", "llama4", "mllama", "paligemma2", "qwen3_5")
 QUICK_CELLS = ("forward", "detach")
 
 

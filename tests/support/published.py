@@ -6,7 +6,7 @@ rows are all in use, so it is also what a static cache must agree with.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +33,11 @@ class Layer:
     normalizer: str
 
 
-def published_attention(module, query, key, value, attention_mask, scaling, softcap=None, **_):
-    """``attn + mu * shift`` with ``mu = Z1 / (Z1 + Z2)``; Z2 is unmasked when "all_keys"."""
+def published_attention(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **_):
+    """``attn + mu * shift`` with ``mu = Z1 / (Z1 + Z2)``; Z2 is unmasked when "all_keys".
+
+    A sink of the model's, ``s_aux``, is a key of every head's that has this score and the value 0.
+    """
     layer = module.config.published_layer
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -43,12 +46,20 @@ def published_attention(module, query, key, value, attention_mask, scaling, soft
     masked = scores + additive_mask(attention_mask, scores)
     blind = (masked == -torch.inf).all(-1, keepdim=True)
     masked = masked.masked_fill(blind, 0.0)
+    if s_aux is not None:
+        masked, value = with_sinks(masked, value, s_aux)
     attn = torch.softmax(masked, -1) @ value
 
     log_z2 = torch.logsumexp(scores if layer.normalizer == "all_keys" else masked, -1)
     mu = magnitude(query, log_z2, layer.weight, layer.bias)
     out = (attn + mu[..., None] * layer.shift[:, None]).masked_fill(blind, 0.0)
     return out.transpose(1, 2).contiguous(), None
+
+
+def with_sinks(scores: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """``scores [B, H, T, S + 1]`` and ``value [B, H, S + 1, D]``."""
+    sinks = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sinks], -1), nn.functional.pad(value, (0, 0, 0, 1))
 
 
 def magnitude(query: Tensor, log_z2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -71,19 +82,27 @@ def additive_mask(attention_mask: Tensor | None, scores: Tensor) -> Tensor:
 @contextmanager
 def published(model: PreTrainedModel, adapter: mk.MimICAdapter) -> Iterator[None]:
     """``model`` with ``adapter`` through :func:`published_attention`."""
-    AttentionInterface.register(NAME, published_attention)
+    dtype, layers = model.get_input_embeddings().weight.dtype, {}
+    for index, of in adapter.layers.items():
+        parameters = (x.to(dtype) for x in (of.weight, of.bias, of.shift))
+        layers[index] = Layer(*parameters, adapter.config.normalizer)
+    with attending(model, published_attention, layers):
+        yield
+
+
+@contextmanager
+def attending(model: PreTrainedModel, function: Callable, layers: Mapping[str, object]) -> Iterator[None]:
+    """Self-attentions call ``function``, which finds its one of ``layers`` as ``config.published_layer``."""
+    AttentionInterface.register(NAME, function)
     found = [(SELF_ATTENTIONS.match(name), module) for name, module in model.named_modules()]
     modules = {match[1]: module for match, module in found if match}
-    assert modules.keys() == adapter.layers.keys()
+    assert modules.keys() == layers.keys()
     originals = {index: module.config for index, module in modules.items()}
-    dtype = model.get_input_embeddings().weight.dtype
     try:
         for index, module in modules.items():
-            of = adapter.layers[index]
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = NAME
-            parameters = (x.to(dtype) for x in (of.weight, of.bias, of.shift))
-            module.config.published_layer = Layer(*parameters, adapter.config.normalizer)
+            module.config.published_layer = layers[index]
         yield
     finally:
         for index, module in modules.items():

@@ -17,7 +17,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmicl_kernels.models.anchors import UnsupportedModelError
-from mmicl_kernels.ops import shifted_attention
+from mmicl_kernels.ops import attention_shift, shifted_attention
 
 NAME = "mmicl"
 
@@ -91,12 +91,12 @@ def attention_forward(
     ``[B, T, H, D]``. Models pass further arguments of their own, which differ between versions and mean
     nothing to attention; those named here are all that do.
     """
-    unknown = {"s_aux": s_aux, "position_bias": position_bias, "cache": cache}
+    unknown = {"position_bias": position_bias, "cache": cache}
     given = [name for name, argument in unknown.items() if argument is not None]
     if given:
         raise NotImplementedError(
-            f"the model gives its attention {', '.join(given)}, expected none: MimIC has no sinks, no biases "
-            "of positions and no paged cache (continuous batching)"
+            f"the model gives its attention {', '.join(given)}, expected none: MimIC has no biases of "
+            "positions and no paged cache (continuous batching)"
         )
     if dropout > 0:
         raise ValueError(f"dropout is {dropout}, expected 0: set attention_dropout=0 or model.eval()")
@@ -110,20 +110,55 @@ def attention_forward(
     kind, T = mask_kind(layer.base_implementation), query.shape[2]
     key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
     visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)
-    weight, bias, shift, adapter_ids, prefix = layer.virtual_keys(query)
-    packed = {}
+    keys, packed = layer.virtual_keys(query), {}
     if attention_mask is None and kind == "flash":
         packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    options = {"scale": scaling, "softcap": softcap, "impl": layer.impl, **visible, **packed}
+    if s_aux is not None:
+        out = _beside_sinks(query, key, value, s_aux, keys, layer.normalizer, options)
+        return out.transpose(1, 2), None
+    weight, bias, shift, adapter_ids, prefix = keys
     if packed and adapter_ids is not None and adapter_ids.dim() == 1:
         adapter_ids = adapter_ids.expand(len(packed["cu_seqlens_q"]) - 1)
     out = shifted_attention(
         query, key, value, weight, bias, shift,
-        scale=scaling, softcap=softcap, adapter_ids=adapter_ids, prefix=prefix, normalizer=layer.normalizer,
-        impl=layer.impl,
+        adapter_ids=adapter_ids, prefix=prefix, normalizer=layer.normalizer,
         kv_end=_used_keys(visible["mask"], query, key) if layer.normalizer == "all_keys" else None,
-        **visible, **packed,
+        **options,
     )  # fmt: skip
     return out.transpose(1, 2), None
+
+
+def _beside_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor, Tensor | None, bool | Tensor],
+    normalizer: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """Shifted attention in whose softmax every head has one more score, of ``sinks [H]``, without a value.
+
+    A sink is a virtual key of the model's own. An adapter's ``keys`` weigh against all that the model attends
+    to, so the sink is in the lse before they come. A query that sees no key is not shifted here either.
+    """
+    if normalizer == "all_keys":
+        raise NotImplementedError(
+            "the model gives its attention s_aux and normalizer is 'all_keys', expected 'visible': the "
+            "official gate, which counts hidden keys too, is of models without sinks"
+        )
+    weight, bias, shift, adapter_ids, prefix = keys
+    nothing = query.new_zeros(query.shape[1], query.shape[3])
+    out, lse = shifted_attention(
+        query, key, value, nothing, sinks, nothing, prefix=True, return_lse=True, **options
+    )
+    blind = lse == -torch.inf
+    joint = torch.logaddexp(lse.masked_fill(blind, 0.0), sinks.to(lse.dtype)[:, None])
+    return attention_shift(
+        out, joint.masked_fill(blind, -torch.inf), query.to(out.dtype), weight, bias, shift,
+        adapter_ids=adapter_ids, prefix=prefix, impl=options["impl"],
+    )  # fmt: skip
 
 
 def _in_use(
