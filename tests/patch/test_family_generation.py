@@ -35,6 +35,7 @@ SLIDING = (
     "cohere2_vision",
     "gemma3",
     "gemma4",
+    "gpt_oss",
     "llama4",
     "mistral",
     "paligemma2",
@@ -76,6 +77,7 @@ GRAPHS = {
     "qwen3_5": 1,
     "mllama": 1,
     "glm4v": 1,
+    "gpt_oss": 2,
 }
 
 
@@ -300,7 +302,7 @@ def without_cache(model, inputs, new):
 # Batches of several adapters -----------------------------------------------------------------------------
 
 
-MIXED = ("blip2", "gemma4", "llama4", "mllama", "paligemma2", "qwen3_5")
+MIXED = ("blip2", "gemma4", "gpt_oss", "llama4", "mllama", "paligemma2", "qwen3_5")
 ROWS = (
     ["mimic", None, ("m2iv", "live"), "live"],
     [("mimic", "m2iv"), "m2iv", ("mimic", "m2iv", "live"), "mimic"],
