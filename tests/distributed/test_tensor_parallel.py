@@ -43,9 +43,9 @@ def recorded_heads():
     """The heads of every call of a patched attention from now on."""
     seen, original = [], PatchedLayer.virtual_keys
 
-    def virtual_keys(self, B, H):
-        seen.append(H)
-        return original(self, B, H)
+    def virtual_keys(self, query):
+        seen.append(query.shape[1])
+        return original(self, query)
 
     PatchedLayer.virtual_keys = virtual_keys
     return seen
