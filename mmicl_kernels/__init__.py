@@ -36,6 +36,8 @@ _LAZY = {
     "AIMAdapter": "mmicl_kernels.methods",
     "HiFICLConfig": "mmicl_kernels.methods",
     "HiFICLAdapter": "mmicl_kernels.methods",
+    "STAVEConfig": "mmicl_kernels.methods",
+    "STAVEAdapter": "mmicl_kernels.methods",
     "PromptTuningConfig": "mmicl_kernels.methods",
     "PromptTuningAdapter": "mmicl_kernels.methods",
     "train": "mmicl_kernels.training.run",

@@ -32,8 +32,8 @@ SIGNATURES = {
     "ops.alignment_loss": "(states, targets, rows, *, form='relative', impl='auto')",
     "TokenFuser.forward": "(self, hidden, rows, *, num_rows=None, dtype=None, impl='auto')",
     "create": "(model, config)",
-    "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0, bank=None, bank_bytes=1073741824, "
-    "placeholder_ids=None)",
+    "attach": "(model, adapter, *, impl='auto', slots=8, strength=1.0, tokens=None, bank=None, "
+    "bank_bytes=1073741824, placeholder_ids=None)",
     "load": "(folder, model, *, revision=None)",
     "load_model": "(folder, *, dtype='auto', device=None, quantization=None, attn_implementation=None)",
     "load_processor": "(folder)",
@@ -48,6 +48,7 @@ SIGNATURES = {
     "ce_weight=0.5, ffn_shift=False)",
     "PromptTuningConfig": "(num_tokens=20, std=0.02)",
     "HiFICLConfig": "(num_keys=8, rank=8, prefix=True, normalizer='visible')",
+    "STAVEConfig": "(readout=1, ce_weight=1.0, demonstrations_weight=1.0)",
     "MimICAdapter.save_pretrained": "(self, folder)",
     "MimICAdapter.from_pretrained": "(folder)",
     "Handle.rows": "(self, names)",

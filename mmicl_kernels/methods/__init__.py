@@ -9,9 +9,10 @@ from mmicl_kernels.methods.mimic import MimICAdapter, MimICConfig
 from mmicl_kernels.methods.prompt_tuning import PromptTuningAdapter, PromptTuningConfig
 from mmicl_kernels.methods.registry import Registry
 from mmicl_kernels.methods.sites import AttentionSite, EmbeddingSite, ResidualSite
+from mmicl_kernels.methods.stave import STAVEAdapter, STAVEConfig
 
 ADAPTERS = Registry(
-    MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter, HiFICLAdapter, PromptTuningAdapter
+    MimICAdapter, M2IVAdapter, LIVEAdapter, AIMAdapter, HiFICLAdapter, PromptTuningAdapter, STAVEAdapter
 )  # fmt: skip
 register = ADAPTERS.register
 
@@ -35,5 +36,7 @@ __all__ = [
     "PromptTuningAdapter",
     "PromptTuningConfig",
     "ResidualSite",
+    "STAVEAdapter",
+    "STAVEConfig",
     "register",
 ]

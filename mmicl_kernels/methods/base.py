@@ -146,7 +146,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor | float]:
-        """The vector ``[C]`` and the scale ``[]`` of layer ``index`` at one of ``residual_sites``."""
+        """The vector ``[C]`` (two, ``[2, C]``, where there is a ``readout``) and the scale ``[]`` of layer
+        ``index`` at one of ``residual_sites``."""
         raise NotImplementedError
 
     def fuse(self, hidden: Tensor, positions: Tensor, *, num_rows: int, impl: str) -> Tensor:

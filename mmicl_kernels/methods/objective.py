@@ -25,6 +25,8 @@ class Attached(Protocol):
 
     def disabled(self) -> AbstractContextManager[None]: ...
 
+    def tokens(self, tokens: Tensor) -> AbstractContextManager[Any]: ...
+
 
 @dataclass(frozen=True)
 class Losses:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmicl_kernels.data.prompts.positions import check_positions
 
-MODULES = ("after_attention", "mlp", "layer")
+MODULES = ("input", "after_attention", "mlp", "layer")
 NORMALIZERS = ("visible", "all_keys")
 
 
@@ -28,17 +28,22 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class ResidualSite:
-    """Where in every decoder layer a method adds a vector to the residual stream, and how.
+    """Where a method adds a vector to the residual stream, and how.
 
-    ``module`` is what the vector is added to: the output of "after_attention" (the last module before
-    the attention branch joins the stream), "mlp", or "layer". ``preserve_norm``: see ``ops.residual_shift``.
+    ``module`` is what the vector is added to: in every decoder layer the output of "after_attention" (the
+    last module before the attention branch joins the stream), "mlp", or "layer"; or the "input" of the first.
+    ``preserve_norm``: see ``ops.residual_shift``. ``readout``, at the input alone: there are two vectors, one
+    for so many tokens at a prompt's end and one for those before them, each by the square root of how many.
     """
 
     module: str
     preserve_norm: bool
+    readout: int = 0
 
     def __post_init__(self) -> None:
         _check("module", self.module, MODULES)
+        if (self.module == "input") != (self.readout > 0):
+            raise ValueError(f"readout is {self.readout} at {self.module!r}, expected some at 'input' alone")
 
 
 @dataclass(frozen=True)

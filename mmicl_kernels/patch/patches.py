@@ -14,7 +14,7 @@ from mmicl_kernels.patch.fit import check_fits, require_fusing
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.patch.sites.attention import PatchedLayer
 from mmicl_kernels.patch.sites.embedding import EmbeddingHook, Splicer
-from mmicl_kernels.patch.sites.residual import ResidualHook, SiteShift
+from mmicl_kernels.patch.sites.residual import InputHook, ResidualHook, SiteShift, hooks_of
 from mmicl_kernels.patch.state import Rows, State
 
 # A disabled handle leaves no trace on its model, so patches are known by the ids of its layers.
@@ -35,7 +35,7 @@ class Patches:
         self.handle: ReferenceType[object] | None = None
         self._attention: list[PatchedLayer] = []
         self._sites: dict[ResidualSite, SiteShift] = {}
-        self._hooks: dict[str, list[ResidualHook]] = {}
+        self._hooks: dict[str, list[InputHook] | list[ResidualHook]] = {}
         state.patches = self
 
     def __getstate__(self) -> dict[str, object]:
@@ -111,7 +111,7 @@ class Patches:
             if site not in self._sites:
                 self._sites[site] = SiteShift(state, site)
             if site.module not in self._hooks:
-                self._hooks[site.module] = [ResidualHook(anchor, site.module) for anchor in state.anchors]
+                self._hooks[site.module] = hooks_of(state.anchors, site.module)
 
     def sync(self) -> None:
         """Put in place what the attached adapters need, and nothing else."""
@@ -131,7 +131,8 @@ class Patches:
         splicing = any(x.embedding_site is not None for x in adapters)
         self.splicer.hook.install() if splicing else self.splicer.hook.remove()
         selection = self.state.selection
-        selection.install() if selection.is_on else selection.remove()
+        knows_slots = any(site.readout for site in needed)
+        selection.install() if selection.is_on or knows_slots else selection.remove()
 
     def remove(self) -> None:
         """The plain model, object by object; :meth:`sync` brings everything back."""
@@ -201,6 +202,7 @@ def is_patched(model: nn.Module) -> bool:
     anchors = find_anchors(model)
     hooked = [x for anchor in anchors for x in (anchor.after_attention, anchor.mlp, anchor.layer)]
     hooks = [hook for x in (*hooked, model.get_input_embeddings()) for hook in x._forward_hooks.values()]
-    return any(isinstance(hook, ResidualHook | EmbeddingHook) for hook in hooks) or any(
+    hooks += anchors[0].layer._forward_pre_hooks.values()
+    return any(isinstance(hook, InputHook | ResidualHook | EmbeddingHook) for hook in hooks) or any(
         hasattr(anchor.mixer, "mmicl_layer") for anchor in anchors
     )

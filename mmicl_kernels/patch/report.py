@@ -18,7 +18,7 @@ class LayerReport:
     Attributes:
         index: of the layer. mixer: the class of its attention, or of what it has in its place.
         attention: names of the adapters that shift its attention. residual: of those that act on its
-        residual stream, by site: "after_attention", "mlp", "layer".
+        residual stream, by site: "input", "after_attention", "mlp", "layer".
         replaced: the attention implementation that ours stands in for, where transformers has none of that
         name or somebody registered another function under it, or "".
         skipped: what does not act here and why, or "".
@@ -62,10 +62,12 @@ def report(mixers: Sequence[nn.Module], anchors: list[Anchor], adapters: Mapping
     found = {anchor.index: anchor for anchor in anchors}
     shifting = tuple(name for name, x in adapters.items() if x.attention_site is not None)
     sites = dict.fromkeys(site.module for adapter in adapters.values() for site in adapter.residual_sites)
-    residual = tuple((site, tuple(x for x in adapters if _acts(adapters[x], site))) for site in sites)
+    acting = {site: tuple(x for x in adapters if _acts(adapters[x], site)) for site in sites}
     layers = []
     for index, mixer in enumerate(mixers):
         name = type(mixer).__name__
+        first = index == anchors[0].index
+        residual = tuple((site, names) for site, names in acting.items() if first or site != "input")
         if index not in found:
             layers.append(LayerReport(index, name, skipped="left alone by every method"))
         elif found[index].self_attn is None:

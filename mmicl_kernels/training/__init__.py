@@ -53,6 +53,7 @@ _LAZY = {
     "MimICObjective": "mimic",
     "PromptTuningObjective": "prompt_tuning",
     "HiFICLObjective": "hificl",
+    "STAVEObjective": "stave",
 }
 
 

@@ -98,6 +98,7 @@ RECIPES = {
     "prompt_tuning": Recipe(shots=0),
     # Its code (bbbandari/HiFICL 198c21b, src/config and run_hifi.sh).
     "hificl": Recipe(shots=0, epochs=3, batch_size=2, accumulate=2),
+    "stave": Recipe(shots=4, batch_size=4, accumulate=1, learning_rate=1e-3),
     "mimic-vqa-idefics": Recipe(shots=32, template="mimic-idefics", **_MIMIC),
     "mimic-caption-idefics": Recipe(shots=32, template="mimic-idefics-caption", **_MIMIC),
     "mimic-vqa-idefics2": Recipe(epochs=5, shots=8, template="mimic-idefics2", **_MIMIC),

@@ -18,7 +18,7 @@ ROUNDINGS = 64 * EPS
 # A scale's gradient is a sum over the vector's C terms, about sqrt(C) times smaller than they are.
 CANCELLATION = {"scale": TEXT["hidden_size"] ** 0.5}
 STEPS = 3
-METHODS = ("mimic", "ffn_shift", "hificl", "m2iv", "live", "aim", "prompt_tuning")
+METHODS = ("mimic", "ffn_shift", "hificl", "stave", "m2iv", "live", "aim", "prompt_tuning")
 
 
 def adapter_of(model: nn.Module, method: str) -> nn.Module:
@@ -29,7 +29,12 @@ def adapter_of(model: nn.Module, method: str) -> nn.Module:
         return mk.create(model, mk.PromptTuningConfig(std=1.0))
     if method in ("mimic", "ffn_shift"):
         return random_adapter(model, ffn_shift=method == "ffn_shift")
-    configs = {"hificl": mk.HiFICLConfig(), "m2iv": mk.M2IVConfig(), "live": mk.LIVEConfig(site="layer")}
+    configs = {
+        "hificl": mk.HiFICLConfig(),
+        "stave": mk.STAVEConfig(),
+        "m2iv": mk.M2IVConfig(),
+        "live": mk.LIVEConfig(site="layer"),
+    }
     return random_shift(model, configs[method])
 
 

@@ -32,7 +32,7 @@ from tests.support.episode_inputs import half_of as half_of_batch
 from tests.support.same_adapter import by_kind
 
 # Where the shift acts: the attention, two branches, and the layer itself, which FSDP hooks too.
-METHODS = ("mimic", "ffn_shift", "hificl", "m2iv", "live")
+METHODS = ("mimic", "ffn_shift", "hificl", "stave", "m2iv", "live")
 
 
 def shard(model):

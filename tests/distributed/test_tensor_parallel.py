@@ -25,7 +25,7 @@ from tests.distributed.short_training import (
 from tests.distributed.two_processes import WORLD_SIZE, two_processes
 from tests.support.published import random_adapter
 
-METHODS = ("mimic", "ffn_shift", "hificl", "m2iv", "live")
+METHODS = ("mimic", "ffn_shift", "hificl", "stave", "m2iv", "live")
 H, D = 4, 8
 # Heads that an attention sees. Phi4 gathers what its one projection to queries, keys and values returns.
 HEADS = {"llava-llama": 2, "idefics2": 2, "qwen2_vl": 2, "qwen2_5_vl": 2, "phi4_multimodal": 4}

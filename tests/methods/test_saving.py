@@ -15,6 +15,7 @@ from mmicl_kernels.methods import (
     M2IVAdapter,
     MimICAdapter,
     PromptTuningAdapter,
+    STAVEAdapter,
 )
 from mmicl_kernels.methods.base import Backbone
 from mmicl_kernels.methods.official import read_official
@@ -30,6 +31,7 @@ MAKERS = {
     "aim": lambda: AIMAdapter(AIMConfig(layer_norm=True), BACKBONE),
     "prompt_tuning": lambda: PromptTuningAdapter(mk.PromptTuningConfig(), BACKBONE),
     "hificl": lambda: HiFICLAdapter(mk.HiFICLConfig(), BACKBONE),
+    "stave": lambda: STAVEAdapter(mk.STAVEConfig(), BACKBONE),
 }
 
 
@@ -196,6 +198,7 @@ def test_descriptions_that_could_not_be_loaded_are_not_saved(tmp_path, method):
         "aim": ("positions", "nowhere"),
         "prompt_tuning": ("std", -1.0),
         "hificl": ("normalizer", "none"),
+        "stave": ("readout", 0),
     }
     name, value = wrong.get(method, ("ce_weight", -1.0))
     object.__setattr__(adapter.config, name, value)

@@ -19,6 +19,7 @@ CONFIGS = {
     "aim": mk.AIMConfig(layer_norm=True),
     "prompt_tuning": mk.PromptTuningConfig(),
     "hificl": mk.HiFICLConfig(),
+    "stave": mk.STAVEConfig(),
 }
 
 

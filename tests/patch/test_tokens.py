@@ -355,7 +355,7 @@ def test_passes_that_do_not_fit_are_refused():
             model(inputs_embeds=embeddings)
         handle.tokens("prompt")
         logits(model, inputs)
-        with pytest.raises(RuntimeError, match="a part of the model was called by itself"):
+        with pytest.raises(RuntimeError, match="a part of the LlavaForConditionalGeneration was called"):
             model.base_model.language_model(inputs_embeds=embeddings)
         model(inputs_embeds=embeddings)
 

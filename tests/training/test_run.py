@@ -47,6 +47,7 @@ CONFIGS = {
     "aim": mk.AIMConfig(),
     "prompt_tuning": mk.PromptTuningConfig(),
     "hificl": mk.HiFICLConfig(),
+    "stave": mk.STAVEConfig(),
 }
 METHODS = [pytest.param(x, marks=[] if x == "mimic" else pytest.mark.slow) for x in CONFIGS]
 SHORT = Recipe(steps=5, batch_size=4, accumulate=1, shots=2, warmup=0.4, weight_decay=0.1, shuffle=False)
@@ -418,7 +419,7 @@ def test_examples_of_any_kind(model, processor, records):
         (
             {"recipe": "fast"},
             ValueError,
-            r"recipe is 'fast', expected one of mimic, live, m2iv, aim, prompt_tuning, hificl, mimic-",
+            r"recipe is 'fast', expected one of mimic, live, m2iv, aim, prompt_tuning, hificl, stave, mimic-",
         ),
         ({"recipe": 3}, TypeError, "recipe is a int, expected a Recipe or its name"),
         ({"shots": -1}, ValueError, "shots is -1, expected at least 0"),

@@ -7,21 +7,28 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ForwardHook:
-    """The forward hook of one module. Subclasses are called as ``hook(module, args, output)``."""
+    """The forward hook of one module.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    Subclasses are called as ``hook(module, args, output)``, or if they come ``before`` it as
+    ``hook(module, args, kwargs)``.
+    """
+
+    def __init__(self, module: nn.Module, *, before: bool = False) -> None:
+        self.module, self._comes_before = module, before
         self._hook: RemovableHandle | None = None
         self._mark: object = None
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple, output: Any, /) -> Any:
         raise NotImplementedError
 
     def install(self) -> None:
         """Hook the module, before hooks that are there: what they see is changed already."""
         if self._hook is not None:
             return
-        self._hook = self.module.register_forward_hook(self, prepend=True)
+        if self._comes_before:
+            self._hook = self.module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+        else:
+            self._hook = self.module.register_forward_hook(self, prepend=True)
         # A graph compiled before would run on without the hook: torch.compile does not look for new
         # hooks, but it does look for a `forward` of the instance's own.
         if "forward" not in vars(self.module):

@@ -1,12 +1,16 @@
 """Vectors in the residual stream: a forward hook on every module whose output they are added to."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.ops import residual_shift
 from mmicl_kernels.patch.sites.hooks import ForwardHook
+from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
 
@@ -21,7 +25,10 @@ class SiteShift:
     """
 
     def __init__(self, state: State, site: ResidualSite) -> None:
-        self.layers = [LayerShift(state, anchor, site, self) for anchor in state.anchors]
+        if site.readout:
+            self.layers: list[LayerShift] = [PromptShift(state, state.anchors[0], site, self)]
+        else:
+            self.layers = [LayerShift(state, anchor, site, self) for anchor in state.anchors]
         self.ids: Tensor | None = None
         self.strengths: Tensor | None = None
 
@@ -85,6 +92,49 @@ class LayerShift(SlotStack):
         return [vector, _as_tensor(scale, vector)]
 
 
+class PromptShift(LayerShift):
+    """Two vectors at the first layer's input, for two kinds of a prompt's tokens.
+
+    A layer that a backward pass runs again gets the tensor that it got before, by which the tokens are known.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._entries_before: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_entries_before": WeakTensorKeyDictionary()}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state = self._state
+        if torch.compiler.is_compiling():
+            ids, strengths = self._entries(x)
+        else:
+            refuse_reentrant_checkpointing(state.model, self._anchor)
+            if x not in self._entries_before:
+                self._entries_before[x] = self._entries(x)
+            ids, strengths = self._entries_before[x]
+        if self._rows.ids is None:
+            vector, scale = state.require_single().residual_shift(self._site, self._key)
+            scale = _as_tensor(scale, vector)
+        else:
+            vector, scale = self.stacked()
+        return residual_shift(
+            x, vector.to(x.device).flatten(0, -2), scale.to(x.device).reshape(-1, 1).expand(-1, 2).flatten(),
+            adapter_ids=ids, strengths=strengths, preserve_norm=self._site.preserve_norm, impl=state.impl,
+        )  # fmt: skip
+
+    def _entries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and strengths ``[B, T, K]`` of the slots' vectors."""
+        slots, weights = (y[..., None] for y in self._state.selection.slots(x, self._site.readout))
+        if self._rows.ids is None:
+            return slots, self._state.scaled(weights)
+        rows = (self._rows.ids, self._rows.strengths)
+        ids, strengths = (for_batch(y.to(x.device), x.shape[0])[:, None] for y in rows)
+        ids = torch.where((ids < 0) | (slots < 0), -1, 2 * ids + slots)
+        return ids, (strengths * weights).expand(ids.shape)
+
+
 def _as_tensor(scale: Tensor | float, vector: Tensor) -> Tensor:
     return scale if isinstance(scale, Tensor) else vector.new_full((), scale)
 
@@ -104,6 +154,29 @@ class ResidualHook(ForwardHook):
         for shift in self.shifts:
             x = shift(x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+class InputHook(ForwardHook):
+    """``shifts`` act on what enters a layer."""
+
+    def __init__(self, anchor: Anchor) -> None:
+        super().__init__(anchor.layer, before=True)
+        self.shifts: list[LayerShift] = []
+
+    def __call__(
+        self, module: nn.Module, args: tuple, inputs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        x = args[0] if args else inputs["hidden_states"]
+        for shift in self.shifts:
+            x = shift(x)
+        return ((x, *args[1:]), inputs) if args else (args, {**inputs, "hidden_states": x})
+
+
+def hooks_of(anchors: list[Anchor], module: str) -> list[InputHook] | list[ResidualHook]:
+    """Where the sites of ``module`` are in a model."""
+    if module == "input":
+        return [InputHook(anchors[0])]
+    return [ResidualHook(anchor, module) for anchor in anchors]
 
 
 def _refuse_dropout(layer: nn.Module) -> None:
