@@ -9,12 +9,14 @@ class Family:
 
     ``layers`` is the path of the text decoder's list of layers. ``no_placeholders``: the option of the text
     config with which a prompt can have no placeholders of fused tokens, and the reason. ``per_image`` are
-    inputs that have one entry per token in other families, but not in this one.
+    inputs that have one entry per token in other families, but not in this one. ``reads`` is the path of what
+    sees every pass, where ``generate`` goes around the model's own forward.
     """
 
     layers: str
     no_placeholders: tuple[str, str] | None = None
     per_image: tuple[str, ...] = ()
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ _TEXT_MODEL = Family("model.text_model.layers")
 _FLAT = Family("model.layers")
 
 FAMILIES = {
-    "blip-2": Family("language_model.model.decoder.layers"),
+    "blip-2": Family("language_model.model.decoder.layers", reads="language_model"),
     "cohere2_vision": _LANGUAGE_MODEL,
     "deepseek_vl": _LANGUAGE_MODEL,
     "deepseek_vl_hybrid": _LANGUAGE_MODEL,

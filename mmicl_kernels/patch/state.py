@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.checkpointing import repeats_reentrant
 from mmicl_kernels.models.anchors import Anchor
+from mmicl_kernels.patch.sites.passes import PassesToRepeat
 from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
-from mmicl_kernels.patch.sites.selection import TokenSelection
+from mmicl_kernels.patch.sites.selection import TokenSelection, is_backward
 from mmicl_kernels.patch.slots import check_products, check_strength, check_strength_of
 
 Rows = list[dict[str, float]]  # of every batch row the adapters, with their strengths
@@ -34,9 +35,9 @@ class State:
         self.rows: Rows | None = None
         self.adapter_ids: Tensor | None = None
         self.prefixes: Tensor | None = None
-        self.selection = TokenSelection(model, self.device)
+        self.selection = TokenSelection(model, anchors, self.device)
         self._last_forward: tuple[float, Rows | None] | None = None
-        self._last_chosen: Tensor | None = None
+        self._passes = PassesToRepeat()
 
     @property
     def strength(self) -> float:
@@ -80,22 +81,23 @@ class State:
     def check_recomputation(self, anchor: Anchor) -> None:
         """Raise RuntimeError where checkpointing would give other gradients than without.
 
-        Reentrant it may lose them. Any kind repeats a forward pass, in which rows, strength and chosen tokens
-        must be those of the last forward pass that built a graph: of several before one backward pass, the
-        earlier ones must have had the same.
+        Reentrant it may lose them. Any kind repeats a forward pass, in which rows and strength must be those
+        of the last forward pass that built a graph: of several before one backward pass, the earlier ones
+        must have had the same, and of one with chosen tokens there may be no other.
         """
         if torch.compiler.is_compiling():
             return
         refuse_reentrant_checkpointing(self.model, anchor)
         if not (torch.is_grad_enabled() or repeats_reentrant(anchor.layer)):
             return
-        now, chosen = (self._strength, self.rows), self.selection.chosen
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-            self._last_forward, self._last_chosen = now, chosen
-        elif self._last_forward is not None and self._last_chosen is not chosen:
+        now = (self._strength, self.rows)
+        if not is_backward() or self.selection.is_running:
+            self._last_forward = now
+            self._passes.note(self.selection.current)
+        elif not self._passes.are_only(self.selection.current):
             raise RuntimeError(
-                "another forward pass chose its tokens before layers of this one ran again: with tokens() "
-                "and gradient checkpointing call backward() before another forward pass"
+                "gradient checkpointing runs layers again and another forward pass chose its tokens since, "
+                "or the block of tokens() ended: call backward() within it, after each forward pass"
             )
         elif self._last_forward not in (now, None):
             raise RuntimeError(

@@ -1,12 +1,16 @@
 """On which tokens adapters act: loops that call the plain model, or the adapted one, token by token."""
 
 import copy
+import functools
+import inspect
 import pickle
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.models.tokens import visual_tokens
@@ -18,7 +22,7 @@ from tests.patch.test_support_matrix import generated, logit_budget, model_of, r
 from tests.support.published import logits, random_adapter, whole_logits
 from tests.support.residuals import Moved, decoder_layers, random_shift
 
-FAMILIES = ("llava-llama", "idefics2", "qwen2_5_vl", "gemma3", "llava-qwen2")
+FAMILIES = ("llava-llama", "idefics2", "qwen2_5_vl", "gemma3", "llava-qwen2", "gemma4", "gpt_oss")
 METHODS = ("mimic", "m2iv", "live")
 PLACES = {
     "all": lambda column, length: True,
@@ -318,6 +322,8 @@ BAD = [
     (3, TypeError, "tokens is 3, expected a name or a bool tensor"),
     (torch.ones(2, 12), ValueError, r"tokens is torch.float32 \[2, 12\]"),
     (torch.ones(12, dtype=torch.bool), ValueError, r"tokens is torch.bool \[12\]"),
+    (torch.ones(2, 12, dtype=torch.bool, device="meta"), ValueError, "on meta"),
+    (torch.ones(2, 12, dtype=torch.bool).to_sparse(), ValueError, "torch.sparse_coo"),
 ]
 
 
@@ -360,22 +366,192 @@ def test_passes_that_do_not_fit_are_refused():
         model(inputs_embeds=embeddings)
 
 
+@pytest.mark.parametrize("between", ["nothing", "another prompt", "no gradients", "the block's end"])
 @pytest.mark.parametrize("method", ["mimic", "m2iv"])
-def test_checkpointing_repeats_the_last_pass(method):
+def test_checkpointing_repeats_the_last_pass(method, between):
+    """Its tokens are known; those of a pass before it are not, which is an error and not another gradient."""
     model = tiny_model("llava-llama").requires_grad_(False).train()
-    adapter, inputs = adapter_of(model, method), tiny_inputs(model)
-    found = []
+    adapter, found = adapter_of(model, method), []
+    prompts = [tiny_inputs(model, padding=padding) for padding in ("left", "right")]
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        adapter.zero_grad()
-        with mk.attach(model, adapter, tokens="last"):
-            loss = model(**inputs, use_cache=False).logits.square().sum()
-            loss.backward()
+        with mk.attach(model, adapter, tokens="last") as handle:
+            for inputs in prompts:  # as steps of training
+                adapter.zero_grad()
+                model(**inputs, use_cache=False).logits.square().sum().backward()
             found.append([x.grad.clone() for x in adapter.parameters()])
-            loss = model(**inputs, use_cache=False).logits.square().sum()
-            logits(model, inputs)
-            with pytest.raises(RuntimeError, match="another forward pass") if checkpointed else nullcontext():
+            loss = model(**prompts[0], use_cache=False).logits.square().sum()
+            if between == "another prompt":
+                loss = loss + model(**prompts[1], use_cache=False).logits.square().sum()
+            elif between == "no gradients":
+                logits(model, prompts[1])
+            elif between == "the block's end":
+                handle.tokens(None)
+            fails = checkpointed and between != "nothing"
+            with pytest.raises(RuntimeError, match="another forward pass chose") if fails else nullcontext():
                 loss.backward()
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected)
+        assert expected.norm() > 0
+
+
+def test_a_checkpoint_around_the_model():
+    model = tiny_model("llava-llama").requires_grad_(False)
+    inputs, adapter, found = tiny_inputs(model), random_shift(model), []
+
+    def loss_of(**given):
+        return model(**given, use_cache=False).logits.square().sum()
+
+    for form in (loss_of, functools.partial(checkpoint, loss_of, use_reentrant=False)):
+        adapter.zero_grad()
+        with mk.attach(model, adapter, tokens="last"):
+            form(**inputs).backward()
+        found.append([x.grad.clone() for x in adapter.parameters()])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+# Which prompt a pass belongs to ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", ["prompt", "generated", "last"])
+def test_generation_goes_on_after_a_cache(tokens):
+    """With the whole sequence, or the new tokens alone: an earlier turn is of the prompt."""
+    model = model_of("llava-llama")
+    adapter, inputs = random_shift(model), text_inputs(model, batch=1)
+    results = []
+    for given in (slice(None), slice(8, None)):
+        cache = DynamicCache(config=model.config)
+        with mk.attach(model, adapter, tokens=tokens) as handle:
+            with torch.no_grad(), handle.disabled():
+                model(input_ids=inputs["input_ids"][:, :8], past_key_values=cache, use_cache=True)
+            turn = {**inputs, "input_ids": inputs["input_ids"][:, given], "past_key_values": cache}
+            results.append(generated(model, turn)[:2])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def recorded(handle, act):
+    """What was chosen in every pass of ``act()``."""
+    found = []
+    hook = handle.anchors[0].layer.register_forward_pre_hook(
+        lambda *_: found.append(handle._state.selection.current.chosen.tolist())
+    )
+    try:
+        act()
+    finally:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def test_each_cache_has_its_prompt():
+    """Two conversations in turn; and a prompt of guidance's within generate()."""
+    model = model_of("llava-llama")
+    ids = text_inputs(model, batch=1)["input_ids"]
+
+    def in_turn():
+        caches = [model(input_ids=ids[:, :n], use_cache=True).past_key_values for n in (4, 9)]
+        for cache in (*caches, *caches):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+
+    def guided():
+        model.generate(
+            input_ids=ids, guidance_scale=2.0, negative_prompt_ids=ids[:, :3], max_new_tokens=3,
+            min_new_tokens=3, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+
+    with mk.attach(model, random_shift(model), tokens="generated") as handle:
+        assert recorded(handle, in_turn) == [[[False] * 4], [[False] * 9], *[[[True]]] * 4]
+        assert recorded(handle, guided)[:4] == [[[False] * 12], [[False] * 3], [[True]], [[True]]]
+        with handle.tokens("last"):
+            assert recorded(handle, guided)[1] == [[False, False, True]]
+        with handle.disabled():
+            cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+        with pytest.raises(RuntimeError, match="read without tokens"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_arguments_by_position():
+    model = model_of("llava-llama")
+    inputs = text_inputs(model)
+    mask = inputs["attention_mask"].flip(-1)
+    with mk.attach(model, random_shift(model), tokens="last"):
+        expected = model.model(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+        actual = model.model(inputs["input_ids"], None, mask).last_hidden_state
+    assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_dropped():
+    model = model_of("llava-llama")
+    ids = text_inputs(model)["input_ids"]
+    with mk.attach(model, random_shift(model), tokens="all"):
+        found = []
+        for keep in (slice(None), [0, 2]):
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            if keep == [0, 2]:
+                cache.batch_select_indices(torch.tensor(keep))
+            found.append(model(input_ids=ids[keep, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(found[0][[0, 2]], found[1])
+
+
+def test_blip2_generates():
+    """Its ``generate`` is that of the language model, which has no ids."""
+    model = model_of("blip2")
+    inputs, adapter = tiny_inputs(model), random_shift(model)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with mk.attach(model, adapter) as handle:
+        expected = model.generate(**inputs, **options)
+        with handle.tokens("all"):
+            assert torch.equal(model.generate(**inputs, **options), expected)
+        with handle.tokens("generated"):
+            found = recorded(handle, lambda: model.generate(**inputs, **options))
+    T = inputs["input_ids"].shape[1]
+    assert found == [[[False] * T] * 2, *[[[True]] * 2] * 3]
+
+
+# What users do beside ------------------------------------------------------------------------------------
+
+
+def test_a_mask_is_copied():
+    model, mask = tiny_model("llava-llama"), random_mask(2)
+    inputs = tiny_inputs(model)
+    with mk.attach(model, random_shift(model), tokens=mask):
+        expected = logits(model, inputs)
+        mask.fill_(False)
+        assert torch.equal(logits(model, inputs), expected)
+
+
+def test_after_an_error_of_the_model():
+    model = tiny_model("llava-llama")
+    with mk.attach(model, random_shift(model), tokens="prompt"):
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[10**6]]))
+        with pytest.raises(RuntimeError, match="was called by itself"):
+            model.base_model.language_model(inputs_embeds=torch.zeros(1, 1, 32))
+
+
+def test_a_generate_of_the_users_own():
+    model = tiny_model("llava-llama")
+    calls, inputs = [], text_inputs(model)
+
+    def generate(*args, **kwargs):
+        calls.append(None)
+        return type(model).generate(model, *args, **kwargs)
+
+    model.generate = generate
+    with mk.attach(model, random_shift(model), tokens="generated"):
+        expected = generated(model, inputs)[1]
+        assert torch.equal(generated(model, inputs, use_cache=False)[1].argmax(-1), expected.argmax(-1))
+        assert inspect.signature(model.generate) == inspect.signature(type(model).generate)
+    assert len(calls) == 2 and model.generate is generate
+
+
+def test_models_without_images():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="names no ids of images"):
+        mk.attach(model, random_shift(model), tokens="image")
+    assert mk.handle_of(model) is None

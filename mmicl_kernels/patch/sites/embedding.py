@@ -13,7 +13,7 @@ from mmicl_kernels.methods.sites import FusedTokens
 from mmicl_kernels.models.anchors import compute_device, family_of
 from mmicl_kernels.models.tokens import named_ids, special_ids, visual_tokens
 from mmicl_kernels.ops import prefix_splice_
-from mmicl_kernels.patch.sites.hooks import ForwardHook
+from mmicl_kernels.patch.sites.hooks import ForwardHook, argument_names
 from mmicl_kernels.patch.sites.layout import Plan, grow, lay_out
 from mmicl_kernels.patch.state import State
 from mmicl_kernels.store import DemonstrationBank
@@ -54,6 +54,7 @@ class EmbeddingHook(ForwardHook):
         self.prefix: Prefix | None = None
         self._cached: int | Tensor = 0  # tokens; of a static cache a tensor
         self._calls: RemovableHandle | None = None
+        self._names = argument_names(state.model.base_model)
 
     def install(self) -> None:
         super().install()
@@ -68,7 +69,8 @@ class EmbeddingHook(ForwardHook):
             self._calls.remove()
             self._calls = None
 
-    def _count_cached(self, model: nn.Module, args: tuple, inputs: dict[str, object]) -> None:
+    def _count_cached(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         if self.prefix is not None and isinstance(ids, Tensor) and ids.shape[-1] > 1:
             self._cached = 0 if cache is None else cache.get_seq_length()

@@ -1,5 +1,6 @@
 """Forward hooks that come first, that compiled models see, and that leave nothing behind."""
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ class ForwardHook:
     Subclasses are called as ``hook(module, args, output)``, or if they come ``before`` it as
     ``hook(module, args, kwargs)``.
     """
+
+    always_call = False  # also when the module raised an error
 
     def __init__(self, module: nn.Module, *, before: bool = False) -> None:
         self.module, self._comes_before = module, before
@@ -28,7 +31,7 @@ class ForwardHook:
         if self._comes_before:
             self._hook = self.module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
         else:
-            self._hook = self.module.register_forward_hook(self, prepend=True)
+            self._hook = self.module.register_forward_hook(self, prepend=True, always_call=self.always_call)
         # A graph compiled before would run on without the hook: torch.compile does not look for new
         # hooks, but it does look for a `forward` of the instance's own.
         if "forward" not in vars(self.module):
@@ -44,3 +47,8 @@ class ForwardHook:
         if self._mark is not None and vars(self.module).get("forward") is self._mark:
             del self.module.forward
         self._mark = None
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Of ``module.forward``, for what a hook gets by position."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]

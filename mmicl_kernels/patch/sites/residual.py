@@ -11,6 +11,7 @@ from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.ops import residual_shift
 from mmicl_kernels.patch.sites.hooks import ForwardHook
 from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
+from mmicl_kernels.patch.sites.selection import is_backward
 from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
 
@@ -95,23 +96,27 @@ class LayerShift(SlotStack):
 class PromptShift(LayerShift):
     """Two vectors at the first layer's input, for two kinds of a prompt's tokens.
 
-    A layer that a backward pass runs again gets the tensor that it got before, by which the tokens are known.
+    A layer that a backward pass runs again gets the tensor that it got before, by which the tokens are known:
+    objectives may make several passes.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._entries_before: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._entries_before = WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_entries_before": WeakTensorKeyDictionary()}
+        return {name: x for name, x in vars(self).items() if name != "_entries_before"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _entries_before=WeakTensorKeyDictionary())
 
     def __call__(self, x: Tensor) -> Tensor:
         state = self._state
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             ids, strengths = self._entries(x)
         else:
             refuse_reentrant_checkpointing(state.model, self._anchor)
-            if x not in self._entries_before:
+            if state.selection.is_running or not is_backward():
                 self._entries_before[x] = self._entries(x)
             ids, strengths = self._entries_before[x]
         if self._rows.ids is None:

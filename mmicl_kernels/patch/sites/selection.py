@@ -1,13 +1,17 @@
 """Which tokens of a forward pass the adapters act on: hooks of the whole model that say so to every site."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mmicl_kernels.models.anchors import Anchor, family_of
 from mmicl_kernels.models.tokens import special_ids, visual_ids
-from mmicl_kernels.patch.sites.hooks import ForwardHook
+from mmicl_kernels.patch.sites.hooks import ForwardHook, argument_names
+from mmicl_kernels.patch.sites.passes import Pass, Prompt, read_prompt
 from mmicl_kernels.patch.slots import for_batch
 
 # A token is generated; text or image of the prompt; or one of these as the prompt's last token.
@@ -25,62 +29,79 @@ NEED_IDS = ("text", "image")
 class TokenSelection(ForwardHook):
     """The tokens that ``Handle.tokens`` names, found anew in every forward pass of ``model``.
 
-    ``chosen`` are those of the last pass, bool ``[B, T]``. Where ``tokens`` is None all are, and nothing is
-    in the model. A prompt is what ``generate`` is given, elsewhere what a pass with an empty cache sees. What
-    differs between prompts and names is in tensors, which are not read: compiled graphs fit them all.
+    ``current`` is the last pass. Where ``tokens`` is None all tokens are chosen. A prompt is what
+    ``generate`` is given, elsewhere what a pass with an empty cache sees; the cache keeps it. What differs
+    between prompts and names is in tensors, which are not read: compiled graphs fit them all.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__(model.base_model)
-        self._model, self._device = model, device
-        self._visual = torch.tensor(visual_ids(model), dtype=torch.long, device=device)
+    always_call = True
+
+    def __init__(self, model: nn.Module, anchors: list[Anchor], device: torch.device) -> None:
+        reads = family_of(model).reads
+        super().__init__(model.get_submodule(reads) if reads else model.base_model)
+        self._model, self._device, self._names = model, device, argument_names(self.module)
+        self._shares_kv = any(anchor.decoder.shares_kv for anchor in anchors)
+        self._visual = self._ids(visual_ids(model))
+        self._begins = self._ids(special_ids(model.config.get_text_config(), "bos_token_id"))
         self._roles = torch.ones(len(CHOSEN_ROLES["all"]), dtype=torch.bool, device=device)
-        bos = special_ids(model.config.get_text_config(), "bos_token_id")
-        self._bos = torch.tensor(bos, dtype=torch.long, device=device)
         self._before: RemovableHandle | None = None
         self.tokens: str | Tensor | None = None
         self._needs_ids, self._mask = False, None  # of ``tokens``, which compiled graphs must not depend on
-        self.is_on, self.is_generating, self._is_running = False, False, False
-        self.chosen: Tensor | None = None
-        self._length, self._last = (torch.zeros(n, dtype=torch.long, device=device) for n in ((), 1))
-        self._from_end = torch.zeros(1, 1, dtype=torch.long, device=device)  # counts a prompt's own tokens
-        self._columns: Tensor | None = None
+        self.is_on = self.is_installed = self.is_running = self.is_generating = False
+        self.current: Pass | None = None
+        self._given: Prompt | None = None  # to ``generate``, and not to a cache yet
+
+    def _ids(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self._device)
 
     # Inference tensors could not be changed again outside of inference mode.
     @torch.inference_mode(False)
     def choose(self, tokens: str | Tensor | None) -> None:
         """Raises TypeError, ValueError as ``Handle.tokens``; None is all, and takes the hooks away."""
         check_tokens(tokens)
-        self.tokens, self.is_on, self.chosen, self._columns = tokens, tokens is not None, None, None
-        self._mask = tokens.to(self._device) if isinstance(tokens, Tensor) else None
-        self._needs_ids = isinstance(tokens, str) and tokens in NEED_IDS
+        if isinstance(tokens, str) and tokens == "image" and not len(self._visual):
+            raise ValueError(
+                f"tokens is 'image', expected another: the configuration of the {type(self._model).__name__} "
+                "names no ids of images"
+            )
+        mask = tokens.to(self._device, copy=True) if isinstance(tokens, Tensor) else None
         if isinstance(tokens, str):
             self._roles.copy_(torch.tensor(CHOSEN_ROLES[tokens]))
+        self.tokens, self._mask, self.is_on = tokens if mask is None else mask, mask, tokens is not None
+        self._needs_ids = isinstance(tokens, str) and tokens in NEED_IDS
 
     def install(self) -> None:
         super().install()
-        if self._before is None:
-            self._before = self.module.register_forward_pre_hook(self._find, with_kwargs=True)
-        if "generate" not in vars(self._model) and hasattr(self._model, "generate"):
-            self._model.generate = GenerateCall(self._model, self)
+        if self.is_installed:
+            return
+        self.is_installed = True
+        self._before = self.module.register_forward_pre_hook(self._find, with_kwargs=True)
+        if hasattr(self._model, "generate"):
+            self._model.generate = GenerateCall(self._model, self, vars(self._model).get("generate"))
 
     def remove(self) -> None:
         super().remove()
-        if self._before is not None:
-            self._before.remove()
-            self._before = None
-        if isinstance(vars(self._model).get("generate"), GenerateCall):
-            del self._model.generate
+        if not self.is_installed:
+            return
+        self.is_installed = False
+        self._before.remove()
+        self._before = self.current = None
+        call = vars(self._model).get("generate")
+        if isinstance(call, GenerateCall):
+            call.restore()
 
     def of(self, x: Tensor) -> Tensor | None:
         """Which tokens of ``x [B, T, ...]`` are chosen, bool ``[B, T]``; None for all.
 
         Raises RuntimeError: the model itself was not called, and cannot say which tokens these are.
         """
-        if not self.is_on:
+        chosen = self._known().chosen if self.is_installed else None
+        if chosen is None:
             return None
-        self._check_known()
-        return self.chosen.to(x.device).reshape(x.shape[:2])  # mixtures of experts return them in one row
+        chosen = chosen.to(x.device)
+        if self._shares_kv and x.shape[0] == len(chosen):
+            chosen = chosen[:, -x.shape[1] :]  # layers that read others' keys may see the last tokens alone
+        return chosen.reshape(x.shape[:2])  # mixtures of experts return them in one row
 
     def slots(self, x: Tensor, readout: int) -> tuple[Tensor, Tensor]:
         """Of the tokens of ``x [B, T, C]`` their slots and ``1 / sqrt`` of how many a prompt has there.
@@ -89,126 +110,154 @@ class TokenSelection(ForwardHook):
         text, padding, what a mask leaves out, generated tokens. Both ``[B, T]``, int32 and fp32. Raises as
         :meth:`of`.
         """
-        self._check_known()
-        B, T = x.shape[:2]
-        from_end, L = for_batch(self._from_end, B, "tokens()"), self._from_end.shape[1]
-        place = from_end[:, self._columns.clamp(max=L - 1)] * (self._columns < L)
+        columns, prompt, chosen = self._known()
+        from_end, L = for_batch(prompt.from_end, x.shape[0], "tokens()"), prompt.from_end.shape[1]
+        place = from_end[:, columns.clamp(max=L - 1)] * (columns < L)
         slot = torch.where(place > readout, 1, torch.where(place > 0, 0, -1))
         count = from_end.amax(1, keepdim=True)
         count = torch.where(slot == 1, count - readout, count.clamp(max=readout)).clamp(min=1)
-        chosen = self.of(x)
         slot = slot if chosen is None else slot.where(chosen, -1)
         return slot.int().to(x.device), count.float().rsqrt().to(x.device)
 
-    def _check_known(self) -> None:
-        # A backward pass may repeat parts of the last forward pass.
-        known = torch.compiler.is_compiling() or self._is_running or torch._C._current_graph_task_id() != -1
-        if self._columns is None or not known:
+    def _known(self) -> Pass:
+        known = torch.compiler.is_compiling() or self.is_running or is_backward()
+        if self.current is None or not known:
             raise RuntimeError(
                 f"a part of the {type(self._model).__name__} was called by itself, expected a call of the "
                 f"whole: which tokens these are is not known, and tokens() is {_described(self.tokens)}"
             )
+        return self.current
 
-    def begin(
-        self, first: int | Tensor, ids: Tensor | None, T: int, attention_mask: object
-    ) -> None:  # fmt: skip
-        """The next T tokens, ``ids`` if they are known, are the prompt if the cache before them is empty,
-        ``first == 0``."""
-        if isinstance(first, int) and first > 0:
-            return
+    def read(self, ids: Tensor | None, T: int, attention_mask: object) -> Prompt:
+        """The prompt that T tokens are. Raises ValueError: a mask is shorter."""
         if self._mask is not None and self._mask.shape[1] < T:
             raise ValueError(
                 f"tokens() is a mask {list(self._mask.shape)}, expected one of at least {T} columns, the "
                 "prompt's"
             )
-        length, last = torch.full_like(self._length, T), _last_columns(attention_mask, T).to(self._device)
-        if isinstance(first, Tensor):
-            length = torch.where(first == 0, length, self._length)
-            last = torch.where(first == 0, last, self._last)
-        self._length, self._last = length, last
-        if isinstance(first, int) or T > 1:
-            self._from_end = self._counted(ids, T, attention_mask)
+        counted = self._mask
+        if counted is not None and ids is not None:
+            counted = for_batch(counted, len(ids), "tokens()")
+        return read_prompt(ids, T, attention_mask, counted, self._begins)
 
-    def _find(self, module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
-        ids = inputs.get("input_ids", args[0] if args else None)
-        embeddings = inputs.get("inputs_embeds")
+    @torch.inference_mode(False)
+    def expect(self, prompt: Prompt | None) -> None:
+        """``generate`` begins with a prompt, or ends."""
+        self._given, self.is_generating = prompt, prompt is not None
+
+    def _find(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         (B, T), cache = (embeddings if ids is None else ids).shape[:2], inputs.get("past_key_values")
         first = 0 if cache is None else cache.get_seq_length()
         if isinstance(first, Tensor):
             first = first.to(self._device)
-        if not self.is_generating:
-            self.begin(first, ids, T, inputs.get("attention_mask"))
-        self._columns = columns = first + torch.arange(T, device=self._device)
-        if not self.is_on:
-            self.chosen = None
-        elif self._mask is not None:
-            self.chosen = self._of_mask(self._mask, columns, B)
-        else:
-            self.chosen = self._roles[self._role_of(ids, columns, B)]
-        self._is_running = True
+        prompt = self._prompt(cache, first, ids, T, inputs.get("attention_mask"))
+        columns, chosen = first + torch.arange(T, device=self._device), None
+        if self._mask is not None:
+            L = self._mask.shape[1]
+            mask = for_batch(self._mask, B, "tokens()")
+            chosen = mask[:, columns.clamp(max=L - 1)] & (columns < L)
+        elif self.is_on:
+            chosen = self._roles[self._role_of(ids, columns, prompt, B)]
+        self.current, self.is_running = Pass(columns, prompt, chosen), True
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._is_running = False
+        self.is_running = False
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.current is not None:  # a model may have made it itself
+            cache.mmicl_prompt = self.current.prompt
 
-    def _counted(self, ids: Tensor | None, T: int, attention_mask: object) -> Tensor:
-        """Of each of a prompt's tokens how many follow it up to the last, itself included; of others 0."""
-        own = torch.ones(1 if ids is None else len(ids), T, dtype=torch.bool, device=self._device)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            own = own & attention_mask[:, :T].bool().to(self._device)
-        if self._mask is not None:
-            own = own & for_batch(self._mask, len(own), "tokens()")[:, :T]
-        if ids is not None:
-            begins = (ids.to(self._device)[..., None] == self._bos).any(-1)
-            own = own & ~(begins & (own.cumsum(-1) == 1))
-        return own.int().flip(-1).cumsum(-1).flip(-1) * own
+    def _prompt(
+        self, cache: Any, first: int | Tensor, ids: Tensor | None, T: int, attention_mask: object
+    ) -> Prompt:  # fmt: skip
+        """Of T tokens behind ``first`` cached ones: the prompt that they begin, or that of their cache."""
+        if self._given is not None:
+            prompt = self._given
+            if cache is not None:  # a cache of a second model call within ``generate`` has another prompt
+                cache.mmicl_prompt, self._given = prompt, None
+            return prompt
+        known = getattr(cache, "mmicl_prompt", None)
+        if known is not None and (self.is_generating or (isinstance(first, int) and first > 0)):
+            return known
+        if isinstance(first, int) and first > 0 and self._mask is None:
+            raise RuntimeError(
+                f"the cache has {first} tokens that were read without tokens(), expected an empty one or a "
+                "mask: where their prompt ends is not known"
+            )
+        prompt = self.read(ids, T, attention_mask)
+        if isinstance(first, Tensor) and known is not None:
+            prompt = prompt.unless(first == 0, known, T)
+        if cache is not None:
+            cache.mmicl_prompt = prompt
+        return prompt
 
-    def _of_mask(self, mask: Tensor, columns: Tensor, B: int) -> Tensor:
-        L = mask.shape[1]
-        return for_batch(mask, B, "tokens()")[:, columns.clamp(max=L - 1)] & (columns < L)
-
-    def _role_of(self, ids: Tensor | None, columns: Tensor, B: int) -> Tensor:
+    def _role_of(self, ids: Tensor | None, columns: Tensor, prompt: Prompt, B: int) -> Tensor:
         """Of each token its place in ``CHOSEN_ROLES``."""
-        prompt = (columns < self._length).expand(B, -1)
-        image = torch.zeros_like(prompt)
+        inside = (columns < prompt.length).expand(B, -1)
+        image = torch.zeros_like(inside)
         if ids is not None:
-            image = prompt & (ids.to(self._device)[..., None] == self._visual).any(-1)
+            image = inside & (ids.to(self._device)[..., None] == self._visual).any(-1)
         elif self._needs_ids:
             raise ValueError(
                 f"tokens() is {self.tokens!r} and the model was given inputs_embeds, expected input_ids or a "
                 "mask: embeddings do not say which of them are images"
             )
-        last = columns == for_batch(self._last, B, "tokens()")[:, None]
-        return prompt.int() + image.int() + 2 * last.int()
+        if B % len(prompt.last) == 0:
+            last = columns == for_batch(prompt.last, B)[:, None]
+        else:  # rows of the cache were dropped since; no prompt is read then
+            last = torch.zeros_like(inside)
+        return inside.int() + image.int() + 2 * last.int()
 
 
 class GenerateCall:
     """``model.generate``, which says what the prompt is before it is read in pieces, or guesses are."""
 
-    def __init__(self, model: nn.Module, selection: TokenSelection) -> None:
-        self._model, self._selection = model, selection
+    def __init__(self, model: nn.Module, selection: TokenSelection, own: Callable[..., Any] | None) -> None:
+        """``own``: what the instance had in its place, if anything."""
+        self.__setstate__({"_model": model, "_selection": selection, "_own": own})
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("_model", "_selection", "_own")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        functools.update_wrapper(self, type(state["_model"]).generate)
+        self.__dict__.update(state)
+
+    def restore(self) -> None:
+        if self._own is None:
+            del self._model.generate
+        else:
+            self._model.generate = self._own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        generate, selection = type(self._model).generate, self._selection
-        prompt = next((x for x in (*_prompts(kwargs), *args[:1]) if x is not None), None)
-        if prompt is None or selection.is_generating:  # a model may be its own assistant
-            return generate(self._model, *args, **kwargs)
-        ids = None if prompt.is_floating_point() else prompt
-        selection.begin(0, ids, prompt.shape[1], kwargs.get("attention_mask"))
-        selection.is_generating = True
+        selection = self._selection
+        generate = self._own or functools.partial(type(self._model).generate, self._model)
+        named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
+        prompt = next((x for x in (*named, *args[:1]) if x is not None), None)
+        if not isinstance(prompt, Tensor) or selection.is_generating:  # a model may be its own assistant
+            return generate(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        T = prompt.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            T = max(T, mask.shape[1])  # of a cache's tokens too, where the ids are the new ones alone
+        is_whole = prompt.shape[1] == T and not prompt.is_floating_point()
+        selection.expect(selection.read(prompt if is_whole else None, T, mask))
         try:
-            return generate(self._model, *args, **kwargs)
+            return generate(*args, **kwargs)
         finally:
-            selection.is_generating = False
+            selection.expect(None)
 
 
-def _prompts(inputs: dict[str, Any]) -> list[Tensor | None]:
-    return [inputs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
+def is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def check_tokens(tokens: object) -> None:
     """Raise TypeError or ValueError unless they are a name or a mask, or None."""
     if isinstance(tokens, Tensor):
-        if tokens.dtype != torch.bool or tokens.dim() != 2 or tokens.numel() == 0:
+        usable = tokens.layout == torch.strided and tokens.device.type != "meta"
+        if not usable or tokens.dtype != torch.bool or tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens is {_described(tokens)}, expected a name or bool [rows, columns]")
     elif not isinstance(tokens, str | None):
         raise TypeError(f"tokens is {tokens!r}, expected a name or a bool tensor")
@@ -217,11 +266,6 @@ def check_tokens(tokens: object) -> None:
 
 
 def _described(tokens: str | Tensor | None) -> str:
-    return repr(tokens) if isinstance(tokens, str | None) else f"{tokens.dtype} {list(tokens.shape)}"
-
-
-def _last_columns(attention_mask: object, T: int) -> Tensor:
-    """The last column that a mask ``[B, S]`` shows of the first T; T - 1 where there is no such mask."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return torch.tensor([T - 1])
-    return T - 1 - attention_mask[:, :T].flip(-1).int().argmax(-1)
+    if isinstance(tokens, str | None):
+        return repr(tokens)
+    return f"{tokens.dtype} {list(tokens.shape)}, {tokens.layout}, on {tokens.device}"
