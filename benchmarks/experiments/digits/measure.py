@@ -41,6 +41,7 @@ class Setting:
 # Demonstrations do not teach this model "mixed", so there is no teacher to follow there: answers only.
 TAUGHT = replace(RECIPE, shots=16)
 MANY = replace(RECIPE, shots=64, shots_per_pass=16)
+STAVE_RATE = 2e-2  # of 5e-3, 2e-2 on validation scans
 SYNERGY = mk.M2IVConfig(synergy_weight=0.1, synergy_of="token")
 UNTAUGHT = {"recipe": replace(RECIPE, steps=1000, shots=1), "tasks": ("mixed",)}
 SETTINGS = {
@@ -49,6 +50,7 @@ SETTINGS = {
     "m2iv": Setting("M2IV", SYNERGY, TAUGHT),
     "hificl": Setting("HiFICL", mk.HiFICLConfig(), replace(RECIPE, shots=0)),
     "prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), replace(RECIPE, shots=0)),
+    "stave": Setting("STAVE", mk.STAVEConfig(), replace(RECIPE, shots=4, learning_rate=STAVE_RATE)),
     "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", SYNERGY, MANY),
     "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
     "mixed-m2iv-synergy": Setting(
@@ -59,6 +61,12 @@ SETTINGS = {
     ),
     "mixed-mimic": Setting("MimIC", mk.MimICConfig(align_weight=0, ce_weight=1), **UNTAUGHT),
     "mixed-hificl": Setting("HiFICL", mk.HiFICLConfig(), **UNTAUGHT),
+    "mixed-stave": Setting(
+        "STAVE",
+        mk.STAVEConfig(demonstrations_weight=0),
+        replace(UNTAUGHT["recipe"], learning_rate=STAVE_RATE),
+        UNTAUGHT["tasks"],
+    ),
     "mixed-prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), **UNTAUGHT),
 }
 
