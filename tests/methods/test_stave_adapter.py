@@ -107,3 +107,17 @@ def test_checkpointing():
             found.append(next(adapter.parameters()).grad.clone())
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
     assert not torch.equal(found[0], found[2])
+
+
+def test_a_library_adds_them_up(tmp_path):
+    model = tiny_model("llava-llama")
+    adapters = {
+        name: random_shift(model, mk.STAVEConfig(readout=2), seed=seed) for seed, name in enumerate("ab")
+    }
+    library = mk.VLibrary(tmp_path)
+    for name, adapter in adapters.items():
+        library.put(name, adapter)
+    combined = library.combine({"a": 0.5, "b": -2.0})
+    one, other = (next(x.parameters()) for x in adapters.values())
+    assert torch.equal(next(combined.parameters()), 0.5 * one - 2.0 * other)
+    assert combined.config == mk.STAVEConfig(readout=2)

@@ -50,7 +50,7 @@ SETTINGS = {
     "m2iv": Setting("M2IV", SYNERGY, TAUGHT),
     "hificl": Setting("HiFICL", mk.HiFICLConfig(), replace(RECIPE, shots=0)),
     "prompt_tuning": Setting("Prompt tuning", mk.PromptTuningConfig(), replace(RECIPE, shots=0)),
-    "stave": Setting("STAVE", mk.STAVEConfig(), replace(RECIPE, shots=4, learning_rate=STAVE_RATE)),
+    "stave": Setting("STAVE", mk.STAVEConfig(), replace(RECIPE, shots=1, learning_rate=STAVE_RATE)),
     "m2iv-64": Setting("M2IV, teacher of 64 in 4 passes", SYNERGY, MANY),
     "mixed-live": Setting("LIVE", mk.LIVEConfig(kl_weight=0, ce_weight=1), **UNTAUGHT),
     "mixed-m2iv-synergy": Setting(

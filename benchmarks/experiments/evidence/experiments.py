@@ -42,7 +42,7 @@ TAUGHT_TASKS = ("past", "feeling")
 # A task, and those that AIM's projection learns instead.
 HELD_OUT: Mapping[str, str] = {"kind": "colour + feeling + past", "colour": "kind + feeling + past"}
 LIMITS = (*RENAMED, LAST_LETTER)
-BESIDE = ("MimIC", CONTROL, "M2IV", "LIVE", HIFICL, PROMPT, LORA)
+BESIDE = ("MimIC", CONTROL, PULL, "M2IV", "LIVE", HIFICL, PROMPT, LORA)
 
 COUNTS = (4, 16, 64)
 EFFICIENCY_TASKS = ("past", "feeling", "kind")
