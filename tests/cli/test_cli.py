@@ -89,7 +89,7 @@ def test_quick_demo_writes_table_and_plot(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
     shots = [f"{n}-shot" for n in (1, 4, 8, 16)]
-    vectors = ["MimIC, published", "MimIC, ours", "LIVE", "M2IV", "M2IV + style"]
+    vectors = ["MimIC, published", "MimIC, ours", "LIVE", "M2IV", "Prompt tuning", "M2IV + style"]
     assert list(rows) == ["zero-shot", *shots, *vectors, *(f"AIM, {x}" for x in shots)]
     assert rows["AIM, 8-shot"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"] + 8 * 2
     assert rows["MimIC, ours"]["prompt_tokens"] == rows["zero-shot"]["prompt_tokens"]

@@ -108,6 +108,18 @@ def test_queries_that_see_no_key(normalizer, impl, device):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("keys", "prefix"), (((2, 5), False), ((4, 33), True)), ids=str)
+def test_nan_in_a_query_that_sees_no_key(keys, prefix, impl, device):
+    """Padding on the left may hold anything: it stays 0 beside virtual keys."""
+    inputs = shifted_attention_inputs(virtual=keys, device=device)
+    options = {"causal": True, "kv_start": ints(0, 9).to(device), "prefix": prefix}
+    clean = shifted_attention(*inputs, **options, return_lse=True, impl=impl)
+    inputs[0][1, :, :9] = torch.nan
+    out, lse = shifted_attention(*inputs, **options, return_lse=True, impl=impl)
+    assert not out[1, :, :9].any() and (lse[1, :, :9] == -torch.inf).all()
+    assert torch.equal(out, clean[0]) and torch.equal(lse, clean[1])
+
+
 @pytest.mark.parametrize("mask_dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_finite_masks_leave_a_uniform_row(mask_dtype, impl, device):
     """HuggingFace's float masks: in a row of finfo.min scores vanish in rounding, all keys count the same."""

@@ -153,7 +153,7 @@ def attend(
     b_out *= tl.where(m_shifted & m_prefix, b_rest, 1.0)[:, None]
     for i_n in range(0, KEYS, BK):
         b_g = logits(x, m_x, weight, bias, o_first, m_a, i_n, KEYS, BK, D, BD)
-        b_p = mass(b_g, b_m, b_unit)
+        b_p = tl.where(m_shifted[:, None], mass(b_g, b_m, b_unit), 0.0)  # q of a row without keys may be NaN
         b_out = add_values(b_out, b_p, shift, o_first, m_a, i_n, KEYS, BK, D, BD)
     return b_out, m_shifted
 

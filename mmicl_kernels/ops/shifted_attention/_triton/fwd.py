@@ -142,11 +142,10 @@ def _finish(
         i_of = i_x if PER_QUERY else i_b
         i_a = adapters(adapter_ids, s_ids, s_ids_t, i_of, row_q + o_t, m_t, PER_QUERY)
         o_first = first_key(i_a, o_h, H, SHARE, KEYS)
-        b_mixed, m_shifted = attend(
+        b_out, _ = attend(
             b_out, x, m_t, b_gate_lse, weight, bias, shift, o_first, i_a >= 0,
             is_prefix(prefix, s_prefix, i_a), KEYS, BK, D, BD,
         )  # fmt: skip
-        b_out = tl.where(m_shifted[:, None], b_mixed, b_out)
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
     o_lse = (i_x * H + o_h) * N + row_q + o_t
     tl.store(lse + o_lse, b_lse, mask=m_t)
