@@ -151,8 +151,8 @@ def variants_of(row):
 
 
 def cases():
-    """All variants where the table is made (UPDATE_REGISTERS=1). Else, as the digest speaks for the others, the
-    first of rows that models use, of which those of sm_90 are quick."""
+    """All variants where the table is made (UPDATE_REGISTERS=1). Else, as the digest speaks for the others,
+    the first of rows that models use, of which those of sm_90 are quick."""
     for row in ROWS:
         _, _, generation, itemsize, BD = row
         names = variants_of(row)
