@@ -61,7 +61,7 @@ class Arm:
 CONTROL, PULL, SHUFFLED = "answers alone", "pull to zero-shot", "shuffled teacher"
 OFFICIAL, SMALL = "MimIC, mean square", "MimIC, mean square, weight 0.02"
 STATES = "MimIC, states alone"
-HIFICL, PROMPT = "HiFICL", "prompt tuning"
+HIFICL, PROMPT, STAVE = "HiFICL", "prompt tuning", "STAVE"
 ANSWERS = mk.MimICConfig(align_weight=0, ce_weight=1)
 # Of the magnitude sigmoid(q.weight + bias - lse) what is left: sigmoid(bias - lse), or 1.
 MAGNITUDES: Mapping[str, dict[str, float]] = {
@@ -81,6 +81,7 @@ ARMS: Mapping[str, Arm] = {
     "AIM": Arm(FUSED, rate=2e-2),
     HIFICL: Arm(mk.HiFICLConfig(), teacher="nothing"),
     PROMPT: Arm(mk.PromptTuningConfig(std=0.13), teacher="nothing"),
+    STAVE: Arm(mk.STAVEConfig()),
     "AIM, random projection": Arm(FUSED, held={"fuser.weight": NOISE, "fuser.bias": 0}),
     **{f"MimIC, {form}": Arm(mk.MimICConfig(), form=form) for form in FORMS},
     SMALL: Arm(mk.MimICConfig(alignment="mean_square", align_weight=0.02)),
@@ -119,7 +120,8 @@ def learn(
 ) -> Adapter:  # fmt: skip
     """An adapter for ``queries``, whose teacher has ``shots`` demonstrations of ``pool``, at most all: others
     of the queries where that is the same list. A batch shares them where there are enough; of few items each
-    has all others. Without ``steps`` it is as it begins."""
+    has all others. STAVE's gradients pass its demonstrations: each query has one of its own. Without
+    ``steps`` an adapter is as it begins."""
     examples = as_records(queries)
     shown = as_records(shuffled(pool, seed) if arm.teacher == "shuffled" else pool)
     others = len(pool) - BATCH if queries is pool else len(pool)
@@ -127,6 +129,8 @@ def learn(
     shots = 0 if arm.teacher == "nothing" else min(shots, len(pool) - (queries is pool))
     if isinstance(arm.config, mk.AIMConfig):
         collate = AggregationCollator(prompts, shown, (1, 4), draw=OfTheTask(), seed=seed)
+    elif isinstance(arm.config, mk.STAVEConfig):
+        collate = EpisodeCollator(prompts, shown, 1, seed=seed)
     else:
         collate = EpisodeCollator(prompts, shown, shots, shared_shots=shared and shots > 0, seed=seed)
     generator = torch.Generator().manual_seed(seed)

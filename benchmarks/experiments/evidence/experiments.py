@@ -8,7 +8,19 @@ from typing import Any
 
 from benchmarks.experiments.smolvl.tasks import IMAGE_TASKS, TASKS
 
-from .arms import ALIGNED, CONTROL, HIFICL, MAGNITUDES, OFFICIAL, PROMPT, PULL, SHUFFLED, SMALL, STATES
+from .arms import (
+    ALIGNED,
+    CONTROL,
+    HIFICL,
+    MAGNITUDES,
+    OFFICIAL,
+    PROMPT,
+    PULL,
+    SHUFFLED,
+    SMALL,
+    STATES,
+    STAVE,
+)
 from .runs import ICL, LORA, Run
 from .world import LAST_LETTER, RENAMED
 
@@ -20,6 +32,8 @@ STEPS = (15, 30, 60)
 GRID = (5e-3, 1e-2, 2e-2)
 TUNED = (CONTROL, PULL, "MimIC")
 TUNED_TASKS, TUNED_COUNT = ("past", "feeling"), 4
+
+STAVE_RATES = (5e-3, 2e-2, 5e-2)
 
 SYNERGIES = ("M2IV", "M2IV, no synergy", "M2IV, synergy of tokens")
 
@@ -42,6 +56,8 @@ TAUGHT_TASKS = ("past", "feeling")
 # A task, and those that AIM's projection learns instead.
 HELD_OUT: Mapping[str, str] = {"kind": "colour + feeling + past", "colour": "kind + feeling + past"}
 LIMITS = (*RENAMED, LAST_LETTER)
+METHODS = ("MimIC", CONTROL, "LIVE", "M2IV", "AIM", HIFICL, PROMPT, STAVE, LORA)
+METHODS_TASKS = ("past", "feeling", "kind")
 BESIDE = ("MimIC", CONTROL, PULL, "M2IV", "LIVE", HIFICL, PROMPT, LORA)
 
 COUNTS = (4, 16, 64)
@@ -87,6 +103,14 @@ def tuning() -> list[Run]:
     return [
         Run(task, arm, TUNED_COUNT, OTHER_SEED, steps, rate=rate, split="validation")
         for task, arm, steps, rate in product(TUNED_TASKS, TUNED, STEPS, GRID)
+    ]
+
+
+def stave() -> list[Run]:
+    """Its rate on validation items, for ``methods``."""
+    return [
+        Run(task, STAVE, None, OTHER_SEED, 100, rate=rate, split="validation")
+        for task, rate in product(TUNED_TASKS, STAVE_RATES)
     ]
 
 
@@ -149,6 +173,15 @@ def default() -> list[Run]:
     return runs
 
 
+def methods() -> list[Run]:
+    """Each method with all labelled items, beside LoRA; AIM where there are images to fuse."""
+    runs = []
+    for task, seed in product(METHODS_TASKS, SEEDS):
+        arms = [x for x in METHODS if x != "AIM" or task in IMAGE_TASKS]
+        runs += [Run(task, arm, None, seed, 100) for arm in arms] + [Run(task, ICL, None, seed)]
+    return runs
+
+
 def efficiency() -> list[Run]:
     """Accuracy against the number of labelled items."""
     runs = []
@@ -171,8 +204,10 @@ EXPERIMENTS: Mapping[str, Callable[[], list[Run]]] = {
     for f in (
         forms,
         tuning,
+        stave,
         synergies,
         default,
+        methods,
         unlabelled,
         efficiency,
         ablations,
