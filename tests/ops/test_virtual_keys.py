@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from mmicl_kernels import _extension
 from mmicl_kernels.ops import attention_shift, shifted_attention
 from mmicl_kernels.testing.budgets import assert_all_within_budget, gradients
-from mmicl_kernels.testing.inputs import normal, shifted_attention_inputs
+from mmicl_kernels.testing.inputs import attention_shift_inputs, normal, shifted_attention_inputs
 
 IMPLS = ("reference", "composed")
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias", "dshift")
@@ -182,3 +183,41 @@ def test_attention_shift_of_a_prefix_gives_the_kept_part_its_gradient():
     actual = sum(gradients(lambda *x: attention_shift(*x, prefix=True), inputs, (dout,)), ())
     names = ("out", "dout", "dlse", "dq", "dweight", "dbias", "dshift")
     assert_all_within_budget(names, actual, [expected], expected, 64)
+
+
+def gate_before(impl, q, weight, bias, lse):
+    """``mu`` of the op that had one key and no other form, as its implementations wrote it."""
+    if impl == "reference":
+        logit = (q * weight[:, :, None]).sum(-1) + bias[:, :, None]
+        return torch.nn.functional.logsigmoid(logit - lse).exp()
+    return torch.sigmoid(torch.einsum("bhtd,bhd->bht", q, weight) + bias[:, :, None] - lse)
+
+
+@impls
+@pytest.mark.parametrize("ids", (None, (1, -1)), ids=("alone", "ids"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_one_key_is_the_op_that_had_one(dtype, ids, impl, monkeypatch):
+    """Bit for bit, with the reference's gradients too."""
+    monkeypatch.setattr(_extension, "load", lambda: False)
+    out, lse, q, *parameters = attention_shift_inputs(dtype=dtype, adapters=None if ids is None else 2)
+    lse[0, 0, 3] = -torch.inf
+    dout = normal(*out.shape, dtype=dtype, seed=9)
+    which = ids and torch.tensor(ids, dtype=torch.int32)
+
+    def before(out, lse, q, weight, bias, shift):
+        active = ~torch.isinf(lse)
+        rows = [x[None] if ids is None else x[list(ids)] for x in (weight, bias, shift)]
+        if ids is not None:
+            active = active & (which >= 0)[:, None, None]
+        mu = gate_before(impl, q.to(lse.dtype), *rows[:2], lse.masked_fill(~active, 0.0))
+        shifted = out.to(lse.dtype) + mu[..., None] * rows[2][:, :, None]
+        return torch.where(active[..., None], shifted.to(out.dtype), out)
+
+    def now(*inputs):
+        return attention_shift(*inputs, adapter_ids=which, impl=impl)
+
+    inputs = (out, lse, q, *parameters)
+    first, second = (gradients(f, inputs, (dout,)) for f in (before, now))
+    assert torch.equal(first[0][0], second[0][0])
+    if impl == "reference":
+        assert all(torch.equal(x, y) for x, y in zip(first[1], second[1], strict=True))
