@@ -11,10 +11,8 @@ from torch.nn import functional as F
 from mmicl_kernels.ops.alignment_loss import alignment_loss
 from mmicl_kernels.testing.budgets import assert_all_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
-from tests.ops.triton_process import INTERPRETED
+from tests.ops.triton_process import FLOATS, INTERPRETED
 
-# Triton's interpreter rounds bf16 towards zero, everything else to nearest.
-DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
 FORMS = ("relative", "mean_square")
 
 # Rows, by name: a mask, or indices of the B * T = 26 rows, whole.
@@ -106,7 +104,7 @@ def budget(case, dtype, device):
     return states, functools.partial(loss_of, targets, rows, form), dout, lows, exact
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=IDS)
 def test_value_and_gradients(case, dtype, impl, device):
     states, fn, dout, lows, exact = budget(case, dtype, device)
@@ -226,7 +224,7 @@ def test_one_of_both_is_zero(impl):
     torch.testing.assert_close(grad[0], torch.stack([-2 * y[0] / y[0].square().sum(), 0 * y[0]]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_bounds(dtype, impl):
     """Exactly 0 where states are the targets, 2 where they are their opposites, neither with a gradient."""
     (y,), rows = make_inputs(4, dtype, columns=(72,))[1], torch.tensor([3, 25, 0, 14])
@@ -260,7 +258,7 @@ def test_no_scale_and_batches_that_are_one(impl):
 
 
 @pytest.mark.parametrize("size", (1e3, 1e4))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_attention_sinks(dtype, size, impl):
     """A state that is a thousand times its target has a loss near 1, and others their gradients.
 

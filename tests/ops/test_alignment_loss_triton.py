@@ -18,6 +18,7 @@ from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # n
 from mmicl_kernels.testing.inputs import hidden_states, normal  # noqa: E402
 from tests.ops.chosen_rows import INDICES  # noqa: E402
 from tests.ops.triton_process import (  # noqa: E402
+    CAPABILITIES,
     assert_machine_code,
     assert_passes_interpreted,
     assert_replays,
@@ -122,14 +123,15 @@ def compiled(capability, C, dtype, layout="dense", target_dtype=None):
 
 
 @compiles
-@pytest.mark.parametrize("capability", (80, 90))
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_registers_and_vector_accesses(dtype, capability):
     """Registers leave room for 24 warps on an SM of 65536; rows are touched 16 bytes at a time."""
     assert_machine_code(compiled(capability, 4096, dtype), KERNELS, 80, writes_nothing=FORWARD)
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("C", "layout", "target_dtype"),
     (

@@ -20,8 +20,10 @@ from mmicl_kernels.ops.attention_shift.kernels import virtual_keys  # noqa: E402
 from mmicl_kernels.testing.budgets import assert_base, assert_within_budget, gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import normal  # noqa: E402
-from tests.ops.test_attention_shift import DTYPES, GRID, make_inputs  # noqa: E402
-from tests.ops.triton_process import (  # noqa: E402
+from tests.ops.test_attention_shift import GRID, make_inputs  # noqa: E402
+from tests.ops.triton_process import (
+    CAPABILITIES,
+    FLOATS,  # noqa: E402
     assert_no_synchronisation,
     assert_passes_interpreted,
     assert_replays,
@@ -37,7 +39,7 @@ IN_PLACE = (
     "decode", "speculated", "less_than_a_warp", "masked_heads_last", "odd_offsets", "seen_twice", "two_sums",
     "two_sums_ids", "keys_5", "prefix_16", "keys_of_queries",
 )  # fmt: skip
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
 def inputs_of(name, dtype, device, **changes):
@@ -86,7 +88,7 @@ def test_in_place(name, device):
 
 
 @on_device
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_add_gate_grad(name, dtype, device):
     (out, lse, q), own, _ = inputs_of(name, dtype, device)
@@ -158,8 +160,8 @@ ADAPTERS = {"ids": (1, -1, 2), "adapters": 4}
 
 
 @compiles
-@pytest.mark.parametrize("capability", (80, 90))
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("sizes", ({"T": 256, **ADAPTERS}, {"T": 1}), ids=("long", "short"))
 def test_registers_and_vector_loads(sizes, dtype, capability):
     codes = compiled(capability, dtype, D=128, **sizes)
@@ -176,6 +178,7 @@ def test_registers_and_vector_loads(sizes, dtype, capability):
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
 @pytest.mark.parametrize("D", (40, 80, 256))
 def test_no_spills_at_other_head_dims(D, dtype):
@@ -184,7 +187,7 @@ def test_no_spills_at_other_head_dims(D, dtype):
 
 
 @compiles
-@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize(
     "sizes",

@@ -11,10 +11,9 @@ from mmicl_kernels import _extension
 from mmicl_kernels.ops import prefix_splice
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
-from tests.ops.triton_process import INTERPRETED
+from tests.ops.triton_process import FLOATS, INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
-DTYPES = (torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16, torch.float64)))
 LAYOUTS = ("left", "right", "packed")
 FIELDS = ("embeddings", "attention_mask", "position_ids", "cu_seqlens", "labels")
 
@@ -118,7 +117,7 @@ def embeddings_of(arguments, impl):
     return lambda bank, prompt: call(bank, prompt, **arguments, impl=impl).embeddings
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", GRID)
 def test_value_and_gradients(name, layout, dtype, operator, device):
@@ -271,7 +270,7 @@ def test_nan_stays_in_its_rows(impl):
     assert not dbank.isnan().any() and not dprompt.isnan().any() and not dprompt[~used].any()
 
 
-@pytest.mark.parametrize("dtype", [x for x in DTYPES if x.itemsize == 2], ids=str)
+@pytest.mark.parametrize("dtype", [x for x in FLOATS if x.itemsize == 2], ids=str)
 def test_uses_are_summed_in_fp32(dtype, operator, device):
     """Eight gradients of 1 beside one so large that each alone would be lost in the rounding."""
     case = {"sizes": (1,), "requests": ((0,),) * 9, "T": 1}

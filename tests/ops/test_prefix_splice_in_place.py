@@ -9,10 +9,9 @@ import torch
 from mmicl_kernels.ops import prefix_splice, prefix_splice_
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
-from tests.ops.triton_process import INTERPRETED
+from tests.ops.triton_process import FLOATS
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
-DTYPES = (torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16, torch.float64)))
 
 # As in test_prefix_splice.py, and where each request's first fused token goes.
 GRID = {
@@ -79,7 +78,7 @@ def expected_values(embeddings, bank, offsets, demo_ids, cu_demos, starts):
     return out, source
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", GRID)
 def test_value_and_gradients(name, dtype, impl, device):
     (embeddings, bank), arguments = make_inputs(name, dtype, device)

@@ -17,6 +17,7 @@ from mmicl_kernels.testing.budgets import gradients  # noqa: E402
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import normal  # noqa: E402
 from tests.ops.triton_process import (  # noqa: E402
+    CAPABILITIES,
     assert_machine_code,
     assert_passes_interpreted,
     assert_replays,
@@ -197,7 +198,7 @@ def compiled(capability, C, dtype, int8=False):
 
 
 @compiles
-@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_registers_and_vector_accesses(dtype, capability):
     """Registers leave room for 12 warps on an SM of 65536; rows are touched 16 bytes at a time."""
@@ -205,6 +206,7 @@ def test_registers_and_vector_accesses(dtype, capability):
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.parametrize(("C", "int8"), ((40, False), (3584, True), (8192, False)))
 def test_no_spills_at_other_sizes(C, int8):
     for code in compiled(90, C, torch.bfloat16, int8):

@@ -9,10 +9,7 @@ from torch.nn import functional as F
 from mmicl_kernels.ops.row_projection import row_projection
 from mmicl_kernels.testing.budgets import assert_all_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
-from tests.ops.triton_process import INTERPRETED
-
-# Triton's interpreter rounds bf16 towards zero, everything else to nearest.
-DTYPES = (torch.float64, torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
+from tests.ops.triton_process import FLOATS, INTERPRETED
 
 # Rows, by name: a mask's number of rows, or indices of the B * T = 26 rows, whole.
 ROWS = {
@@ -112,7 +109,7 @@ def budget(case, dtype, device):
     return inputs, fn, dout, lows, exact, ("out", "dhidden", "dweight", *(f"d{x}" for x in named))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=IDS)
 def test_value_and_gradients(case, dtype, impl, device):
     inputs, fn, dout, lows, exact, names = budget(case, dtype, device)

@@ -20,6 +20,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=pytest.mark.gpu)
 on_device = pytest.mark.parametrize("device", [DEVICE])
 slow_if_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
+# The interpreter rounds bf16 towards zero, everything else to nearest; and fp32 takes the way of fp64.
+FLOATS = (torch.float32, torch.float16)
+if not INTERPRETED:
+    FLOATS += (torch.bfloat16, torch.float64)
+# What is compiled for: Hopper is the one whose speed was thought about.
+CAPABILITIES = (90, pytest.param(80, marks=pytest.mark.slow))
 compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
+from benchmarks.experiments.smolvl.speed import FUSED, UNMERGED
 from benchmarks.report import fill_tables
 from mmicl_kernels.evaluation.metrics import exact_match
 
@@ -27,6 +28,9 @@ from .experiments import (
     HELD_OUT,
     LIMITS,
     MANY,
+    METHODS,
+    METHODS_TASKS,
+    STAVE_RATES,
     STEPS,
     SYNERGIES,
     TASKS,
@@ -36,12 +40,20 @@ from .experiments import (
     TUNED,
     TUNED_TASKS,
 )
-from .runs import ELSEWHERE, ICL, Run, read
+from .runs import ELSEWHERE, ICL, LORA, Run, read
 from .shares import SHARES, SHOWN
 
 PAGE = Path(__file__).parents[3] / "docs" / "evidence.md"
 PLOT = Path(__file__).with_name("efficiency.png")
+MODEL = Path(__file__).parents[2] / "results" / "cpu-amd-epyc" / "model.json"
 FEWEST_SEEDS = 3  # of an interval
+# Whose costs, and after how many demonstrations, are not those of the arm's name without any.
+TIMED: Mapping[str, tuple[str, int]] = {
+    ICL: ("plain", 8),
+    CONTROL: ("MimIC", 0),
+    "AIM": (FUSED, 8),
+    LORA: (UNMERGED, 0),
+}
 
 # By seed, 1 where the answer to a query is right and 0 else.
 Right = Mapping[int, np.ndarray]
@@ -169,6 +181,30 @@ def default_table() -> str:
         shown = [*map(accuracy, (few, many, control, mimic)), minus(mimic, control)]
         rows.append([f"`{task}`", *shown, accuracy(m2iv), minus(m2iv, few), accuracy(aim), minus(aim, few)])
     return markdown(columns, rows)
+
+
+def stave_table() -> str:
+    found = read("stave")
+    rows = [
+        [f"{rate:g}", *(accuracy(right(found, task=task, rate=rate)) for task in TUNED_TASKS)]
+        for rate in STAVE_RATES
+    ]
+    return markdown(["rate", *(f"`{task}`" for task in TUNED_TASKS)], rows)
+
+
+def methods_table() -> str:
+    """What each method is, costs and knows; a token's time beside that of the plain model in the same run."""
+    found = read("methods")
+    costs = {(row["name"], row["shots"]): row for row in json.loads(MODEL.read_text())["rows"]}
+    rows = []
+    for arm in (ICL, *METHODS):
+        own = costs[TIMED.get(arm, (arm, 0))]
+        times = f"{own['further_ms'] / costs['plain', 0]['further_ms']:.2f}"
+        cells = [f"{own['parameters']:,}", f"{own['stored_bytes']:,}", str(own["tokens"]), times]
+        each = [accuracy(right(found, task=task, arm=arm)) for task in METHODS_TASKS]
+        rows.append([arm, *cells, *each])
+    columns = ("", "parameters", "stored bytes", "prompt tokens", "time of a token, plain is 1")
+    return markdown([*columns, *(f"`{task}`" for task in METHODS_TASKS)], rows)
 
 
 def efficiency_table() -> str:
@@ -346,6 +382,8 @@ def tables() -> dict[str, str]:
         "tuning": tuning_table,
         "synergies": synergies_table,
         "default": default_table,
+        "stave": stave_table,
+        "methods": methods_table,
         "efficiency": efficiency_table,
         "unlabelled": unlabelled_table,
         "mimicry": mimicry_table,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
 from peft import get_peft_model
@@ -37,6 +38,7 @@ from .model import load_model, load_processor
 SHOTS = (0, 4, 8, 16)
 ROUNDS, FURTHER_TOKENS = 7, 8
 TOKENS_FUSED = 2  # of a demonstration of "kind": an answer of one token, and the break after it
+K = TypeVar("K")
 FUSED, UNMERGED = "AIM, fused", "LoRA, unmerged"
 CONFIGS = {
     "MimIC": mk.MimICConfig(),
@@ -56,7 +58,7 @@ class Way:
     inputs: Callable[[mk.Handle | None], dict]
 
 
-def costs(model: nn.Module, ways: Mapping[str, Way], rounds: int) -> dict[str, tuple[float, float, int]]:
+def costs(model: nn.Module, ways: Mapping[K, Way], rounds: int) -> dict[K, tuple[float, float, int]]:
     """Medians of time to first token and per further one, and peak bytes; the ways take turns, as machines
     drift."""
     first, further, peaks = ({name: [] for name in ways} for _ in range(3))
@@ -108,22 +110,23 @@ def measure(rounds: int) -> list[dict]:
         bank, ids = bank_of(model, prompts, fuser, shown, Path(folder) / "bank")
         sizes = {name: _size(x, Path(folder) / name) for name, x in {**adapters, FUSED: fuser}.items()}
         sizes |= {"plain": (0, 0), UNMERGED: _lora_size(model, Path(folder) / "lora")}
+        alone, ways = prompts.prompt([query]), {}
         for shots in SHOTS:
-            inputs, alone = prompts.prompt([query], [shown[:shots]]), prompts.prompt([query])
-            ways = {"plain": Way(nullcontext, lambda _, inputs=inputs: inputs)}
+            inputs = prompts.prompt([query], [shown[:shots]])
+            ways["plain", shots] = Way(nullcontext, lambda _, inputs=inputs: inputs)
             for name, x in adapters.items():
-                ways[name] = Way(partial(mk.attach, model, x), partial(_given, inputs))
-            ways[UNMERGED] = Way(partial(_lora, model), lambda _, inputs=inputs: inputs)
+                ways[name, shots] = Way(partial(mk.attach, model, x), partial(_given, inputs))
+            ways[UNMERGED, shots] = Way(partial(_lora, model), lambda _, inputs=inputs: inputs)
             if shots:
                 splice = partial(_spliced, alone, ids[:shots])
-                ways[FUSED] = Way(partial(mk.attach, model, fuser, bank=bank), splice)
-            for name, (first, further, peak) in costs(model, ways, rounds).items():
-                with ways[name].attached() as handle:
-                    tokens = prompt_tokens(ways[name].inputs(handle))
-                parameters, stored = sizes[name]
-                row = {"name": name, "shots": shots, "parameters": parameters, "stored_bytes": stored}
-                times = {"first_ms": first, "further_ms": further}
-                rows.append({**row, "tokens": tokens, **times, "peak_bytes": peak})
+                ways[FUSED, shots] = Way(partial(mk.attach, model, fuser, bank=bank), splice)
+        for (name, shots), (first, further, peak) in costs(model, ways, rounds).items():
+            with ways[name, shots].attached() as handle:
+                tokens = prompt_tokens(ways[name, shots].inputs(handle))
+            parameters, stored = sizes[name]
+            row = {"name": name, "shots": shots, "parameters": parameters, "stored_bytes": stored}
+            times = {"first_ms": first, "further_ms": further}
+            rows.append({**row, "tokens": tokens, **times, "peak_bytes": peak})
     return rows
 
 
