@@ -316,15 +316,15 @@ TYPICAL = (
 # Whose kernels' way others take, too, in the interpreter.
 NOT_INTERPRETED = {
     *(f"keys_{N}" for N in (1, 2, 5, 16, 64, 128)), *(f"prefix_{N}" for N in (1, 2, 8, 16, 64)),
-    "prefix_hide_inf", "prefix_hide_finite", "prefix_no_keys", "prefix_sliced", "prefix_half",
+    "prefix_hide_inf", "prefix_hide_finite", "prefix_no_keys", "prefix_sliced", "prefix_half", "prefix_bias",
+    "prefix_blind", "prefix_window",
 }  # fmt: skip
-# In the interpreter these take the kernels' way of another case, take long, or are tried in other tiles
-# (test_shifted_attention_triton.py).
+# In the interpreter these take the kernels' way of another case, or take long.
 SLOW = {
-    *TYPICAL, "long", "longer", "head_dim_72", "head_dim_80", "head_dim_128", "all_keys", "all_keys_causal",
+    "long", "longer", "head_dim_72", "head_dim_80", "head_dim_128", "all_keys", "all_keys_causal",
     "all_keys_bias_fp32", "ids_int64", "mask_0d", "hide_inf_fp32", "hide_finite_causal", "bias_fp64",
     "prefix_128", "prefix_mask", "prefix_softcap", "prefix_packed", "keys_all_keys", "keys_packed_ids",
-    "ids_of_queries",
+    "ids_of_queries", "prefix_split", "prefix_all_keys", "bias_transposed", "bias_queries", "bias_keys",
 }  # fmt: skip
 
 
