@@ -105,11 +105,12 @@ def test_quick_demo_of_the_real_model(tmp_path):
     result = mmicl("demo", "--world", "smolvl", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
-    adapted = ["MimIC", "answers-only", "LIVE", "M2IV"]
-    assert list(rows) == ["zero-shot", "4-shot", *adapted, "AIM, 4 fused"]
+    adapted = ["MimIC", "answers-only", "LIVE", "M2IV", "HiFICL", "STAVE"]
+    assert {*rows} == {"zero-shot", "4-shot", *adapted, "AIM, 4 fused", "prompt-tuning"}
     zero, four = rows["zero-shot"], rows["4-shot"]
     assert four["prompt_tokens"] > 4 * 25 + zero["prompt_tokens"]
     assert zero["prompt_tokens"] < rows["AIM, 4 fused"]["prompt_tokens"] < four["prompt_tokens"]
+    assert rows["prompt-tuning"]["prompt_tokens"] == zero["prompt_tokens"] + 20
     assert four["peak_bytes"] > zero["peak_bytes"]
     for name in adapted:
         assert rows[name]["prompt_tokens"] == zero["prompt_tokens"]

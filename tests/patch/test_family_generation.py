@@ -79,6 +79,7 @@ GRAPHS = {
     "glm4v": 1,
     "gpt_oss": 2,
 }
+COMPILED = cases(GRAPHS, ("mimic",)) + cases(("llava-llama", "gemma3"), ("m2iv", "aim"))
 
 
 def compiled(model, inputs):
@@ -86,7 +87,7 @@ def compiled(model, inputs):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name, method", cases(GRAPHS, ("mimic", "m2iv", "aim")))
+@pytest.mark.parametrize("name, method", COMPILED)
 def test_compiled(name, method):
     skip_where_unpatched_fails(name, "static cache")
     model, adapter = model_of(name), adapter_of(model_of(name), method)
@@ -101,7 +102,7 @@ def test_compiled(name, method):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", ("llava-llama", "gemma3", "qwen3_5", "gpt_oss"))
 def test_switching_rows_of_a_compiled_model(name):
     skip_where_unpatched_fails(name, "static cache")
     model = model_of(name)

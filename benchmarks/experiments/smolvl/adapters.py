@@ -55,6 +55,8 @@ SETTINGS: Mapping[str, Setting] = {
     "HiFICL": Setting(mk.HiFICLConfig(), replace(RECIPE, shots=0, shared_shots=False)),
     # Of the size of the model's embeddings.
     "prompt-tuning": Setting(mk.PromptTuningConfig(std=0.13), replace(RECIPE, shots=0, shared_shots=False)),
+    # Its gradients pass the demonstrations, which a batch cannot share then; its rate is that of words.
+    "STAVE": Setting(mk.STAVEConfig(), replace(RECIPE, shots=1, shared_shots=False, learning_rate=5e-2)),
 }
 
 
