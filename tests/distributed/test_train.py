@@ -187,7 +187,7 @@ INDEXED_CPU = transformers.__version__ < "5.23"
 
 @pytest.mark.slow
 @pytest.mark.skipif(INDEXED_CPU, reason="this version of transformers cannot resume on CPUs")
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", ("mimic", "aim"))
 def test_resumed_is_the_same(records, tmp_path, method):
     in_two_processes(check_resuming, records, tmp_path, method)
     losses = [[x["loss"] for x in log_of(tmp_path / name) if "loss" in x] for name in ("whole", "killed")]
