@@ -78,7 +78,7 @@ def test_slow_values_in_the_interpreter():
     selection = ("-m", "slow and not gpu", GRID_TESTS, __file__, *shared)
     half = "mask or bias or hide or all_keys or packed or long"
     halves = (interpreted(*selection, "-k", which) for which in (half, f"not ({half})"))
-    assert_all_pass(*halves, at_least=50)
+    assert_all_pass(*halves, at_least=20)
 
 
 # ---- what was launched, and how ----
