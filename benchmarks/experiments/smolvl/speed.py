@@ -2,7 +2,6 @@
 
 ``python -m benchmarks.experiments.smolvl.speed --out FOLDER`` writes ``model.json``: the plain model, and
 adapters of each method that were not trained, which cost the same, on prompts of 0 to 16 demonstrations.
-LoRA is as peft has it while it is not merged into the weights, and can be taken off again.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
 
@@ -29,25 +26,15 @@ from benchmarks.harness.timing import machine, peak_allocated_bytes
 from benchmarks.run import device_folder
 from mmicl_kernels.data import as_records
 from mmicl_kernels.evaluation.asking import fusing_builder
-from mmicl_kernels.methods import Adapter, AIMAdapter
+from mmicl_kernels.methods import AIMAdapter
 
 from . import tasks
-from .adapters import LORA
 from .model import load_model, load_processor
 
 SHOTS = (0, 4, 8, 16)
 ROUNDS, FURTHER_TOKENS = 7, 8
 TOKENS_FUSED = 2  # of a demonstration of "kind": an answer of one token, and the break after it
-K = TypeVar("K")
-FUSED, UNMERGED = "AIM, fused", "LoRA, unmerged"
-CONFIGS = {
-    "MimIC": mk.MimICConfig(),
-    "LIVE": mk.LIVEConfig(),
-    "M2IV": mk.M2IVConfig(),
-    "HiFICL": mk.HiFICLConfig(),
-    "prompt tuning": mk.PromptTuningConfig(),
-    "STAVE": mk.STAVEConfig(),
-}
+CONFIGS = {"MimIC": mk.MimICConfig(), "LIVE": mk.LIVEConfig(), "M2IV": mk.M2IVConfig()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Way:
     inputs: Callable[[mk.Handle | None], dict]
 
 
-def costs(model: nn.Module, ways: Mapping[K, Way], rounds: int) -> dict[K, tuple[float, float, int]]:
+def costs(model: nn.Module, ways: Mapping[str, Way], rounds: int) -> dict[str, tuple[float, float, int]]:
     """Medians of time to first token and per further one, and peak bytes; the ways take turns, as machines
     drift."""
     first, further, peaks = ({name: [] for name in ways} for _ in range(3))
@@ -108,61 +95,22 @@ def measure(rounds: int) -> list[dict]:
     with TemporaryDirectory() as folder:
         fuser = mk.create(model, mk.AIMConfig(positions="answer_end"))
         bank, ids = bank_of(model, prompts, fuser, shown, Path(folder) / "bank")
-        sizes = {name: _size(x, Path(folder) / name) for name, x in {**adapters, FUSED: fuser}.items()}
-        sizes |= {"plain": (0, 0), UNMERGED: _lora_size(model, Path(folder) / "lora")}
-        alone, ways = prompts.prompt([query]), {}
         for shots in SHOTS:
-            inputs = prompts.prompt([query], [shown[:shots]])
-            ways["plain", shots] = Way(nullcontext, lambda _, inputs=inputs: inputs)
-            for name, x in adapters.items():
-                ways[name, shots] = Way(partial(mk.attach, model, x), partial(_given, inputs))
-            ways[UNMERGED, shots] = Way(partial(_lora, model), lambda _, inputs=inputs: inputs)
+            inputs, alone = prompts.prompt([query], [shown[:shots]]), prompts.prompt([query])
+            attached = {
+                "plain": nullcontext,
+                **{n: partial(mk.attach, model, x) for n, x in adapters.items()},
+            }
+            ways = {name: Way(attach, lambda _, inputs=inputs: inputs) for name, attach in attached.items()}
+            tokens = dict.fromkeys(ways, inputs["input_ids"].shape[1])
             if shots:
                 splice = partial(_spliced, alone, ids[:shots])
-                ways[FUSED, shots] = Way(partial(mk.attach, model, fuser, bank=bank), splice)
-        for (name, shots), (first, further, peak) in costs(model, ways, rounds).items():
-            with ways[name, shots].attached() as handle:
-                tokens = prompt_tokens(ways[name, shots].inputs(handle))
-            parameters, stored = sizes[name]
-            row = {"name": name, "shots": shots, "parameters": parameters, "stored_bytes": stored}
-            times = {"first_ms": first, "further_ms": further}
-            rows.append({**row, "tokens": tokens, **times, "peak_bytes": peak})
+                ways["AIM, fused"] = Way(partial(mk.attach, model, fuser, bank=bank), splice)
+                tokens["AIM, fused"] = alone["input_ids"].shape[1] + shots * TOKENS_FUSED
+            for name, (first, further, peak) in costs(model, ways, rounds).items():
+                row = {"name": name, "shots": shots, "tokens": tokens[name]}
+                rows.append({**row, "first_ms": first, "further_ms": further, "peak_bytes": peak})
     return rows
-
-
-def prompt_tokens(inputs: dict) -> int:
-    """Of one prompt, its spliced ones included."""
-    return (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[1]
-
-
-def _size(adapter: Adapter, folder: Path) -> tuple[int, int]:
-    """Parameters, and bytes as stored."""
-    adapter.save_pretrained(folder)
-    return adapter.num_parameters(), _bytes(folder)
-
-
-@contextmanager
-def _lora(model: nn.Module) -> Iterator[nn.Module]:
-    wrapped = get_peft_model(model, LORA)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-
-
-def _lora_size(model: nn.Module, folder: Path) -> tuple[int, int]:
-    with _lora(model) as wrapped:
-        wrapped.save_pretrained(folder)
-        return sum(x.numel() for x in wrapped.parameters() if x.requires_grad), _bytes(folder)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(x.stat().st_size for x in folder.glob("*.safetensors"))
-
-
-def _given(inputs: dict, handle: mk.Handle) -> dict:
-    """Learned tokens, if the adapter has any, are part of the prompt."""
-    return inputs if handle.adapter.embedding_site is None else handle.splice(inputs)
 
 
 def _spliced(alone: dict, ids: list[int], handle: mk.Handle) -> dict:
@@ -181,12 +129,12 @@ def _drawn(adapter: nn.Module) -> nn.Module:
 def table(rows: list[dict]) -> str:
     """Markdown."""
     lines = [
-        "| | shots | parameters | stored KiB | prompt tokens | first token ms | further ms | peak MiB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| | shots | prompt tokens | first token ms | further token ms | peak MiB |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {x['name']} | {x['shots']} | {x['parameters']:,} | {x['stored_bytes'] / 2**10:,.0f} | "
-        f"{x['tokens']} | {x['first_ms']:.0f} | {x['further_ms']:.1f} | {x['peak_bytes'] / 2**20:.0f} |"
+        f"| {x['name']} | {x['shots']} | {x['tokens']} | {x['first_ms']:.0f} | {x['further_ms']:.1f} | "
+        f"{x['peak_bytes'] / 2**20:.0f} |"
         for x in rows
     ]
     return "\n".join(lines)
