@@ -14,11 +14,10 @@ from mmicl_kernels.testing.budgets import (
     gradients,
 )
 from mmicl_kernels.testing.inputs import ints, normal, output_gradients, shifted_attention_inputs
-from tests.ops.triton_process import INTERPRETED
+from tests.ops.triton_process import FLOATS, INTERPRETED
 
-# Triton has no fp64 here, and its interpreter rounds bf16 towards zero.
+# Triton has no fp64 here.
 WIDE = (torch.float32,) if INTERPRETED else (torch.float64, torch.float32)
-DTYPES = (*WIDE, torch.float16) if INTERPRETED else (*WIDE, torch.bfloat16, torch.float16)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dweight", "dbias", "dshift")
 
 
@@ -59,7 +58,7 @@ class Case:
     why: str
     sizes: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
-    dtypes: tuple = DTYPES
+    dtypes: tuple = FLOATS
 
     def inputs(self, dtype, device):
         return shifted_attention_inputs(dtype=dtype, device=device, **self.sizes)
@@ -70,7 +69,7 @@ class Case:
         return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
 
 
-def case(why, options=None, dtypes=DTYPES, **sizes):
+def case(why, options=None, dtypes=FLOATS, **sizes):
     return Case(why, sizes, options or {}, dtypes)
 
 

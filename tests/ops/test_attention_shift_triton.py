@@ -21,9 +21,9 @@ from mmicl_kernels.testing.budgets import assert_base, assert_within_budget, gra
 from mmicl_kernels.testing.cross_compile import compiling_for, machine_code  # noqa: E402
 from mmicl_kernels.testing.inputs import normal  # noqa: E402
 from tests.ops.test_attention_shift import GRID, make_inputs  # noqa: E402
-from tests.ops.triton_process import (
+from tests.ops.triton_process import (  # noqa: E402
     CAPABILITIES,
-    FLOATS,  # noqa: E402
+    FLOATS,
     assert_no_synchronisation,
     assert_passes_interpreted,
     assert_replays,
@@ -33,7 +33,7 @@ from tests.ops.triton_process import (
     on_gpu_alone,
 )
 
-COUNTS = {"attention_shift": 50, "attention_shift_triton": 40}
+COUNTS = {"attention_shift": 65, "attention_shift_triton": 40}
 # By name of test_attention_shift.py's grid: columns and rows that fill tiles and do not, every layout.
 IN_PLACE = (
     "decode", "speculated", "less_than_a_warp", "masked_heads_last", "odd_offsets", "seen_twice", "two_sums",

@@ -11,7 +11,7 @@ from mmicl_kernels import _extension
 from mmicl_kernels.ops import prefix_splice
 from mmicl_kernels.testing.budgets import assert_within_budget, gradients
 from mmicl_kernels.testing.inputs import hidden_states, normal
-from tests.ops.triton_process import FLOATS, INTERPRETED
+from tests.ops.triton_process import FLOATS, HALVES, INTERPRETED
 
 # Triton's interpreter rounds bf16 towards zero, everything else to nearest.
 LAYOUTS = ("left", "right", "packed")
@@ -274,7 +274,7 @@ def test_nan_stays_in_its_rows(impl):
     assert not dbank.isnan().any() and not dprompt.isnan().any() and not dprompt[~used].any()
 
 
-@pytest.mark.parametrize("dtype", [x for x in FLOATS if x.itemsize == 2], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_uses_are_summed_in_fp32(dtype, operator, device):
     """Eight gradients of 1 beside one so large that each alone would be lost in the rounding."""
     case = {"sizes": (1,), "requests": ((0,),) * 9, "T": 1}

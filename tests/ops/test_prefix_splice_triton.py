@@ -30,7 +30,7 @@ from tests.ops.triton_process import (  # noqa: E402
 
 FORWARD, BACKWARD = KERNELS = (fwd.prefix_splice_fwd_kernel, bwd.prefix_splice_bwd_kernel)
 LAYOUTS = ("left", "right", "packed")
-COUNTS = {"prefix_splice": 100, "prefix_splice_in_place": 15, "prefix_splice_triton": 30}
+COUNTS = {"prefix_splice": 120, "prefix_splice_in_place": 15, "prefix_splice_triton": 30}
 # Another dtype, larger cases, the layout that differs least from another one; and what is no kernel's work.
 SLOW = "value_and_gradients and (right or torch.float16] or long or many) or many_blocks and right or compile"
 
@@ -45,7 +45,7 @@ def test_values_in_the_interpreter(name):
 @compiles
 @pytest.mark.slow
 def test_slow_values_in_the_interpreter():
-    assert_passes_interpreted(SLOW, *COUNTS, at_least=70)
+    assert_passes_interpreted(SLOW, *COUNTS, at_least=90)
 
 
 def make_inputs(C=24, dtype=torch.float32, device="cpu", R=3, T=5):

@@ -14,7 +14,7 @@ from mmicl_kernels.testing.budgets import (
 )
 from mmicl_kernels.testing.inputs import hidden_states, ints, normal, residual_shift_inputs, token_ids
 from tests.ops.test_compiled_ops import same_when_compiled
-from tests.ops.triton_process import FLOATS, INTERPRETED
+from tests.ops.triton_process import FLOATS, HALVES, INTERPRETED
 
 NAMES = ("out", "dx", "dvector", "dscale", "dstrengths")
 
@@ -374,7 +374,7 @@ def test_no_adapters(scale, preserve_norm, shape, impl):
 
 
 @pytest.mark.parametrize("preserve_norm", (False, True), ids=("added", "norm"))
-@pytest.mark.parametrize("dtype", [x for x in FLOATS if x.itemsize == 2], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_strengths_beside_16_bit_vectors(dtype, preserve_norm, impl):
     """Their gradient is computed in fp32, whatever is wide and whatever is not."""
     x, vector, scale = residual_shift_inputs(adapters=2, dtype=dtype)

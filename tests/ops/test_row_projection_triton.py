@@ -34,7 +34,7 @@ GATHER, CLEAR, SCATTER = KERNELS = (
     _triton.clear_rows_kernel,
     _triton.scatter_rows_kernel,
 )
-COUNTS = {"row_projection": 55, "row_projection_triton": 15}
+COUNTS = {"row_projection": 65, "row_projection_triton": 15}
 OTHERS = "not bad_input and not independent_code"
 # Of test_row_projection.py: fp16 and 4096 uses of a row.
 SLOW = "value_and_gradients and torch.float16] or duplicates_are_summed"
@@ -50,7 +50,7 @@ def test_values_in_the_interpreter(name):
 @compiles
 @pytest.mark.slow
 def test_slow_values_in_the_interpreter():
-    assert_passes_interpreted(f"{OTHERS} and ({SLOW})", "row_projection", at_least=30)
+    assert_passes_interpreted(f"{OTHERS} and ({SLOW})", "row_projection", at_least=45)
 
 
 # ---- values: the interpreter's, or a GPU's ----

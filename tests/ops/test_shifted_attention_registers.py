@@ -5,6 +5,7 @@ it made it of: where they have changed, a test says so. To renew it, half an hou
 ``UPDATE_REGISTERS=1 pytest tests/ops/test_shifted_attention_registers.py -m "slow or not slow"``.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -133,11 +134,13 @@ def known_registers():
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
+@functools.cache
 def kernels_digest():
-    """Of the kernels' text, but for comments, and of how they are launched."""
-    modules = (_triton, _triton_keys, tiles, fwd, bwd)
-    kernels = [x.src for y in modules for x in vars(y).values() if isinstance(x, triton.JITFunction)]
-    text = "\n".join((*sorted(set(kernels)), *map(str, sorted(launch.CONFIGS.items()))))
+    """Of the kernels' text, but for comments, of their modules' constants, and of how they are launched."""
+    names = {k: x for y in (_triton, _triton_keys, tiles, fwd, bwd) for k, x in vars(y).items()}
+    kernels = {x.src for x in names.values() if isinstance(x, triton.JITFunction)}
+    constants = {f"{k} = {getattr(x, 'value', x)!r}" for k, x in names.items() if k.isupper()}
+    text = "\n".join((*sorted(kernels), *sorted(constants), *map(str, sorted(launch.CONFIGS.items()))))
     return hashlib.sha256(re.sub(r"\s*#.*", "", text).encode()).hexdigest()[:16]
 
 

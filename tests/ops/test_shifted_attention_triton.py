@@ -78,7 +78,7 @@ def test_slow_values_in_the_interpreter():
     selection = ("-m", "slow and not gpu", GRID_TESTS, __file__, *shared)
     half = "mask or bias or hide or all_keys or packed or long"
     halves = (interpreted(*selection, "-k", which) for which in (half, f"not ({half})"))
-    assert_all_pass(*halves, at_least=20)
+    assert_all_pass(*halves, at_least=50)
 
 
 # ---- what was launched, and how ----
@@ -101,8 +101,11 @@ SQUARE_TMA = LaunchConfig(32, 32, 4, 1, TMA=True)
 @pytest.mark.parametrize(
     ("config", "name"),
     # The interpreter takes them in turns.
-    [(tile, name) for i, tile in enumerate((WIDE, TALL)) for name in TYPICAL[i::2] if INTERPRETED]
-    or [(tile, name) for tile in (WIDE, TALL) for name in TYPICAL],
+    [
+        (tile, name)
+        for i, tile in enumerate((WIDE, TALL))
+        for name in (TYPICAL[i::2] if INTERPRETED else TYPICAL)
+    ],
     ids=lambda x: f"{x.BM}_{x.BN}" if isinstance(x, LaunchConfig) else x,
 )
 def test_tiles(config, name, device, monkeypatch, launches):

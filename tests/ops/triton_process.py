@@ -24,6 +24,7 @@ slow_if_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
 FLOATS = (torch.float32, torch.float16)
 if not INTERPRETED:
     FLOATS += (torch.bfloat16, torch.float64)
+HALVES = tuple(x for x in FLOATS if x.itemsize == 2)
 # What is compiled for: Hopper is the one whose speed was thought about.
 CAPABILITIES = (90, pytest.param(80, marks=pytest.mark.slow))
 compiles = pytest.mark.skipif(INTERPRETED, reason="this process interprets its kernels")

@@ -32,7 +32,6 @@ RECIPE = mk.Recipe(
 # Prompts are made while the model is busy, and the bar is all that is shown.
 ARGUMENTS = {"dataloader_num_workers": 1, "logging_strategy": "no"}
 LORA_RATE = 1e-3
-LORA = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*\.(q|k|v|o)_proj")
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,10 @@ def lora(
     schedule, decay and clipping; how many parameters that are."""
     generator = torch.Generator().manual_seed(seed)
     rows = [x.demonstration() for x in as_records(rows)]
+    layers = r".*language_model.*\.(q|k|v|o)_proj"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, LORA)
+        wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=layers))
     try:
         trained = [x for x in wrapped.parameters() if x.requires_grad]
         optimizer = torch.optim.AdamW(trained, rate, weight_decay=RECIPE.weight_decay)
