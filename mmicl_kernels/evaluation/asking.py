@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from mmicl_kernels.data import Demonstration
+from mmicl_kernels.data.batch import IGNORE
 from mmicl_kernels.data.decoding import decode_image
+from mmicl_kernels.data.episodes import episode_batch
 from mmicl_kernels.data.prompts.builder import PromptBuilder, builder_of
 from mmicl_kernels.data.prompts.tokens import special_tokens
 from mmicl_kernels.data.shots import RandomShots, demonstration_of, generator_of
@@ -66,6 +69,8 @@ class Asker:
         adapter = None if handle is None else handle.single
         self._splices = adapter is not None and adapter.embedding_site is not None
         self._fusing = fusing_builder(builder, adapter) if self._splices and adapter.fuses else None
+        # What has slots in a prompt learned those of the query, and is to leave demonstrations alone.
+        self._marks_queries = adapter is not None and any(x.readout for x in adapter.residual_sites)
 
     def __call__(
         self,
@@ -81,16 +86,17 @@ class Asker:
         # The answer is not part of the prompt, and it may be unknown, or nothing that a prompt could have.
         queries = [replace(x, answer="answer") for x in queries]
         tokenizer = self.builder.processor.tokenizer
-        try:
+        with ExitStack() as asking:
+            if self._splices:
+                asking.callback(self.handle.unsplice)
             inputs = self._inputs(queries, shots)
+            if self._marks_queries and any(map(len, shots)):
+                asking.enter_context(self.handle.tokens(self._own_tokens(queries, shots, inputs)))
             options = {"end_ids": self.builder.end_ids, "yes_no": yes_no}
             # Not at what a metric cuts at, so that another metric may have the same answers.
             ending = self.builder.ending  # made anew whenever it is asked for
             is_over = partial(self._has, ending) if ends_answers(ending) else None
             made = generate(self.model, inputs, settings, tokenizer, is_over=is_over, **options)
-        finally:
-            if self._splices:
-                self.handle.unsplice()
         own = inputs["attention_mask"].bool()
         images = self.builder.image_tokens(inputs["input_ids"]) & own
         special = set(special_tokens(tokenizer)[1])
@@ -125,6 +131,19 @@ class Asker:
         collate = self._fusing.demonstrations
         ids = iter(self.handle.add_demonstrations(flat, collate, batch_size=len(queries), progress=False))
         return self.handle.splice(self._fusing.prompt(queries), [[next(ids) for _ in row] for row in shots])
+
+    def _own_tokens(
+        self,
+        queries: Sequence[Demonstration],
+        shots: Sequence[Sequence[Demonstration]],
+        inputs: dict[str, Tensor],
+    ) -> Tensor:
+        """The queries' tokens in prompts with demonstrations, as in training: bool like ``input_ids``."""
+        batch = episode_batch(self.builder, queries, shots)
+        asked = (batch.labels != IGNORE).cumsum(-1) == 0
+        counts = (batch.student_query & asked).sum(-1, keepdim=True)
+        own = inputs["attention_mask"].bool()
+        return own & (own.flip(-1).cumsum(-1).flip(-1) <= counts)
 
 
 class OtherImages:

@@ -74,7 +74,12 @@ class Objective:
         terms: dict[str, tuple[float, Tensor]],
         shares: Callable[[], dict[str, Tensor]] = dict,
     ) -> Losses:
-        """Of weights and parts on one device; ``shares`` are measured where they are asked for."""
+        """Of weights and parts on one device; ``shares`` are measured where they are asked for.
+
+        Raises ValueError: all weights are 0.
+        """
+        if not any(weight for weight, _ in terms.values()):
+            raise ValueError(f"all weights of {self.config} are 0, expected one above 0")
         self.weights = {name: weight for name, (weight, _) in terms.items()}
         weighted = {name: weight * x for name, (weight, x) in terms.items()}
         parts = {name: x.detach() for name, (_, x) in terms.items()}

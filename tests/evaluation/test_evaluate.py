@@ -49,14 +49,15 @@ def test_every_row_is_what_each_prompt_alone_is_answered(world):
     model, processor, queries, pool = world
     live, aim = adapter_of(model, mk.LIVEConfig()), adapter_of(model, mk.AIMConfig())
     learned = adapter_of(model, mk.PromptTuningConfig())
-    adapters = {"live": live, "aim": aim, "learned": learned}
+    stave = adapter_of(model, mk.STAVEConfig(readout=2))
+    adapters = {"live": live, "aim": aim, "learned": learned, "stave": stave}
     made = mk.evaluate(
         model, processor, queries, adapters=adapters, shots=(0, 2, 3), seed=5,
         adapter_shots=(0, 2), demonstrations=pool, generation=WHOLE, batch_size=4, progress=False,
     )  # fmt: skip
     builder, records, examples = mk.PromptBuilder(processor), mk.Records(queries), mk.Records(pool)
     rows = ["zero-shot", "2-shot", "3-shot", "live", "live, 2-shot", "aim, 2 fused", "aim, 3 fused"]
-    rows += ["learned", "learned, 2-shot"]
+    rows += ["learned", "learned, 2-shot", "stave", "stave, 2-shot"]
     expected = {name: [] for name in rows if name != "aim, 3 fused"}
     for record in records:
         query = record.demonstration()
@@ -77,11 +78,23 @@ def test_every_row_is_what_each_prompt_alone_is_answered(world):
             for name, before in (("learned", []), ("learned, 2-shot", shots[2])):
                 inputs = handle.splice(builder.prompt([query], [before]))
                 expected[name].append(decoded(model, builder, inputs))
+        with mk.attach(model, stave) as handle:
+            expected["stave"].append(said(model, builder, query))
+            with handle.tokens(common_end(builder.prompt([query]), builder.prompt([query], [shots[2]]))):
+                expected["stave, 2-shot"].append(said(model, builder, query, shots[2]))
     for name, texts in expected.items():
         assert made[name].texts == tuple(x.strip() for x in texts), name
     assert [row.name for row in made.rows] == rows
     assert len(set(map(tuple, expected.values()))) == len(expected)  # else a row may be another's
     assert made.best == "2-shot"  # the first of equals
+
+
+def common_end(alone, shown):
+    """Which tokens of a prompt with demonstrations are the query's."""
+    ids, count = shown["input_ids"], 0
+    while alone["input_ids"][0, -1 - count] == ids[0, -1 - count]:
+        count += 1
+    return torch.arange(ids.shape[1])[None] >= ids.shape[1] - count
 
 
 def fused(tokens):

@@ -1,9 +1,11 @@
 """STAVE's two vectors, against rows that are added to the first layer's input by hand."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.models.anchors import find_anchors
@@ -116,6 +118,144 @@ def test_pieces_and_beams():
         assert torch.equal(
             beams, generated(model, text, num_beams=2, num_return_sequences=2, output_logits=False)[0]
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_mask_in_a_loop_of_ones_own(size, cache):
+    """It says what the prompt is before that is read; what stands in the cache was read without it."""
+    model = tiny_model("llava-llama")
+    adapter, (ids, attended) = random_stave(model, readout=3), text_of(model)
+    mask = torch.zeros(2, 14, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 5:11] = True
+    inputs = {"input_ids": ids, "attention_mask": attended}
+    with by_hand(model, rows_of(model, adapter, inputs, mask[:, :12])):
+        expected = whole_logits(model, inputs)
+
+    def read(kv, first, last):
+        return model(
+            input_ids=ids[:, first:last],
+            attention_mask=attended[:, :last],
+            past_key_values=kv,
+            use_cache=True,
+        ).logits
+
+    own = attended.bool()
+    with mk.attach(model, adapter) as handle:
+        for begin in (0, 3):
+            kv = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=16)
+            for _ in range(2):  # a cache that is used again has another prompt
+                with handle.disabled():
+                    first = [read(kv, 0, begin)] if begin else []
+                with handle.tokens(mask):
+                    pieces = [read(kv, x, min(x + size, 12)) for x in range(begin, 12, size)]
+                actual = torch.cat([*first, *pieces], 1)
+                assert relative_error(actual[own], expected[own]) <= 64 * EPS
+                if begin or cache == "dynamic":
+                    break
+                kv.reset()
+
+
+def text_of(model):
+    inputs = tiny_inputs(model, padding="left")
+    return inputs["input_ids"].clamp(max=50), inputs["attention_mask"]
+
+
+@torch.no_grad()
+def test_a_static_cache_in_a_loop_of_ones_own():
+    """Its second piece is no prompt; after reset() it has another one, of other rows and length."""
+    model = tiny_model("llava-llama")
+    adapter, (ids, attended) = random_stave(model), text_of(model)
+    kv = StaticCache(model.config, max_cache_len=16)
+    for rows, length in ((2, 9), (2, 11), (1, 5)):
+        inputs = {"input_ids": ids[:rows], "attention_mask": torch.ones_like(attended[:rows])}
+        prompt = {name: x[:, :length] for name, x in inputs.items()}
+        added = torch.cat([rows_of(model, adapter, prompt), torch.zeros(rows, 12 - length, 32)], 1)
+        with by_hand(model, added):
+            expected = whole_logits(model, inputs)
+        kv.reset()
+        kv = kv if rows == 2 else StaticCache(model.config, max_cache_len=16)
+        with mk.attach(model, adapter):
+            pieces = [
+                model(input_ids=x, past_key_values=kv, use_cache=True).logits
+                for x in inputs["input_ids"].split((length, 12 - length), 1)
+            ]
+        assert relative_error(torch.cat(pieces, 1), expected) <= 64 * EPS
+
+
+def first_logits(model, ids, **options):
+    options |= {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(input_ids=ids, max_new_tokens=1, **options).logits[0]
+
+
+def test_padding_without_a_mask():
+    """``generate`` finds it by its id, and so must the counts; one that ends texts is no padding."""
+    model = tiny_model("llava-llama")
+    adapter, (ids, attended) = random_stave(model), text_of(model)
+    ids = ids.masked_fill(ids == 0, 1).masked_fill(attended == 0, 0)
+    config = copy.deepcopy(model.generation_config)
+    config.pad_token_id = 0
+    with mk.attach(model, adapter):
+        expected = first_logits(model, ids, attention_mask=attended)
+        assert torch.equal(first_logits(model, ids, pad_token_id=0), expected)
+        assert torch.equal(first_logits(model, ids, generation_config=config), expected)
+        everything = first_logits(model, ids, attention_mask=torch.ones_like(ids))
+        assert torch.equal(first_logits(model, ids, pad_token_id=0, eos_token_id=[0, 2]), everything)
+    assert not torch.equal(everything, expected)
+
+
+def test_the_model_as_its_own_assistant():
+    model = tiny_model("llava-llama")
+    ids, _ = text_of(model)
+    inputs = {"input_ids": ids[:1]}
+    with mk.attach(model, random_stave(model)):
+        expected = generated(model, inputs)[0]
+        assert torch.equal(generated(model, inputs, assistant_model=model)[0], expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_dropped():
+    model = tiny_model("llava-llama")
+    ids, _ = text_of(model)
+    ids = torch.cat([ids, ids[:1].flip(-1)])
+    with mk.attach(model, random_stave(model)):
+        found = []
+        for keep in (slice(None), [0, 2]):
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            if keep == [0, 2]:
+                cache.batch_select_indices(torch.tensor(keep))
+            found.append(model(input_ids=ids[keep, :1], past_key_values=cache).logits)
+    torch.testing.assert_close(found[0][[0, 2]], found[1])
+
+
+def test_a_mask_that_does_not_fit_embeddings():
+    model = tiny_model("llava-llama")
+    embeddings = model.get_input_embeddings()(text_of(model)[0])
+    with (
+        mk.attach(model, random_stave(model), tokens=torch.ones(3, 12, dtype=torch.bool)),
+        pytest.raises(ValueError, match=r"tokens\(\) named 3 rows, expected a divisor of the batch 2"),
+    ):
+        model(inputs_embeds=embeddings, attention_mask=text_of(model)[1])
+
+
+def test_double_precision():
+    model = tiny_model("llava-llama").double()
+    inputs, adapter = tiny_inputs(model, padding="left"), random_stave(model, readout=3).double()
+    with by_hand(model, rows_of(model, adapter, inputs).double()):
+        rounded = whole_logits(model, inputs)
+    own = inputs["attention_mask"].bool()
+    with mk.attach(model, adapter):
+        actual = whole_logits(model, inputs)
+    with torch.random.fork_rng():
+        torch.set_default_dtype(torch.float64)
+        try:
+            with by_hand(model, rows_of(model, adapter, inputs)):
+                expected = whole_logits(model, inputs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert relative_error(actual[own], expected[own]) <= 64 * torch.finfo(torch.float64).eps
+    assert relative_error(rounded[own], expected[own]) > 64 * torch.finfo(torch.float64).eps
 
 
 def test_a_mask_says_which_tokens_count():

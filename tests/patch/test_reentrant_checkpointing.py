@@ -7,6 +7,8 @@ import mmicl_kernels as mk
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
 from tests.patch.family_oracles import adapter_of
 from tests.patch.test_support_matrix import base_of, model_of
+from tests.support.published import relative_error
+from tests.support.residuals import random_shift
 
 FAMILIES = ("llava-llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2_vl", "idefics2")))
 METHODS = ("mimic", "m2iv")
@@ -110,3 +112,34 @@ class TestStateOfTheRecomputation:
             loss.backward()
         expected = gradients("llava-llama", method, reentrant)
         assert torch.equal(torch.cat([x.grad.flatten() for x in adapters["b"].parameters()]), expected)
+
+
+def stave_gradients(model, adapter, passes):
+    adapter.zero_grad()
+    with mk.attach(model, adapter):
+        losses = [model(**inputs).logits[:, -1].square().mean() for inputs in passes]
+        sum(losses).backward()
+    return next(adapter.parameters()).grad.clone()
+
+
+@pytest.mark.parametrize("form", ["plain", "shared", "reentrant"])
+def test_slots_of_a_repeated_layer(form):
+    """Passes of other prompts: the gradients without checkpointing, or a clear refusal."""
+    reentrant = form == "reentrant"
+    model = training_model("llava-llama", reentrant=reentrant, inputs_require_grads=reentrant)
+    adapter = random_shift(model, mk.STAVEConfig(readout=2))
+    embeddings = model.get_input_embeddings()(torch.arange(2, 14).view(2, 6)).detach()
+    masks = torch.ones(2, 6, dtype=torch.long), torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    own = [embeddings.requires_grad_(reentrant)] * 2
+    if form != "shared":
+        own = [x.detach().clone().requires_grad_(reentrant) for x in own]
+    passes = [{"inputs_embeds": x, "attention_mask": mask} for x, mask in zip(own, masks, strict=True)]
+    model.eval()
+    expected = stave_gradients(model, adapter, passes)
+    model.train()
+    try:
+        actual = stave_gradients(model, adapter, passes)
+    except RuntimeError as error:
+        assert form != "plain" and "which tokens it reads is not known" in str(error)
+    else:
+        assert relative_error(actual, expected) <= 256 * torch.finfo(torch.float32).eps

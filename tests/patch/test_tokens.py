@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
@@ -106,6 +107,8 @@ def test_a_loop_of_single_tokens(name, method):
         "a last piece of one token": {"prefill_chunk_size": 11},
         "no cache": {"use_cache": False},
     }
+    if name == "qwen2_5_vl" and transformers.__version__ < "5.23":  # whose generate() cannot, plain or not
+        forms = {form: x for form, x in forms.items() if "piece" not in form}
     plain = logits(model, inputs)
     found = {}
     with mk.attach(model, adapter) as handle:

@@ -3,7 +3,10 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mmicl_kernels.patch.slots import for_batch
 
 
 class Prompt(NamedTuple):
@@ -17,10 +20,20 @@ class Prompt(NamedTuple):
     last: Tensor
     from_end: Tensor
 
-    def unless(self, begun: Tensor, other: "Prompt", T: int) -> "Prompt":
-        """This one where a pass of T tokens has ``begun`` it, else the ``other``."""
-        length, last = (torch.where(begun, *x) for x in zip(self[:2], other[:2], strict=True))
-        return Prompt(length, last, self.from_end if T > 1 else other.from_end)
+    def of_batch(self, B: int) -> "Prompt":
+        """Its rows repeated for a batch of B; of none where rows of the cache were dropped since."""
+        R = max(len(self.last), len(self.from_end))
+        if B % R == 0:
+            last, from_end = (for_batch(x.expand(R, *x.shape[1:]), B) for x in self[1:])
+            return Prompt(self.length, last, from_end)
+        return Prompt(self.length, self.last.new_full((B,), -1), self.from_end.new_zeros(B, 1))
+
+    def unless(self, begun: Tensor, other: "Prompt", B: int) -> "Prompt":
+        """For a batch of B this one where a pass has ``begun`` it, else the ``other``."""
+        L = max(x.from_end.shape[1] for x in (self, other))
+        both = [x.of_batch(B) for x in (self, other)]
+        both = [x._replace(from_end=F.pad(x.from_end, (0, L - x.from_end.shape[1]))) for x in both]
+        return Prompt(*(torch.where(begun, *x) for x in zip(*both, strict=True)))
 
 
 class Pass(NamedTuple):
@@ -52,21 +65,24 @@ class PassesToRepeat:
 
 
 def read_prompt(
-    ids: Tensor | None, T: int, attention_mask: object, counted: Tensor | None, begins: Tensor
+    ids: Tensor | None, begins_text: bool | Tensor, L: int, attention_mask: Tensor | None,
+    counted: Tensor | None, begins: Tensor,
 ) -> Prompt:  # fmt: skip
-    """The first T tokens of a batch, ``ids [R, T]`` if they are known.
+    """The first L tokens of a batch, ``ids [R, T]`` of as many of them as are known.
 
-    Of each prompt what ``attention_mask [R, S]`` shows is its own, if it is one; but not a first token among
-    the ids ``begins``, nor what a mask ``counted [R, L]`` leaves out, which ``last`` does not look at.
+    Of each prompt what ``attention_mask [R, S]`` shows is its own, and what it does not reach; but not a
+    first token among the ids ``begins``, if it ``begins_text``, nor what a mask ``counted [R, L]`` leaves
+    out, which ``last`` does not look at.
     """
     device = begins.device
-    seen = torch.ones(1, T, dtype=torch.bool, device=device)
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        seen = attention_mask[:, :T].bool().to(device)
-    own = seen if counted is None else seen & counted[:, :T]
-    if ids is not None:
-        is_begin = (ids[:, :T].to(device)[..., None] == begins).any(-1)
-        own = own & ~(is_begin & (own.cumsum(-1) == 1))
+    seen = torch.ones(1, L, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        known = attention_mask[:, :L].bool().to(device)
+        seen = F.pad(known, (0, L - known.shape[1]), value=True)
+    own = seen if counted is None else seen & counted
+    if ids is not None and begins_text is not False:
+        is_begin = (ids[:, :L].to(device)[..., None] == begins).any(-1) & begins_text
+        own = own & ~(F.pad(is_begin, (0, L - is_begin.shape[1])) & (own.cumsum(-1) == 1))
     from_end = own.int().flip(-1).cumsum(-1).flip(-1) * own
-    length = torch.full((), T, dtype=torch.long, device=device)
-    return Prompt(length, T - 1 - seen.flip(-1).int().argmax(-1), from_end)
+    length = torch.full((), L, dtype=torch.long, device=device)
+    return Prompt(length, L - 1 - seen.flip(-1).int().argmax(-1), from_end)

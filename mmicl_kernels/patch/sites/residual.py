@@ -1,5 +1,6 @@
 """Vectors in the residual stream: a forward hook on every module whose output they are added to."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,6 +94,14 @@ class LayerShift(SlotStack):
         return [vector, _as_tensor(scale, vector)]
 
 
+@dataclass
+class PassEntries:
+    """What :class:`PromptShift` gave the tokens of a pass, None where it is not known."""
+
+    entries: tuple[Tensor, Tensor] | None
+    was_repeated: bool = False
+
+
 class PromptShift(LayerShift):
     """Two vectors at the first layer's input, for two kinds of a prompt's tokens.
 
@@ -102,13 +111,13 @@ class PromptShift(LayerShift):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._entries_before = WeakTensorKeyDictionary()
+        self._passes = WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: x for name, x in vars(self).items() if name != "_entries_before"}
+        return {name: x for name, x in vars(self).items() if name != "_passes"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _entries_before=WeakTensorKeyDictionary())
+        self.__dict__.update(state, _passes=WeakTensorKeyDictionary())
 
     def __call__(self, x: Tensor) -> Tensor:
         state = self._state
@@ -116,9 +125,7 @@ class PromptShift(LayerShift):
             ids, strengths = self._entries(x)
         else:
             refuse_reentrant_checkpointing(state.model, self._anchor)
-            if state.selection.is_running or not is_backward():
-                self._entries_before[x] = self._entries(x)
-            ids, strengths = self._entries_before[x]
+            ids, strengths = self._known_entries(x)
         if self._rows.ids is None:
             vector, scale = state.require_single().residual_shift(self._site, self._key)
             scale = _as_tensor(scale, vector)
@@ -128,6 +135,23 @@ class PromptShift(LayerShift):
             x, vector.to(x.device).flatten(0, -2), scale.to(x.device).reshape(-1, 1).expand(-1, 2).flatten(),
             adapter_ids=ids, strengths=strengths, preserve_norm=self._site.preserve_norm, impl=state.impl,
         )  # fmt: skip
+
+    def _known_entries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this pass, or of that which a backward pass repeats. Raises RuntimeError: which is not known."""
+        one = self._passes.get(x)
+        if self._state.selection.is_running or not is_backward():
+            entries = self._entries(x)
+            # Of two passes over one tensor it is not known which is repeated.
+            is_second = one is not None and not one.was_repeated
+            self._passes[x] = PassEntries(None if is_second else entries)
+            return entries
+        if one is None or one.entries is None:
+            raise RuntimeError(
+                "gradient checkpointing runs the first layer again, and which tokens it reads is not known: "
+                "expected use_reentrant=False, and of each pass inputs_embeds of its own"
+            )
+        one.was_repeated = True
+        return one.entries
 
     def _entries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and strengths ``[B, T, K]`` of the slots' vectors."""

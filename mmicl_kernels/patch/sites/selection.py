@@ -1,7 +1,8 @@
 """Which tokens of a forward pass the adapters act on: hooks of the whole model that say so to every site."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,17 +108,19 @@ class TokenSelection(ForwardHook):
         """Of the tokens of ``x [B, T, C]`` their slots and ``1 / sqrt`` of how many a prompt has there.
 
         Slot 0 are the last ``readout`` tokens of a prompt, 1 those before them, -1 all others: what begins a
-        text, padding, what a mask leaves out, generated tokens. Both ``[B, T]``, int32 and fp32. Raises as
-        :meth:`of`.
+        text, padding, what a mask leaves out, generated tokens. Both ``[B, T]``, int32 and at least fp32.
+        Raises as :meth:`of`.
         """
         columns, prompt, chosen = self._known()
-        from_end, L = for_batch(prompt.from_end, x.shape[0], "tokens()"), prompt.from_end.shape[1]
+        from_end = prompt.of_batch(x.shape[0]).from_end
+        L = from_end.shape[1]
         place = from_end[:, columns.clamp(max=L - 1)] * (columns < L)
         slot = torch.where(place > readout, 1, torch.where(place > 0, 0, -1))
         count = from_end.amax(1, keepdim=True)
         count = torch.where(slot == 1, count - readout, count.clamp(max=readout)).clamp(min=1)
         slot = slot if chosen is None else slot.where(chosen, -1)
-        return slot.int().to(x.device), count.float().rsqrt().to(x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return slot.int().to(x.device), count.to(x.device, dtype).rsqrt()
 
     def _known(self) -> Pass:
         known = torch.compiler.is_compiling() or self.is_running or is_backward()
@@ -128,22 +131,40 @@ class TokenSelection(ForwardHook):
             )
         return self.current
 
-    def read(self, ids: Tensor | None, T: int, attention_mask: object) -> Prompt:
-        """The prompt that T tokens are. Raises ValueError: a mask is shorter."""
-        if self._mask is not None and self._mask.shape[1] < T:
+    def read(
+        self, ids: Tensor | None, rows: int, first: int | Tensor, T: int, attention_mask: object,
+        length: int | None = None,
+    ) -> Prompt:  # fmt: skip
+        """The prompt of ``rows`` of which T tokens, with their ids if known, stand behind ``first``.
+
+        It has ``length`` tokens. By default a mask says which: all that it marks, of T or more that may be
+        read later; else it is these T. Raises ValueError: the mask is shorter, or does not fit the rows.
+        """
+        counted = self._mask
+        is_cached = isinstance(first, int) and first > 0
+        if counted is not None and counted.shape[1] < T and not is_cached:
             raise ValueError(
-                f"tokens() is a mask {list(self._mask.shape)}, expected one of at least {T} columns, the "
+                f"tokens() is a mask {list(counted.shape)}, expected one of at least {T} columns, the "
                 "prompt's"
             )
-        counted = self._mask
-        if counted is not None and ids is not None:
-            counted = for_batch(counted, len(ids), "tokens()")
-        return read_prompt(ids, T, attention_mask, counted, self._begins)
+        if length is None:
+            length = T if counted is None else counted.shape[1]
+        if counted is not None:
+            counted = for_batch(counted, rows, "tokens()")[:, :length]
+        mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        if mask is not None:  # later columns may be hidden as long as they are empty
+            mask = mask[:, : first + T if is_cached else T]
+        return read_prompt(ids, first == 0, length, mask, counted, self._begins)
 
-    @torch.inference_mode(False)
-    def expect(self, prompt: Prompt | None) -> None:
-        """``generate`` begins with a prompt, or ends."""
-        self._given, self.is_generating = prompt, prompt is not None
+    @contextmanager
+    def expecting(self, prompt: Prompt | None) -> Iterator[None]:
+        """While ``generate`` runs, which reads ``prompt`` first; None: what it reads is not known before."""
+        before = self._given, self.is_generating
+        self._given, self.is_generating = prompt, True
+        try:
+            yield
+        finally:
+            self._given, self.is_generating = before
 
     def _find(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -152,7 +173,7 @@ class TokenSelection(ForwardHook):
         first = 0 if cache is None else cache.get_seq_length()
         if isinstance(first, Tensor):
             first = first.to(self._device)
-        prompt = self._prompt(cache, first, ids, T, inputs.get("attention_mask"))
+        prompt = self._prompt(cache, first, ids, (B, T), inputs.get("attention_mask"))
         columns, chosen = first + torch.arange(T, device=self._device), None
         if self._mask is not None:
             L = self._mask.shape[1]
@@ -169,9 +190,11 @@ class TokenSelection(ForwardHook):
             cache.mmicl_prompt = self.current.prompt
 
     def _prompt(
-        self, cache: Any, first: int | Tensor, ids: Tensor | None, T: int, attention_mask: object
+        self, cache: Any, first: int | Tensor, ids: Tensor | None, shape: tuple[int, int],
+        attention_mask: object,
     ) -> Prompt:  # fmt: skip
-        """Of T tokens behind ``first`` cached ones: the prompt that they begin, or that of their cache."""
+        """Of tokens ``[B, T]`` behind ``first`` cached ones: the prompt that they begin, or their cache's."""
+        B, T = shape
         if self._given is not None:
             prompt = self._given
             if cache is not None:  # a cache of a second model call within ``generate`` has another prompt
@@ -185,9 +208,9 @@ class TokenSelection(ForwardHook):
                 f"the cache has {first} tokens that were read without tokens(), expected an empty one or a "
                 "mask: where their prompt ends is not known"
             )
-        prompt = self.read(ids, T, attention_mask)
+        prompt = self.read(ids, B, first, T, attention_mask)
         if isinstance(first, Tensor) and known is not None:
-            prompt = prompt.unless(first == 0, known, T)
+            prompt = prompt.unless(first == 0, known, B)
         if cache is not None:
             cache.mmicl_prompt = prompt
         return prompt
@@ -203,10 +226,7 @@ class TokenSelection(ForwardHook):
                 f"tokens() is {self.tokens!r} and the model was given inputs_embeds, expected input_ids or a "
                 "mask: embeddings do not say which of them are images"
             )
-        if B % len(prompt.last) == 0:
-            last = columns == for_batch(prompt.last, B)[:, None]
-        else:  # rows of the cache were dropped since; no prompt is read then
-            last = torch.zeros_like(inside)
+        last = columns == prompt.of_batch(B).last[:, None]
         return inside.int() + image.int() + 2 * last.int()
 
 
@@ -235,18 +255,35 @@ class GenerateCall:
         generate = self._own or functools.partial(type(self._model).generate, self._model)
         named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs")]
         prompt = next((x for x in (*named, *args[:1]) if x is not None), None)
-        if not isinstance(prompt, Tensor) or selection.is_generating:  # a model may be its own assistant
+        if not isinstance(prompt, Tensor):
             return generate(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        T = prompt.shape[1]
+        if selection.is_generating:  # the model is its own assistant, which reads the prompt as it comes
+            with selection.expecting(None):
+                return generate(*args, **kwargs)
+        mask, T = kwargs.get("attention_mask"), prompt.shape[1]
+        if mask is None:
+            mask = self._mask_of(prompt, kwargs)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             T = max(T, mask.shape[1])  # of a cache's tokens too, where the ids are the new ones alone
         is_whole = prompt.shape[1] == T and not prompt.is_floating_point()
-        selection.expect(selection.read(prompt if is_whole else None, T, mask))
-        try:
+        given = selection.read(prompt if is_whole else None, len(prompt), 0, T, mask, length=T)
+        with selection.expecting(given):
             return generate(*args, **kwargs)
-        finally:
-            selection.expect(None)
+
+    def _mask_of(self, prompt: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """What ``generate`` takes for the mask where it is given none: padding that does not end a text."""
+        configs = [options.get("generation_config"), self._model.generation_config]
+        pad, ends = (
+            next(
+                (x for x in (options.get(name), *(getattr(y, name, None) for y in configs)) if x is not None),
+                [],
+            )
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        pads, ends = (torch.as_tensor(x, device=prompt.device).flatten() for x in (pad, ends))
+        if prompt.is_floating_point() or len(pads) == 0 or torch.isin(pads, ends).any():
+            return None
+        return prompt != pads
 
 
 def is_backward() -> bool:
