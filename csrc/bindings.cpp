@@ -40,11 +40,6 @@ void check_ids(const std::optional<Tensor>& ids, int64_t B, int64_t T, int64_t A
 
 // ---- tensors to params ----
 
-ConstRows rows(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-MutableRows writable_rows(const Tensor& x) {
-  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
 void fill_shift(ShiftParams& p, const Tensor& like, const Tensor& weight, const std::optional<Tensor>& ids) {
   p.B = like.size(0), p.H = like.size(1), p.T = like.size(2), p.D = like.size(3);
   STD_TORCH_CHECK(weight.dim() == 4, "weight has ", weight.dim(), " dims, expected [A, P, N, D]");
@@ -62,28 +57,21 @@ void fill_shift(ShiftParams& p, const Tensor& like, const Tensor& weight, const 
   }
 }
 
-void fill_gate(GateParams& p, const Tensor& lse, const Tensor& q, const Tensor& weight, const Tensor& bias,
+void fill_gate(GateParams& p, const ConstRows& lse, const Tensor& q, const Tensor& weight, const Tensor& bias,
                const Tensor& shift, const std::optional<Tensor>& ids, const std::optional<Tensor>& prefix) {
   STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dims, expected [B, H, T, D]");
   element_type(q, "q");
   fill_shift(p, q, weight, ids);
   const ScalarType acc = acc_type(q.scalar_type());
   check_rows(q, "q", shape_of(q), q.scalar_type());
-  check_tensor(lse, "lse", {p.B, p.H, p.T}, acc);
   check_contiguous(bias, "bias", {p.A, p.P, p.N}, acc);
   check_contiguous(shift, "shift", {p.A, p.P, p.N, p.D}, acc);
   if (prefix) {
     check_tensor(*prefix, "prefix", {p.A}, ScalarType::Bool);
     p.prefix = static_cast<const bool*>(prefix->const_data_ptr()), p.stride_prefix = prefix->stride(0);
   }
-  p.q = rows(q), p.lse = rows(lse);
+  p.q = rows(q), p.lse = lse;
   p.bias = bias.const_data_ptr(), p.shift = shift.const_data_ptr();
-}
-
-// [B, H, T, D] over memory ordered [B, T, H, D], which is what an output projection reads.
-Tensor empty_heads_last(const Tensor& like) {
-  const int64_t B = like.size(0), H = like.size(1), T = like.size(2), D = like.size(3);
-  return torch::stable::transpose(torch::stable::new_empty(like, {B, T, H, D}), 1, 2);
 }
 
 // Threads get about 32k elements each or stay out of it, as in ATen.
@@ -94,33 +82,48 @@ void parallel_tiles(Kernel kernel, const Params& p) {
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-// ---- ops ----
+}  // namespace
 
-void run_forward(const Tensor& out, const Tensor& result, const Tensor& lse, const Tensor& q,
-                 const Tensor& weight, const Tensor& bias, const Tensor& shift,
-                 const std::optional<Tensor>& ids, const std::optional<Tensor>& prefix) {
+namespace mmicl {
+
+void shift_attention(const ConstRows& out, const MutableRows& result, const ConstRows& lse, const Tensor& q,
+                     const Tensor& weight, const Tensor& bias, const Tensor& shift,
+                     const std::optional<Tensor>& ids, const std::optional<Tensor>& prefix) {
   ForwardParams p;
   fill_gate(p, lse, q, weight, bias, shift, ids, prefix);
-  check_rows(out, "out", shape_of(q), q.scalar_type());
-  p.out = rows(out), p.result = writable_rows(result);
+  p.out = out, p.result = result;
   parallel_tiles(attention_shift_kernels(element_type(q, "q")).forward, p);
+}
+
+}  // namespace mmicl
+
+namespace {
+
+// ---- ops ----
+
+// out, or its gradient, and lse are of the queries.
+void check_attention(const Tensor& out, const char* name, const Tensor& lse, const Tensor& q) {
+  STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dims, expected [B, H, T, D]");
+  element_type(q, "q");
+  check_tensor(lse, "lse", {q.size(0), q.size(1), q.size(2)}, acc_type(q.scalar_type()));
+  check_rows(out, name, shape_of(q), q.scalar_type());
 }
 
 Tensor attention_shift_fwd(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight,
                            const Tensor& bias, const Tensor& shift, const std::optional<Tensor>& ids,
                            const std::optional<Tensor>& prefix) {
-  STD_TORCH_CHECK(out.dim() == 4, "out has ", out.dim(), " dims, expected [B, H, T, D]");
+  check_attention(out, "out", lse, q);
   Tensor result = empty_heads_last(out);
-  run_forward(out, result, lse, q, weight, bias, shift, ids, prefix);
+  shift_attention(rows(out), writable_rows(result), rows(lse), q, weight, bias, shift, ids, prefix);
   return result;
 }
 
 void attention_shift_fwd_(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight,
                           const Tensor& bias, const Tensor& shift, const std::optional<Tensor>& ids,
                           const std::optional<Tensor>& prefix) {
-  STD_TORCH_CHECK(out.dim() == 4, "out has ", out.dim(), " dims, expected [B, H, T, D]");
+  check_attention(out, "out", lse, q);
   check_writable(out, "out");
-  run_forward(out, out, lse, q, weight, bias, shift, ids, prefix);
+  shift_attention(rows(out), writable_rows(out), rows(lse), q, weight, bias, shift, ids, prefix);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -130,9 +133,9 @@ Gradients attention_shift_bwd(const Tensor& dout, const Tensor& lse, const Tenso
                               const std::optional<Tensor>& prefix, const std::optional<Tensor>& a,
                               bool need_dq) {
   BackwardParams p;
-  fill_gate(p, lse, q, weight, bias, shift, ids, prefix);
+  check_attention(dout, "dout", lse, q);
+  fill_gate(p, rows(lse), q, weight, bias, shift, ids, prefix);
   STD_TORCH_CHECK(a || !prefix, "a is None, expected the attention output beside a prefix");
-  check_rows(dout, "dout", shape_of(q), q.scalar_type());
   if (a) check_rows(*a, "a", shape_of(q), q.scalar_type());
 
   const Tensor dg = torch::stable::new_empty(lse, {p.B, p.H, p.T, p.N});

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -89,6 +90,36 @@ inline Tensor new_rows(const Tensor& like, const Shape& shape, ScalarType type) 
   advise_large_pages(rows.mutable_data_ptr(), rows.numel() * itemsize(rows));
   return rows;
 }
+
+inline ConstRows rows(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+inline MutableRows writable_rows(const Tensor& x) {
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Not by torch::stable::new_empty, which goes through the dispatcher: 4 us, as long as a decoded token's shift.
+inline Tensor empty_strided(const Shape& sizes, const Shape& strides, int32_t type) {
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// [B, H, T, D] over memory ordered [B, T, H, D], which is what an output projection reads.
+inline Tensor empty_heads_last(const Tensor& like) {
+  const int64_t H = like.size(1), T = like.size(2), D = like.size(3);
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  return empty_strided({like.size(0), H, T, D}, {T * H * D, D, H * D, 1}, type);
+}
+
+// ---- what operators share ----
+
+// attention_shift_fwd: out shifted, into result, which may be out; of rows like q's, lse in acc.
+void shift_attention(const ConstRows& out, const MutableRows& result, const ConstRows& lse, const Tensor& q,
+                     const Tensor& weight, const Tensor& bias, const Tensor& shift,
+                     const std::optional<Tensor>& ids, const std::optional<Tensor>& prefix);
 
 // Threads get about 32k elements each or stay out of it, as in ATen.
 template <class Body>

@@ -12,16 +12,7 @@ namespace mmicl {
 namespace MMICL_ISA {
 
 #include "vec.h"
-
-template <class T>
-MMICL_INLINE const T* row(const ConstRows& r, int64_t b, int64_t h, int64_t t) {
-  return static_cast<const T*>(r.data) + b * r.stride_b + h * r.stride_h + t * r.stride_t;
-}
-
-template <class T>
-MMICL_INLINE T* row(const MutableRows& r, int64_t b, int64_t h, int64_t t) {
-  return static_cast<T*>(r.data) + b * r.stride_b + h * r.stride_h + t * r.stride_t;
-}
+#include "head_rows.h"
 
 struct Tile {
   int64_t b, h, t_begin, t_end;

@@ -5,6 +5,7 @@
 
 #include "alignment_loss.h"
 #include "attention_shift.h"
+#include "decode_attention.h"
 #include "prefix_splice.h"
 #include "residual_shift.h"
 
@@ -62,6 +63,15 @@ const AttentionShiftKernels& attention_shift_kernels(ElementType type) {
   if (chosen() == kAvx2) return kAttentionShiftAvx2[i];
 #endif
   return kAttentionShiftBaseline[i];
+}
+
+const DecodeKernels& decode_kernels(ElementType type) {
+  const int i = static_cast<int>(type);
+#if defined(__x86_64__)
+  if (chosen() == kAvx512) return kDecodeAvx512[i];
+  if (chosen() == kAvx2) return kDecodeAvx2[i];
+#endif
+  return kDecodeBaseline[i];
 }
 
 const PrefixSpliceKernels& prefix_splice_kernels(ElementType out) {

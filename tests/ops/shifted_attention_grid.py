@@ -386,10 +386,10 @@ def largest_resolved(values):
     return float(sizes.max()) if sizes.numel() else 0.0
 
 
-def assert_forward(given):
-    """``out`` and ``lse`` of a call by Triton within their budgets."""
+def assert_forward(given, impl="triton"):
+    """``out`` and ``lse`` of a call within their budgets."""
     inputs, arguments, _, low, exact = given
-    outputs = shifted_attention(*inputs, **arguments, return_lse=True, impl="triton")
+    outputs = shifted_attention(*inputs, **arguments, return_lse=True, impl=impl)
     lows = [results[0] for results in low[False]]
     roundings = GATE_ROUNDINGS + largest_resolved(outputs[1])
     assert_all_within_budget(NAMES[:2], outputs, lows, exact[False][0], roundings)

@@ -23,6 +23,7 @@ def module(parameters, base, *, normalizer="visible", impl="reference", prefix=F
         base_implementation=base,
         normalizer=normalizer,
         impl=impl,
+        decode=lambda *_: None,
         virtual_keys=lambda query: (*parameters, None, prefix),
     )
     return SimpleNamespace(mmicl_layer=layer, **attributes)

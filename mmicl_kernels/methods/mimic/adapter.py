@@ -60,7 +60,10 @@ class MimICAdapter(Adapter):
 
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.layers[index]
-        return layer.weight, layer.bias, layer.shift
+        found = layer._parameters  # asked for every token: a module's attributes are looked up in Python
+        if len(found) == 3:
+            return found["weight"], found["bias"], found["shift"]
+        return layer.weight, layer.bias, layer.shift  # parametrized
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, float]:
         return self.ffn_shift[list(self.backbone.layers).index(int(index))], 1.0

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmicl_kernels import _extension
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.models.parallel import local_heads
+from mmicl_kernels.ops.attention_shift.kernels import virtual_keys as kernel_keys
 from mmicl_kernels.patch.sites import hf_attention
 from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
@@ -25,11 +27,20 @@ class VirtualKeys(NamedTuple):
     prefix: bool | Tensor
 
 
+class ReadyKeys(NamedTuple):
+    """Virtual keys as kernels take them, and what they were made of."""
+
+    version: tuple
+    sources: list[Tensor]  # kept, so that no other tensor comes to lie where these are
+    keys: tuple[Tensor | None, ...]
+
+
 class PatchedLayer(SlotStack):
     """What one patched attention reads at run time; the module has it as an attribute."""
 
     def __init__(self, state: State, anchor: Anchor) -> None:
         super().__init__(state.slots, anchor.device)
+        self._ready: ReadyKeys | None = None
         self._num_keys = 1  # of the slots; it never shrinks, so that nothing is compiled again
         self._state, self._anchor, self._key = state, anchor, str(anchor.index)
         self._module = anchor.mixer
@@ -41,7 +52,7 @@ class PatchedLayer(SlotStack):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         hf_attention.register()  # a model unpickled in another process names it
-        self.__dict__.update(state)
+        self.__dict__.update(state, _ready=None)
 
     def install(self) -> None:
         self._module.config, self._module.mmicl_layer = self._config, self
@@ -64,10 +75,60 @@ class PatchedLayer(SlotStack):
     def impl(self) -> str:
         return self._state.impl
 
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: object, scale: float | None,
+        softcap: float | None, window: int | None,
+    ) -> Tensor | None:  # fmt: skip
+        """One token's attention ``[B, 1, H, D]`` by the operator itself, None where not all is ready for it.
+
+        The rest goes through the public op, whose checks take longer than this.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        # Not by its property: a config's attributes are looked up by a function of Python.
+        implementation = object.__getattribute__(self._base_config, "_attn_implementation_internal")
+        masks = hf_attention.known_masks(implementation)
+        keys = self._ready_keys(query) if masks in ("sdpa", "eager") and _extension.load() else None
+        if keys is None:
+            return None
+        S, all_keys = key.shape[2], self._state.normalizer == "all_keys"
+        if mask is not None:
+            fits = type(mask) is Tensor and mask.dim() == 4 and mask.shape[3] == S
+            if not fits or (all_keys and mask.dtype != torch.bool):
+                return None
+        return torch.ops.mmicl.shifted_attention_step.default(
+            query, key, value, *keys, query.shape[3] ** -0.5 if scale is None else scale, softcap,
+            window if mask is None and masks == "sdpa" else None, mask, all_keys,
+        ).transpose(1, 2)  # fmt: skip
+
+    def _ready_keys(self, query: Tensor) -> tuple[Tensor | None, ...] | None:
+        """What all rows share, as kernels take it, made anew where a parameter is another; else None."""
+        state = self._state
+        one = len(state.adapters) == 1 and state.adapter_ids is None and not state.selection.is_installed
+        stock = query.is_cpu and not torch.is_autocast_enabled("cpu") and state.impl != "triton"
+        if not one or not stock or state.impl == "reference":
+            return None
+        (adapter,) = state.adapters.values()
+        weight, bias, shift = adapter.attention_shift(self._key)
+        if weight.is_inference() or bias.is_inference() or shift.is_inference():  # count no changes
+            return None
+        now = (
+            id(weight), weight.data_ptr(), weight._version, id(bias), bias.data_ptr(), bias._version,
+            id(shift), shift.data_ptr(), shift._version, query.dtype, query.shape[1],
+        )  # fmt: skip
+        if self._ready is None or self._ready.version != now:
+            sources = [weight, bias, shift]
+            prefix = adapter.attention_site.prefix
+            keys = kernel_keys(query, *self._local(sources, 0, query.shape[1]), None, prefix, None)
+            self._ready = ReadyKeys(now, sources, keys)
+        return self._ready.keys
+
     def virtual_keys(self, query: Tensor) -> VirtualKeys:
         """For the batch and the heads of ``query [B, H, T, D]``, which are those of this process."""
         state, (B, H) = self._state, query.shape[:2]
         state.check_recomputation(self._anchor)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._ready = None  # a step may follow, and fused optimizers count theirs as no change
         chosen = state.selection.of(query[:, 0])
         if state.adapter_ids is None:
             adapter = state.require_single()

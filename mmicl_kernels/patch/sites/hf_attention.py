@@ -57,6 +57,14 @@ def mask_kind(implementation: str | None) -> str:
     )
 
 
+def known_masks(implementation: str | None) -> str | None:
+    """:func:`mask_kind`, or None; it is asked for every token."""
+    known = ALL_MASK_ATTENTION_FUNCTIONS
+    if implementation in known._local_mapping:
+        return None
+    return MASK_KINDS.get(known._global_mapping.get(implementation))
+
+
 def is_users_own(implementation: str) -> bool:
     """Whether somebody else registered the function that a decoder of this implementation calls."""
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
@@ -91,12 +99,11 @@ def attention_forward(
     ``[B, T, H, D]``. Models pass further arguments of their own, which differ between versions and mean
     nothing to attention; those named here are all that do.
     """
-    unknown = {"position_bias": position_bias, "cache": cache}
-    given = [name for name, argument in unknown.items() if argument is not None]
-    if given:
+    if position_bias is not None or cache is not None:
+        given = "cache" if position_bias is None else "position_bias"
         raise NotImplementedError(
-            f"the model gives its attention {', '.join(given)}, expected none: MimIC has no biases of "
-            "positions and no paged cache (continuous batching)"
+            f"the model gives its attention {given}, expected none: MimIC has no biases of positions and no "
+            "paged cache (continuous batching)"
         )
     if dropout > 0:
         raise ValueError(f"dropout is {dropout}, expected 0: set attention_dropout=0 or model.eval()")
@@ -107,6 +114,11 @@ def attention_forward(
         )
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if query.shape[2] == 1 and s_aux is None:
+        window = sliding_window if is_causal else None
+        out = layer.decode(query, key, value, attention_mask, scaling, softcap, window)
+        if out is not None:
+            return out, None
     kind, T = mask_kind(layer.base_implementation), query.shape[2]
     key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
     visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)

@@ -1,0 +1,175 @@
+// shifted_attention of a few queries in one call: schema, checks, tensors to params. The arguments are those of
+// mmicl_kernels.ops.shifted_attention, with the parameters stacked and in acc.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/decode_attention.h"
+
+namespace {
+
+using namespace mmicl;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kFarthest = int64_t{1} << 29;  // of positions, as in options.py
+
+// ---- what queries see ----
+
+// Of [B] integers the one of row b, between low and high; without any the given one.
+int64_t bound(const OptionalTensor& x, const char* name, int64_t b, int64_t B, int64_t absent, int64_t low,
+              int64_t high) {
+  if (!x) return absent;
+  const bool is_long = x->scalar_type() == ScalarType::Long;
+  if (b == 0) check_tensor(*x, name, {B}, is_long ? ScalarType::Long : ScalarType::Int);
+  const int64_t at = b * x->stride(0);
+  const int64_t value = is_long ? static_cast<const int64_t*>(x->const_data_ptr())[at]
+                                : static_cast<const int32_t*>(x->const_data_ptr())[at];
+  return std::min(std::max(value, low), high);
+}
+
+void fill_mask(DecodeParams& p, const Tensor& mask) {
+  const Shape whole{p.B, p.H, p.T, p.S};
+  STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 4, "mask must be a 4-D CPU tensor");
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(mask.size(i) == 1 || mask.size(i) == whole[i], "mask has shape ",
+                    to_string(shape_of(mask)), ", expected one broadcastable to ", to_string(whole));
+  }
+  const auto stride = [&](int64_t i) { return mask.size(i) == 1 ? 0 : mask.stride(i); };
+  p.mask = mask.const_data_ptr();
+  p.mask_b = stride(0), p.mask_h = stride(1), p.mask_t = stride(2), p.mask_s = stride(3);
+  if (mask.scalar_type() == ScalarType::Bool) {
+    p.mask_type = MaskType::boolean;
+    return;
+  }
+  constexpr MaskType kTypes[] = {MaskType::f32, MaskType::f64, MaskType::bf16, MaskType::f16};
+  p.mask_type = kTypes[static_cast<int>(element_type(mask, "mask"))];
+}
+
+// One past the last key that a bool mask shows to any query: a static cache has empty rows behind.
+int64_t seen_keys(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "mask ends the keys, expected one of bool");
+  const auto sizes = mask.sizes();
+  const int64_t S = sizes[3];
+  int64_t seen = 0;
+  const bool* data = static_cast<const bool*>(mask.const_data_ptr());
+  for (int64_t b = 0; b < sizes[0]; ++b) {
+    for (int64_t h = 0; h < sizes[1]; ++h) {
+      for (int64_t t = 0; t < sizes[2]; ++t) {
+        const bool* row = data + b * mask.stride(0) + h * mask.stride(1) + t * mask.stride(2);
+        for (int64_t j = S; j > seen; --j) {
+          if (row[(j - 1) * mask.stride(3)]) seen = j;
+        }
+      }
+    }
+  }
+  return seen;
+}
+
+// ---- ops ----
+
+// The keys of rows and queries, and lse if it is asked for.
+struct Visibility {
+  bool causal = false;
+  std::optional<int64_t> window, q_start;
+  OptionalTensor q_starts, kv_start, kv_end, mask;
+  bool all_keys = false, mask_ends_keys = false;
+};
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor& bias,
+              const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix, double scale,
+              std::optional<double> softcap, const Visibility& visible, const MutableRows* lse) {
+  DecodeParams p;
+  check_floating_rows(q, "q", 4);
+  const ElementType type = element_type(q, "q");
+  STD_TORCH_CHECK(k.dim() == 4, "k has ", k.dim(), " dims, expected [B, G, S, D]");
+  p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2);
+  STD_TORCH_CHECK(p.G > 0 && p.H % p.G == 0, "k has ", p.G, " heads, expected a divisor of ", p.H);
+  check_rows(k, "k", {p.B, p.G, p.S, p.D}, q.scalar_type());
+  check_rows(v, "v", {p.B, p.G, p.S, p.D}, q.scalar_type());
+  p.q = rows(q), p.k = rows(k), p.v = rows(v);
+  p.scale = scale, p.softcap = softcap.value_or(0);
+  if (visible.mask) fill_mask(p, *visible.mask);
+
+  // Where the mask ends them, a row's own keys are in use even if they are hidden.
+  const bool ends = visible.mask && visible.mask_ends_keys;
+  const int64_t in_use = ends ? std::max(seen_keys(*visible.mask), p.T) : p.S;
+  std::vector<int64_t> bounds(p.B * (2 * p.T + 1));
+  int64_t *first = bounds.data(), *last = first + p.B * p.T, *gate_end = last + p.B * p.T;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t begin = bound(visible.kv_start, "kv_start", b, p.B, 0, 0, p.S);
+    const int64_t end = bound(visible.kv_end, "kv_end", b, p.B, p.S, 0, p.S);
+    const int64_t position = bound(visible.q_starts, "q_start", b, p.B, visible.q_start.value_or(end - p.T),
+                                   -kFarthest, kFarthest);
+    for (int64_t t = b * p.T; t < (b + 1) * p.T; ++t) {
+      const int64_t own = position + t - b * p.T;
+      first[t] = visible.window ? std::max(begin, own - *visible.window + 1) : begin;
+      last[t] = visible.causal ? std::min(end, own + 1) : end;
+    }
+    gate_end[b] = std::min(end, in_use);
+  }
+  p.first = first, p.last = last, p.gate_end = gate_end;
+
+  const Tensor out = empty_heads_last(q);
+  const int64_t count = p.B * p.H * p.T, sums = tasks(p) * rows(p) * (p.D + kSums);
+  const std::unique_ptr<double[]> memory(new double[sums + 2 * count]);  // of acc as many
+  const MutableRows own{memory.get() + sums, p.H * p.T, p.T, 1};
+  p.partial = memory.get(), p.out = writable_rows(out), p.lse = lse ? *lse : own;
+  if (visible.all_keys) p.gate_lse = {memory.get() + sums + count, p.H * p.T, p.T, 1};
+
+  const DecodeKernels& kernels = decode_kernels(type);
+  const int64_t products = std::max<int64_t>(1, 2 * rows(p) * p.D * std::min(p.S, kPartKeys));
+  torch::stable::parallel_for(0, tasks(p), 1 + 131072 / products, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[scratch_size(p)]);
+    kernels.attend(p, scratch.get(), begin, end);
+  });
+  const int64_t added = std::max<int64_t>(1, rows(p) * p.D * parts(p));
+  torch::stable::parallel_for(0, p.B * p.G, 1 + 32768 / added,
+                              [&](int64_t begin, int64_t end) { kernels.combine(p, begin, end); });
+  const MutableRows& gate = visible.all_keys ? p.gate_lse : p.lse;
+  shift_attention({p.out.data, p.out.stride_b, p.out.stride_h, p.out.stride_t}, p.out,
+                  {gate.data, gate.stride_b, gate.stride_h, gate.stride_t}, q, weight, bias, shift, adapter_ids,
+                  prefix);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> shifted_attention_decode(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor& bias,
+    const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix, double scale,
+    std::optional<double> softcap, bool causal, std::optional<int64_t> window, std::optional<int64_t> q_start,
+    const OptionalTensor& q_starts, const OptionalTensor& kv_start, const OptionalTensor& kv_end,
+    const OptionalTensor& mask, bool all_keys) {
+  check_floating_rows(q, "q", 4);
+  const int64_t B = q.size(0), H = q.size(1), T = q.size(2);
+  const bool is_double = q.scalar_type() == ScalarType::Double;
+  const Tensor lse = empty_strided({B, H, T}, {H * T, T, 1},
+                                   is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const MutableRows lse_rows = writable_rows(lse);
+  const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, all_keys, false};
+  return {attend(q, k, v, weight, bias, shift, adapter_ids, prefix, scale, softcap, visible, &lse_rows), lse};
+}
+
+Tensor shifted_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight,
+                              const Tensor& bias, const Tensor& shift, const OptionalTensor& adapter_ids,
+                              const OptionalTensor& prefix, double scale, std::optional<double> softcap,
+                              std::optional<int64_t> window, const OptionalTensor& mask, bool all_keys) {
+  Visibility visible;
+  visible.window = window, visible.mask = mask, visible.all_keys = all_keys;
+  visible.mask_ends_keys = all_keys && k.dim() == 4 && q.dim() == 4 && k.size(2) > q.size(2);
+  return attend(q, k, v, weight, bias, shift, adapter_ids, prefix, scale, softcap, visible, nullptr);
+}
+
+}  // namespace
+
+// Their schemas are in mmicl_kernels/ops/shifted_attention/_decode.py, with what compiled graphs need to know.
+STABLE_TORCH_LIBRARY_IMPL(mmicl, CPU, m) {
+  m.impl("shifted_attention_decode", TORCH_BOX(&shifted_attention_decode));
+  m.impl("shifted_attention_step", TORCH_BOX(&shifted_attention_step));
+}

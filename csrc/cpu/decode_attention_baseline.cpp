@@ -1,0 +1,3 @@
+#define MMICL_ISA baseline
+#define MMICL_TABLE kDecodeBaseline
+#include "decode_attention_kernel.h"

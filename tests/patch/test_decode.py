@@ -1,0 +1,223 @@
+"""One token through a patched layer: by the operator itself, as by the public op, and with little Python."""
+
+import sys
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import mmicl_kernels as mk
+from mmicl_kernels.ops.shifted_attention import _decode
+from mmicl_kernels.patch.sites import attention, hf_attention
+from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
+from tests.patch.compiled_generation import fresh_dynamo  # noqa: F401
+from tests.support.published import multiply, random_adapter, relative_error
+
+if not _decode.has_kernel():
+    pytest.skip("the C++ kernels are not built", allow_module_level=True)
+
+FAMILIES = ("llava-llama", "qwen2_5_vl", "gemma3", "idefics2")
+EPS = torch.finfo(torch.float32).eps
+
+
+def text_of(model, batch=2):
+    inputs = tiny_inputs(model, batch=batch, padding="left")
+    return {"input_ids": inputs["input_ids"].clamp(max=20), "attention_mask": inputs["attention_mask"]}
+
+
+def cache_of(model, kind):
+    config = model.config.get_text_config()
+    return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=24)
+
+
+@torch.no_grad()
+def decoded(model, kind, inputs, tokens=3):
+    """Logits of each token after the prompt, which the model itself goes on with."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    kv = cache_of(model, kind)
+    steps = [model(input_ids=ids, attention_mask=mask, past_key_values=kv, use_cache=True).logits[:, -1]]
+    for _ in range(tokens):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        token = steps[-1][:, :40].argmax(-1, keepdim=True)
+        output = model(input_ids=token, attention_mask=mask, past_key_values=kv, use_cache=True)
+        steps.append(output.logits[:, -1])
+    return torch.stack(steps[1:], 1)
+
+
+def counted(monkeypatch, name):
+    """Calls of a patched layer's method, and what they returned."""
+    results, method = [], getattr(attention.PatchedLayer, name)
+
+    def call(self, *args):
+        results.append(method(self, *args))
+        return results[-1]
+
+    monkeypatch.setattr(attention.PatchedLayer, name, call)
+    return results
+
+
+def by_the_public_op(act):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention.PatchedLayer, "decode", lambda *_: None)
+        return act()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_the_public_op(name, normalizer, kind, implementation, monkeypatch):
+    """Bit for bit, whatever the cache, its windows and softcaps, with padding on the left."""
+    model = tiny_model(name, attn_implementation=implementation)
+    adapter, inputs = random_adapter(model, normalizer=normalizer), text_of(model)
+    plain = decoded(model, kind, inputs)
+    results = counted(monkeypatch, "decode")
+    with mk.attach(model, adapter):
+        actual = decoded(model, kind, inputs)
+        layers = len(adapter.layers)
+        direct = sum(x is not None for x in results)
+        assert len(results) == 3 * layers
+        # A float mask does not say where a static cache ends.
+        assert direct == (0 if implementation == "eager" and normalizer == "all_keys" else len(results))
+        assert torch.equal(by_the_public_op(lambda: decoded(model, kind, inputs)), actual)
+    assert relative_error(plain, actual) > 1e-3
+
+
+@pytest.mark.parametrize("config", [mk.HiFICLConfig(), mk.MimICConfig()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_and_methods(config, dtype, monkeypatch):
+    model = tiny_model("llava-llama").to(dtype)
+    adapter, inputs = mk.create(model, config), text_of(model)
+    for x in adapter.parameters():
+        torch.nn.init.normal_(x, std=0.5, generator=torch.Generator().manual_seed(0))
+    results = counted(monkeypatch, "decode")
+    with mk.attach(model, adapter):
+        actual = decoded(model, "dynamic", inputs)
+        assert results and all(x is not None for x in results)
+        assert torch.equal(by_the_public_op(lambda: decoded(model, "dynamic", inputs)), actual)
+
+
+def scaled_in_place(adapter):
+    multiply(adapter, -3.0)
+
+
+def new_data(adapter):
+    for x in adapter.parameters():
+        x.data = x.data * -3.0
+
+
+def new_parameters(adapter):
+    adapter.load_state_dict({key: x * -3.0 for key, x in adapter.state_dict().items()}, assign=True)
+
+
+def trained(adapter):
+    """A fused optimizer counts its steps as no change of the parameters."""
+    for x in adapter.parameters():
+        x.grad = torch.ones_like(x)
+    torch.optim.SGD(adapter.parameters(), lr=1.0, fused=True).step()
+
+
+@pytest.mark.parametrize("change", [scaled_in_place, new_data, new_parameters, trained])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_changed_parameters_are_seen(change, dtype):
+    """Kernels take fp32, so of an adapter in bf16 there are copies."""
+    model = tiny_model("llava-llama")
+    adapter, inputs = random_adapter(model).to(dtype), text_of(model)
+    with mk.attach(model, adapter):
+        before = decoded(model, "dynamic", inputs)
+        model(**inputs)  # with gradients, as training does
+        change(adapter)
+        actual = decoded(model, "dynamic", inputs)
+        assert torch.equal(by_the_public_op(lambda: decoded(model, "dynamic", inputs)), actual)
+    assert not torch.equal(actual, before)
+
+
+def test_what_is_left_to_the_public_op(monkeypatch):
+    model = tiny_model("llava-llama").requires_grad_(False)
+    adapter, inputs = random_adapter(model), text_of(model)
+    results = counted(monkeypatch, "decode")
+    with mk.attach(model, {"x": adapter, "y": random_adapter(model, seed=1)}) as handle:
+        with handle.rows("x"):
+            several = decoded(model, "dynamic", inputs)
+        handle.remove("y")
+        assert torch.equal(decoded(model, "dynamic", inputs), several)
+        assert any(x is not None for x in results)
+        for setting in ({"impl": "reference"}, {"impl": "composed"}):
+            results.clear()
+            handle.impl = setting["impl"]
+            other = decoded(model, "dynamic", inputs)
+            assert relative_error(other, several) <= 64 * EPS
+            assert all((x is None) == (handle.impl == "reference") for x in results)
+        handle.impl = "auto"
+        results.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded(model, "dynamic", inputs)
+        assert results and not any(x is not None for x in results)
+        results.clear()
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache).logits.sum().backward()
+        assert results and not any(x is not None for x in results)
+    assert all(x.grad is not None for x in adapter.parameters())
+
+
+def python_calls(act):
+    """Names of the functions of Python that ``act()`` calls."""
+    names = []
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_calls_of_python(masked, normalizer):
+    """At most 12 for a layer and token: each costs as much as a head's shift."""
+    model = tiny_model("llava-llama")
+    with mk.attach(model, random_adapter(model, normalizer=normalizer)) as handle, torch.no_grad():
+        anchor = handle.anchors[0]
+        H, D, module = anchor.num_heads, anchor.head_dim, anchor.mixer
+        q, k = torch.randn(2, H, 1, D), torch.randn(2, H, 7, D)
+        mask = torch.ones(2, 1, 1, 7, dtype=torch.bool) if masked else None
+
+        def act():
+            hf_attention.attention_forward(module, q, k, k, mask, scaling=D**-0.5, dropout=0.0)
+
+        act()
+        calls = python_calls(act)
+    assert calls[0] == "act" and len(calls) - 1 <= 12, calls
+
+
+class Graphs:
+    """A backend of torch.compile that counts what its graphs call."""
+
+    def __init__(self):
+        self.called = []
+
+    def __call__(self, graph, _):
+        self.called.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
+def test_a_compiled_step_calls_the_operator(normalizer):
+    """Once in each layer, and nothing of ours that is Python."""
+    model = tiny_model("llava-llama")
+    adapter, inputs = random_adapter(model, normalizer=normalizer), text_of(model)
+    with mk.attach(model, adapter), torch.no_grad():
+        expected = decoded(model, "static", inputs)
+        language, graphs = model.model.language_model, Graphs()
+        language.forward, eager = (
+            torch.compile(language.forward, backend=graphs, fullgraph=True),
+            language.forward,
+        )
+        try:
+            assert relative_error(decoded(model, "static", inputs), expected) <= 64 * EPS
+        finally:
+            language.forward = eager
+    steps = [[x for x in called if "mmicl" in x] for called in graphs.called]
+    layers = len(adapter.layers)
+    assert ["mmicl.shifted_attention_decode.default"] * layers in [sorted(x) for x in steps]
