@@ -82,10 +82,11 @@ void fill_entries(EntryParams& p, const Tensor& like, const Tensor& vector,
 // The layout of x where that is dense, else contiguous.
 Tensor new_tokens(const Tensor& x) {
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-  if (!x.is_contiguous() && torch::stable::transpose(x, 0, 1).is_contiguous()) {
-    return torch::stable::transpose(torch::stable::new_empty(x, {T, B, C}), 0, 1);
-  }
-  return torch::stable::new_empty(x, {B, T, C});
+  const bool is_turned = C > 0 && x.stride(2) == 1 && x.stride(0) == C && x.stride(1) == B * C;
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  const Shape strides = is_turned && !x.is_contiguous() ? Shape{C, B * C, 1} : Shape{T * C, C, 1};
+  return empty_strided({B, T, C}, strides, type);
 }
 
 // The sums of tiles, or what there is for each token, as [B, N, C] in the accumulation type; or empty.
@@ -260,6 +261,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmicl_cpu, m) {
   m.def(
       "adapter_sums(Tensor dd, Tensor adapter_ids, Tensor? strengths, int A) -> (Tensor sums, Tensor used)");
   m.def("entry_products(Tensor dd, Tensor vector, Tensor adapter_ids) -> Tensor");
+}
+
+// Its schema is in mmicl_kernels/ops/residual_shift/_op.py, with what compiled graphs need to know.
+STABLE_TORCH_LIBRARY_IMPL(mmicl, CPU, m) {
+  m.impl("residual_shift_inference", TORCH_BOX(&residual_shift_fwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CPU, m) {

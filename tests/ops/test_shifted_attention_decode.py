@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmicl_kernels.ops import shifted_attention
+from mmicl_kernels.ops._core.dispatch import has_cpu_kernels
 from mmicl_kernels.ops.attention_shift.kernels import virtual_keys
 from mmicl_kernels.ops.shifted_attention import _decode, _op
 from mmicl_kernels.ops.shifted_attention.options import Options
@@ -26,7 +27,7 @@ from tests.ops.shifted_attention_grid import (
 )
 from tests.test_extension import assert_same_for_any_number_of_threads
 
-if not _decode.has_kernel():
+if not has_cpu_kernels():
     pytest.skip("the C++ kernels are not built", allow_module_level=True)
 
 # Keys in several parts, of which some see none.

@@ -26,6 +26,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ("reference", "composed", "triton", "cuda")
 
 
+@torch.compiler.assume_constant_result
+def has_cpu_kernels() -> bool:
+    """Whether the C++ kernels were built; it is no part of a graph."""
+    return _extension.load()
+
+
 def backend(impl: str, device: torch.device) -> str:
     """Whose kernels ``impl`` runs on ``device``: "triton", "cpp" or "torch".
 
@@ -33,7 +39,7 @@ def backend(impl: str, device: torch.device) -> str:
     """
     if impl == "triton" or (device.type == "cuda" and HAS_TRITON):
         return "triton"
-    return "cpp" if device.type == "cpu" and _extension.load() else "torch"
+    return "cpp" if device.type == "cpu" and has_cpu_kernels() else "torch"
 
 
 def kernels_of(package: str, stock: ModuleType) -> Callable[[str, torch.device], ModuleType]:

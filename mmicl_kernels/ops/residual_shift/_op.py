@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mmicl_kernels.ops._core.dispatch import (
     distinct,
+    has_cpu_kernels,
     kernels_of,
     needs_grad,
     no_autocast,
@@ -30,6 +31,10 @@ torch.library.define(
     f"(Tensor dout, Tensor? x, {_ENTRIES}, str impl, bool need_dx, bool need_dentry, bool need_dstrengths)"
     " -> (Tensor dx, Tensor dvector, Tensor dscale, Tensor dstrengths)",
 )
+# Without gradients on CPU: C++'s own, with no Python before it, so that a compiled graph calls it itself.
+torch.library.define(
+    "mmicl::residual_shift_inference", f"(Tensor x, {_ENTRIES}, bool preserve_norm) -> Tensor"
+)
 
 _kernels = kernels_of(__package__, _torch)
 
@@ -47,6 +52,11 @@ torch.library.impl("mmicl::residual_shift_fwd", ("cpu", "cuda"), _residual_shift
 
 @torch.library.register_fake("mmicl::residual_shift_fwd")
 def _residual_shift_fwd_fake(x, vector, scale, adapter_ids, strengths, preserve_norm, impl):
+    return new_tokens(x)
+
+
+@torch.library.register_fake("mmicl::residual_shift_inference")
+def _residual_shift_inference_fake(x, vector, scale, adapter_ids, strengths, preserve_norm):
     return new_tokens(x)
 
 
@@ -120,11 +130,16 @@ class _ResidualShiftFunction(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap("residual_shift"))
 
 
-torch.library.register_vmap("mmicl::residual_shift_fwd", refuse_vmap("residual_shift"))
+for _name in ("residual_shift_fwd", "residual_shift_inference"):
+    torch.library.register_vmap(f"mmicl::{_name}", refuse_vmap("residual_shift"))
 
 
 def residual_shift_op(x, vector, scale, adapter_ids, strengths, preserve_norm, impl) -> Tensor:
     inputs = (x, vector, scale, adapter_ids, strengths, preserve_norm, impl)
     if needs_grad(*(p for p in (x, vector, scale, strengths) if p is not None)):
         return _ResidualShiftFunction.apply(*distinct(*inputs))
+    if x.device.type == "cpu" and impl == "composed" and has_cpu_kernels():
+        vector, scale, strengths = prepared(x, impl, vector, scale, strengths)
+        entries = (*stacked(vector, scale), adapter_ids, strengths)
+        return torch.ops.mmicl.residual_shift_inference.default(x, *entries, preserve_norm)
     return torch.ops.mmicl.residual_shift_fwd(*inputs)

@@ -6,8 +6,7 @@ Its kernel is C++'s own (``csrc/bindings_decode_attention.cpp``), so that a comp
 import torch
 from torch import Tensor
 
-from mmicl_kernels import _extension
-from mmicl_kernels.ops._core.dispatch import refuse_vmap
+from mmicl_kernels.ops._core.dispatch import has_cpu_kernels, refuse_vmap
 from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys
 from mmicl_kernels.ops.shifted_attention.options import Options
@@ -30,15 +29,10 @@ torch.library.define(
 MAX_QUERIES = 4
 
 
-@torch.compiler.assume_constant_result
-def has_kernel() -> bool:
-    return _extension.load()
-
-
 def decodes(q: Tensor, options: Options) -> bool:
     """Whether the operator computes this. A backward may not follow: nothing is kept for it."""
     few = q.shape[2] <= MAX_QUERIES and options.cu_seqlens_q is None and options.impl != "triton"
-    return few and q.device.type == "cpu" and has_kernel()
+    return few and q.device.type == "cpu" and has_cpu_kernels()
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor]:
