@@ -145,6 +145,13 @@ class Adapter(nn.Module):
         ``[H, N, D]``, ``[H, N]``, ``[H, N, D]``."""
         raise NotImplementedError
 
+    def attention_parts(self, index: str) -> tuple[Tensor, ...]:
+        """What :meth:`attention_shift` computes its tensors of; these themselves where it computes nothing.
+
+        Asked for every token: while none of them changes, no other tensors are.
+        """
+        return self.attention_shift(index)
+
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor | float]:
         """The vector ``[C]`` (two, ``[2, C]``, where there is a ``readout``) and the scale ``[]`` of layer
         ``index`` at one of ``residual_sites``."""
@@ -356,6 +363,14 @@ def is_plain(x: Tensor) -> bool:
         return False
     last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return x.numel() == 0 or (last + 1) * x.element_size() <= x.untyped_storage().nbytes()
+
+
+def tensors_of(module: nn.Module, *names: str) -> tuple[Tensor, ...]:
+    """Attributes that are asked for every layer and token: a module looks each up in Python."""
+    try:
+        return tuple(map(module._parameters.__getitem__, names))
+    except KeyError:  # parametrized
+        return tuple(getattr(module, name) for name in names)
 
 
 def check_count(config: Any, *names: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, tensors_of
 from mmicl_kernels.methods.hificl.config import HiFICLConfig
 from mmicl_kernels.methods.sites import AttentionSite
 from mmicl_kernels.ops._core.dispatch import no_autocast
@@ -59,9 +60,11 @@ class HiFICLAdapter(Adapter):
 
         return HiFICLObjective
 
+    def attention_parts(self, index: str) -> tuple[Tensor, ...]:
+        return tensors_of(self.layers[index], *PARTS)
+
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self.layers[index]
-        key_a, key_b, value_a, value_b = _in_one_dtype([layer[part] for part in PARTS])
+        key_a, key_b, value_a, value_b = _in_one_dtype(self.attention_parts(index))
         with no_autocast(key_a.device):
             weight = key_a @ (key_b * key_b.shape[-1] ** -0.5)
             return weight, weight.new_zeros(weight.shape[:2]), value_a @ value_b
@@ -71,6 +74,6 @@ def _shapes(config: HiFICLConfig, num_heads: int, head_dim: int) -> tuple[tuple[
     return (num_heads, config.num_keys, config.rank), (num_heads, config.rank, head_dim)
 
 
-def _in_one_dtype(factors: list[Tensor]) -> list[Tensor]:
+def _in_one_dtype(factors: Sequence[Tensor]) -> list[Tensor]:
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in factors))
     return [x.to(dtype) for x in factors]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, tensors_of
 from mmicl_kernels.methods.live.config import LIVEConfig
 from mmicl_kernels.methods.sites import ResidualSite
 from mmicl_kernels.modules import ResidualShift
@@ -47,5 +47,4 @@ class LIVEAdapter(Adapter):
         return LIVEObjective
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor]:
-        layer = self.layers[index]
-        return layer.vector, layer.scale
+        return tensors_of(self.layers[index], "vector", "scale")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, tensors_of
 from mmicl_kernels.methods.m2iv.config import M2IVConfig
 from mmicl_kernels.methods.sites import ResidualSite
 from mmicl_kernels.modules import ResidualShift
@@ -61,6 +61,5 @@ class M2IVAdapter(Adapter):
         return M2IVObjective
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor]:
-        layer = self.layers[index]
-        shift = layer.attn if site.module == AFTER_ATTENTION.module else layer.mlp
-        return shift.vector, shift.scale
+        branch = "attn" if site.module == AFTER_ATTENTION.module else "mlp"
+        return tensors_of(self.layers[index]._modules[branch], "vector", "scale")

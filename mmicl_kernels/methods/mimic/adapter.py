@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone
+from mmicl_kernels.methods.base import DTYPE, Adapter, Backbone, tensors_of
 from mmicl_kernels.methods.mimic.config import MimICConfig
 from mmicl_kernels.methods.sites import AttentionSite, ResidualSite
 from mmicl_kernels.modules import AttentionShift
@@ -59,11 +59,7 @@ class MimICAdapter(Adapter):
         return MimICObjective
 
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self.layers[index]
-        found = layer._parameters  # asked for every token: a module's attributes are looked up in Python
-        if len(found) == 3:
-            return found["weight"], found["bias"], found["shift"]
-        return layer.weight, layer.bias, layer.shift  # parametrized
+        return tensors_of(self.layers[index], "weight", "bias", "shift")
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, float]:
         return self.ffn_shift[list(self.backbone.layers).index(int(index))], 1.0

@@ -13,7 +13,7 @@ from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.models.parallel import local_heads
 from mmicl_kernels.ops.attention_shift.kernels import virtual_keys as kernel_keys
 from mmicl_kernels.patch.sites import hf_attention
-from mmicl_kernels.patch.slots import SlotStack, for_batch
+from mmicl_kernels.patch.slots import SlotStack, for_batch, versions
 from mmicl_kernels.patch.state import State
 
 
@@ -30,8 +30,8 @@ class VirtualKeys(NamedTuple):
 class ReadyKeys(NamedTuple):
     """Virtual keys as kernels take them, and what they were made of."""
 
-    version: tuple
-    sources: list[Tensor]  # kept, so that no other tensor comes to lie where these are
+    version: list
+    parts: tuple[Tensor, ...]  # kept, see ``versions``
     keys: tuple[Tensor | None, ...]
 
 
@@ -109,18 +109,15 @@ class PatchedLayer(SlotStack):
         if not one or not stock or state.impl == "reference":
             return None
         (adapter,) = state.adapters.values()
-        weight, bias, shift = adapter.attention_shift(self._key)
-        if weight.is_inference() or bias.is_inference() or shift.is_inference():  # count no changes
+        parts = adapter.attention_parts(self._key)
+        now = versions(parts)
+        if now is None:
             return None
-        now = (
-            id(weight), weight.data_ptr(), weight._version, id(bias), bias.data_ptr(), bias._version,
-            id(shift), shift.data_ptr(), shift._version, query.dtype, query.shape[1],
-        )  # fmt: skip
+        now += (query.dtype, query.shape[1])
         if self._ready is None or self._ready.version != now:
-            sources = [weight, bias, shift]
-            prefix = adapter.attention_site.prefix
-            keys = kernel_keys(query, *self._local(sources, 0, query.shape[1]), None, prefix, None)
-            self._ready = ReadyKeys(now, sources, keys)
+            parameters = self._local([*adapter.attention_shift(self._key)], 0, query.shape[1])
+            keys = kernel_keys(query, *parameters, None, adapter.attention_site.prefix, None)
+            self._ready = ReadyKeys(now, parts, keys)
         return self._ready.keys
 
     def virtual_keys(self, query: Tensor) -> VirtualKeys:

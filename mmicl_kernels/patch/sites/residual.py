@@ -16,7 +16,7 @@ from mmicl_kernels.ops.residual_shift.entries import entries, stacked
 from mmicl_kernels.patch.sites.hooks import ForwardHook
 from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.patch.sites.selection import is_backward
-from mmicl_kernels.patch.slots import SlotStack, for_batch
+from mmicl_kernels.patch.slots import SlotStack, for_batch, versions
 from mmicl_kernels.patch.state import State
 
 # Adapters a batch row can name before its ids grow and compiled models are compiled again.
@@ -61,8 +61,8 @@ class SiteShift:
 class ReadyEntry(NamedTuple):
     """A vector and its scale as kernels take them, and what they were made of."""
 
-    version: tuple
-    sources: tuple[Tensor, Tensor | float]  # kept, so that no other tensor comes to lie where these are
+    version: list
+    parts: tuple[Tensor, ...]  # kept, see ``versions``
     entry: tuple[Tensor, Tensor | None]
 
 
@@ -122,15 +122,15 @@ class LayerShift(SlotStack):
             return None
         (adapter,) = state.adapters.values()
         vector, scale = adapter.residual_shift(self._site, self._key)
-        is_tensor = isinstance(scale, Tensor)
-        if vector.is_inference() or (is_tensor and scale.is_inference()):  # count no changes
+        parts = (vector, scale) if isinstance(scale, Tensor) else (vector,)
+        now = versions(parts)
+        if now is None:
             return None
-        factor = (id(scale), scale.data_ptr(), scale._version) if is_tensor else scale
-        now = (id(vector), vector.data_ptr(), vector._version, factor, state.strength, x.dtype)
+        now += (None if len(parts) == 2 else scale, state.strength, x.dtype)
         if self._ready is None or self._ready.version != now:
             total = state.scaled(_as_tensor(scale, vector)) if adapter.has_strength else scale
             entry = stacked(*accumulated(x, vector, entries(x, total, None, None)[0]))
-            self._ready = ReadyEntry(now, (vector, scale), entry)
+            self._ready = ReadyEntry(now, parts, entry)
         return self._ready.entry
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:

@@ -1,0 +1,222 @@
+"""What adapters cost a decoder at real layer sizes: to the first token, and for each further one.
+
+``python -m benchmarks.layers --out FOLDER`` writes ``FOLDER/<device>/layers.json``. The plain decoder, ours
+and the official formulation share their weights and take turns, token by token.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+
+import mmicl_kernels as mk
+from benchmarks.harness.tables import fill_tables
+from benchmarks.harness.timing import Samples, machine
+from benchmarks.peers import published
+from benchmarks.run import device_folder
+
+VOCABULARY = 512  # small, so that the layers are what is measured
+PADDING = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One decoder and its prompts. ``padded``: on the left, so that there is a mask."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    layers: int
+    dtype: str
+    batch: int
+    padded: bool
+    compiled: bool = False
+    prompt: int = 128
+
+    def model(self) -> nn.Module:
+        config = MistralConfig(
+            hidden_size=self.hidden, intermediate_size=7 * self.hidden // 2 // 32 * 32, vocab_size=VOCABULARY,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads, sliding_window=None,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = MistralForCausalLM._from_config(config, dtype=getattr(torch, self.dtype))
+        return model.eval().requires_grad_(False)
+
+    def inputs(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, VOCABULARY, (self.batch, self.prompt), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, : PADDING if self.padded else 0] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+SMALL, MEDIUM, LARGE = (576, 9, 3, 8), (2048, 32, 8, 4), (4096, 32, 8, 4)
+CELLS = (
+    Cell(*SMALL, "float32", 1, False), Cell(*SMALL, "float32", 1, True), Cell(*SMALL, "float32", 8, True),
+    Cell(*SMALL, "bfloat16", 1, False), Cell(*MEDIUM, "float32", 1, False),
+    Cell(*MEDIUM, "bfloat16", 1, True), Cell(*LARGE, "float32", 1, False),
+    Cell(*SMALL, "float32", 1, False, compiled=True), Cell(*MEDIUM, "float32", 1, False, compiled=True),
+)  # fmt: skip
+QUICK = (Cell(32, 4, 2, 2, "float32", 2, True, prompt=16),)
+OURS = {
+    "MimIC": mk.MimICConfig(), "MimIC, all_keys": mk.MimICConfig(normalizer="all_keys"),
+    "HiFICL": mk.HiFICLConfig(), "M2IV": mk.M2IVConfig(), "LIVE": mk.LIVEConfig(),
+}  # fmt: skip
+OFFICIAL = "official MimIC"
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Another model with the same weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(x): x for x in tensors})
+
+
+def drawn(model: nn.Module, config: object) -> nn.Module:
+    """An adapter with no parameter that is zero, of which something could be left out."""
+    adapter, generator = mk.create(model, config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in adapter.parameters():
+            x.add_(torch.empty(x.shape).uniform_(0.001, 0.01, generator=generator))
+    return adapter.requires_grad_(False)
+
+
+def variants(model: nn.Module, cell: Cell, patched: ExitStack) -> dict[str, nn.Module]:
+    """The plain model and its patched copies, until ``patched`` is closed."""
+    models = {"plain": model}
+    for name, config in OURS.items():
+        models[name] = shared_copy(model)
+        patched.enter_context(mk.attach(models[name], drawn(model, config)))
+    if not cell.compiled:  # it counts a static cache's empty rows
+        models[OFFICIAL] = shared_copy(model)
+        adapter = drawn(model, OURS["MimIC"]).to(model.dtype)
+        patched.enter_context(published(models[OFFICIAL], adapter))
+    return models
+
+
+class Answer:
+    """One model's answer to the cell's prompts, token by token."""
+
+    def __init__(self, model: nn.Module, cell: Cell, tokens: int) -> None:
+        self._model, self._cell, self._room = model, cell, cell.prompt + tokens + 1
+        step = model.model.forward
+        self._step = torch.compile(step, fullgraph=True) if cell.compiled else step
+        self.begin()
+
+    def begin(self) -> None:
+        """Read the prompt anew."""
+        config, inputs = self._model.config, self._cell.inputs()
+        static = self._cell.compiled
+        self._cache = StaticCache(config, max_cache_len=self._room) if static else DynamicCache(config=config)
+        self._mask = inputs["attention_mask"]
+        ids, keep = inputs["input_ids"], {"logits_to_keep": 1, "use_cache": True}
+        logits = self._model(ids, attention_mask=self._mask, past_key_values=self._cache, **keep).logits
+        self._token = logits.argmax(-1)
+
+    def __call__(self) -> None:
+        """One token more."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
+        given = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
+        hidden = self._step(input_ids=self._token, **given).last_hidden_state
+        self._token = self._model.lm_head(hidden[:, -1:]).argmax(-1)
+
+
+def in_turns(acts: dict[str, Callable[[], object]], rounds: int) -> dict[str, Samples]:
+    """Milliseconds of each, after one round that is not counted; each round in another order."""
+    names, found = [*acts], {name: [] for name in acts}
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            acts[name]()
+            found[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Samples(tuple(ms[1:])) for name, ms in found.items()}
+
+
+@torch.no_grad()
+def measure(cell: Cell, tokens: int, prompts: int) -> list[dict]:
+    """A row for each variant: its times, and their ratios to the plain model's in the same round."""
+    with ExitStack() as patched:
+        models = variants(cell.model(), cell, patched)
+        answers = {name: Answer(model, cell, tokens) for name, model in models.items()}
+        first = in_turns({name: x.begin for name, x in answers.items()}, prompts)
+        further = in_turns(dict(answers), tokens)
+    rows = []
+    for name in models:
+        times = {"first": first, "further": further}
+        row = {"variant": name, **asdict(cell)}
+        for what, samples in times.items():
+            ratio = samples[name].over(samples["plain"])
+            row[f"{what}_ms"] = samples[name].median
+            row[f"{what}_ratio"] = [ratio.median, ratio.low, ratio.high]
+        rows.append(row)
+    return rows
+
+
+def markdown(result: dict) -> str:
+    """A line for each cell and variant."""
+    lines = [
+        "| decoder | variant | first token ms | to plain | further token ms | to plain |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        first, further = (
+            "{:.2f} ({:.2f} to {:.2f})".format(*row[f"{x}_ratio"]) for x in ("first", "further")
+        )
+        lines.append(
+            f"| {_described(row)} | {row['variant']} | {row['first_ms']:.1f} | {first} | "
+            f"{row['further_ms']:.2f} | {further} |"
+        )
+    x = result["machine"]
+    return "\n".join(lines) + (
+        f"\n\n{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
+        f"commit {x['commit']}, {x['date']}; medians of {result['tokens']} tokens and {result['prompts']} "
+        "prompts of 128 tokens, in turns; ratios within a round, with the range of the middle four fifths"
+    )
+
+
+def _described(row: dict) -> str:
+    parts = [f"{row['hidden']} x {row['layers']}", row["dtype"].replace("float", "fp").replace("bfp", "bf")]
+    parts.append(f"batch {row['batch']}")
+    parts += [name for name in ("padded", "compiled") if row[name]]
+    return ", ".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="to see that it runs")
+    parser.add_argument("--tokens", type=int, default=200, help="of each answer")
+    parser.add_argument("--prompts", type=int, default=10, help="how often each is read")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--readme", type=Path, help="fill the table in this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    cells: Iterable[Cell] = QUICK if options.quick else CELLS
+    result = {
+        "machine": {**machine("cpu"), "transformers": transformers.__version__},
+        "threads": options.threads, "tokens": options.tokens, "prompts": options.prompts, "rows": [],
+    }  # fmt: skip
+    folder = options.out / device_folder(result["machine"], "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in tqdm(cells, desc="decoders"):
+        result["rows"] += measure(cell, options.tokens, options.prompts)
+        (folder / "layers.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
+    if options.readme:
+        options.readme.write_text(fill_tables(options.readme.read_text(), {"layers": markdown(result)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
