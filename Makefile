@@ -45,6 +45,7 @@ lint: $(STAMP)
 
 bench: $(WEIGHTS)
 	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --runs 3 --out $(OUT)
+	$(BIN)/python -m benchmarks.layers --out $(OUT)
 	$(BIN)/python -m benchmarks.experiments.smolvl.speed --out $(OUT)
 
 # Beside the stored run; with QUICK="--benchmark-json=$(STORED)" it is stored anew.

@@ -85,6 +85,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def drawn(model: nn.Module, config: object) -> nn.Module:
     """An adapter with no parameter that is zero, of which something could be left out."""
+    torch.manual_seed(0)
     adapter, generator = mk.create(model, config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for x in adapter.parameters():
