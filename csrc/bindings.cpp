@@ -103,6 +103,7 @@ namespace {
 
 // out, or its gradient, and lse are of the queries.
 void check_attention(const Tensor& out, const char* name, const Tensor& lse, const Tensor& q) {
+  STD_TORCH_CHECK(out.dim() == 4, name, " has ", out.dim(), " dims, expected [B, H, T, D]");
   STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dims, expected [B, H, T, D]");
   element_type(q, "q");
   check_tensor(lse, "lse", {q.size(0), q.size(1), q.size(2)}, acc_type(q.scalar_type()));

@@ -108,10 +108,11 @@ inline Tensor empty_strided(const Shape& sizes, const Shape& strides, int32_t ty
 
 // [B, H, T, D] over memory ordered [B, T, H, D], which is what an output projection reads.
 inline Tensor empty_heads_last(const Tensor& like) {
-  const int64_t H = like.size(1), T = like.size(2), D = like.size(3);
+  const auto size = [&](int64_t i) { return std::max<int64_t>(1, like.size(i)); };  // as torch's strides
+  const int64_t H = size(1), T = size(2), D = size(3);
   int32_t type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  return empty_strided({like.size(0), H, T, D}, {T * H * D, D, H * D, 1}, type);
+  return empty_strided(shape_of(like), {T * H * D, D, H * D, 1}, type);
 }
 
 // ---- what operators share ----

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -75,6 +76,16 @@ int64_t seen_keys(const Tensor& mask) {
 
 // ---- ops ----
 
+// The product of sizes that expanded tensors may have made larger than any memory.
+int64_t elements(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(product, size, &product) && product < (int64_t{1} << 56),
+                    "q and k have too many elements");
+  }
+  return product;
+}
+
 // The keys of rows and queries, and lse if it is asked for.
 struct Visibility {
   bool causal = false;
@@ -98,27 +109,31 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w
   p.scale = scale, p.softcap = softcap.value_or(0);
   if (visible.mask) fill_mask(p, *visible.mask);
 
+  const Tensor out = empty_heads_last(q);
+  const int64_t count = elements({p.B, p.H, p.T});
+  if (count == 0) return out;
+  const int64_t sums = elements({p.B, p.G, parts(p), rows(p), p.D + kSums});
+
   // Where the mask ends them, a row's own keys are in use even if they are hidden.
   const bool ends = visible.mask && visible.mask_ends_keys;
   const int64_t in_use = ends ? std::max(seen_keys(*visible.mask), p.T) : p.S;
+  const int64_t window = std::clamp<int64_t>(visible.window.value_or(1), 1, kFarthest * 4);
   std::vector<int64_t> bounds(p.B * (2 * p.T + 1));
   int64_t *first = bounds.data(), *last = first + p.B * p.T, *gate_end = last + p.B * p.T;
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t begin = bound(visible.kv_start, "kv_start", b, p.B, 0, 0, p.S);
     const int64_t end = bound(visible.kv_end, "kv_end", b, p.B, p.S, 0, p.S);
-    const int64_t position = bound(visible.q_starts, "q_start", b, p.B, visible.q_start.value_or(end - p.T),
-                                   -kFarthest, kFarthest);
+    const int64_t absent = std::clamp(visible.q_start.value_or(end - p.T), -kFarthest, std::max(kFarthest, p.S));
+    const int64_t position = bound(visible.q_starts, "q_start", b, p.B, absent, -kFarthest, kFarthest);
     for (int64_t t = b * p.T; t < (b + 1) * p.T; ++t) {
       const int64_t own = position + t - b * p.T;
-      first[t] = visible.window ? std::max(begin, own - *visible.window + 1) : begin;
+      first[t] = visible.window ? std::max(begin, own - window + 1) : begin;
       last[t] = visible.causal ? std::min(end, own + 1) : end;
     }
     gate_end[b] = std::min(end, in_use);
   }
   p.first = first, p.last = last, p.gate_end = gate_end;
 
-  const Tensor out = empty_heads_last(q);
-  const int64_t count = p.B * p.H * p.T, sums = tasks(p) * rows(p) * (p.D + kSums);
   const std::unique_ptr<double[]> memory(new double[sums + 2 * count]);  // of acc as many
   const MutableRows own{memory.get() + sums, p.H * p.T, p.T, 1};
   p.partial = memory.get(), p.out = writable_rows(out), p.lse = lse ? *lse : own;

@@ -85,8 +85,10 @@ Tensor new_tokens(const Tensor& x) {
   const bool is_turned = C > 0 && x.stride(2) == 1 && x.stride(0) == C && x.stride(1) == B * C;
   int32_t type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-  const Shape strides = is_turned && !x.is_contiguous() ? Shape{C, B * C, 1} : Shape{T * C, C, 1};
-  return empty_strided({B, T, C}, strides, type);
+  const int64_t width = std::max<int64_t>(1, C);  // as torch's strides of what is empty
+  const Shape turned{width, std::max<int64_t>(1, B) * width, 1};
+  const Shape plain{std::max<int64_t>(1, T) * width, width, 1};
+  return empty_strided({B, T, C}, is_turned && !x.is_contiguous() ? turned : plain, type);
 }
 
 // The sums of tiles, or what there is for each token, as [B, N, C] in the accumulation type; or empty.

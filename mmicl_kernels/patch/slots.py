@@ -92,16 +92,16 @@ def _version(x: Tensor) -> tuple:
     return x.data_ptr(), x.dtype, x.stride(), 0 if x.is_inference() else x._version
 
 
-def versions(tensors: Sequence[Tensor]) -> list[int] | None:
+def versions(tensors: Sequence[Tensor]) -> list | None:
     """Others after one of ``tensors`` was replaced, or changed in place; None if one counts no changes.
 
     ``tensors`` must be kept, so that no other comes to lie where they are. Called for every layer and token.
     """
-    found: list[int] = []
+    found: list = []
     for x in tensors:
         if x.is_inference():
             return None
-        found += (id(x), x.data_ptr(), x._version)
+        found += (id(x), x.data_ptr(), x._version, x.dtype, x.shape, x.stride())
     return found
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from mmicl_kernels import ops
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.ops._core.dispatch import has_cpu_kernels
 from mmicl_kernels.ops.attention_shift.kernels import virtual_keys
@@ -220,3 +221,56 @@ def test_what_it_refuses(message, change):
     assert not operator(**given)[0].any()
     with pytest.raises(RuntimeError, match=message):
         operator(**{**given, **change})
+
+
+EXPORTED = """
+import sys, torch
+import mmicl_kernels.ops
+program, inputs, expected = (sys.argv[1] + x for x in (".pt2", ".inputs", ".expected"))
+out = torch.export.load(program).module()(*torch.load(inputs))
+torch.testing.assert_close(out, torch.load(expected))
+"""
+
+
+@pytest.mark.parametrize("built", ["0", "1"], ids=["built", "not built"])
+@pytest.mark.parametrize("op", ["shifted_attention", "residual_shift"])
+def test_an_exported_program_runs_elsewhere(op, built, tmp_path):
+    """In a process that has not loaded the C++ kernels, or has none."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return getattr(ops, op)(*inputs)
+
+    x = torch.randn(2, 3, 16)
+    inputs = shifted_attention_inputs(T=2) if op == "shifted_attention" else (x, x[0, 0])
+    path = str(tmp_path / "program")
+    with torch.no_grad():
+        torch.export.save(torch.export.export(Module(), tuple(inputs)), path + ".pt2")
+        torch.save(Module()(*inputs), path + ".expected")
+    torch.save(tuple(inputs), path + ".inputs")
+    environment = {**os.environ, "MMICL_DISABLE_EXTENSION": built}
+    run = subprocess.run(
+        [sys.executable, "-c", EXPORTED, path], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "q, keys",
+    [
+        ((1, 1024, 4, 1), (1, 1, 2**62, 1)),
+        (((2**64 + 2) // 3, 0, 1, 4), (1, 1, 0, 4)),
+        ((2**40, 0, 1, 4), None),
+    ],
+)
+def test_sizes_beyond_any_memory(q, keys):
+    """They are an error, or nothing to do; what is allocated never wraps around."""
+    B, H, _, D = q
+    k = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**62, 1) if keys and keys[2] else torch.empty(B, 1, 0, D)
+    parameters = torch.zeros(H, D), torch.zeros(H), torch.zeros(H, D)
+    try:
+        out = shifted_attention(torch.zeros(q), k, k, *parameters, causal=True, window=8)
+    except (RuntimeError, MemoryError) as error:
+        assert "too many elements" in str(error)
+    else:
+        assert out.shape == q and out.numel() == 0

@@ -1,14 +1,17 @@
 """One token through a patched layer: by the operator itself, as by the public op, and with little Python."""
 
+import pickle
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.ops._core.dispatch import has_cpu_kernels
-from mmicl_kernels.patch.sites import attention, hf_attention
+from mmicl_kernels.patch.sites import attention, hf_attention, residual
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from tests.patch.compiled_generation import fresh_dynamo  # noqa: F401
 from tests.support.published import multiply, random_adapter, relative_error
@@ -59,7 +62,15 @@ def counted(monkeypatch, name):
 def by_the_public_op(act):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention.PatchedLayer, "decode", lambda *_: None)
+        patch.setattr(residual.LayerShift, "_ready_entry", lambda *_: None)
         return act()
+
+
+def random_of(model, config):
+    adapter, generator = mk.create(model, config), torch.Generator().manual_seed(0)
+    for x in adapter.parameters():
+        torch.nn.init.normal_(x, std=0.5, generator=generator)
+    return adapter
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -88,9 +99,7 @@ def test_it_is_the_public_op(name, normalizer, kind, implementation, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_and_methods(config, dtype, monkeypatch):
     model = tiny_model("llava-llama").to(dtype)
-    adapter, inputs = mk.create(model, config), text_of(model)
-    for x in adapter.parameters():
-        torch.nn.init.normal_(x, std=0.5, generator=torch.Generator().manual_seed(0))
+    adapter, inputs = random_of(model, config), text_of(model)
     results = counted(monkeypatch, "decode")
     with mk.attach(model, adapter):
         actual = decoded(model, "dynamic", inputs)
@@ -115,22 +124,74 @@ def trained(adapter):
     """A fused optimizer counts its steps as no change of the parameters."""
     for x in adapter.parameters():
         x.grad = torch.ones_like(x)
-    torch.optim.SGD(adapter.parameters(), lr=1.0, fused=True).step()
+    torch.optim.AdamW(adapter.parameters(), lr=1.0, fused=True).step()
 
 
-@pytest.mark.parametrize("change", [scaled_in_place, new_data, new_parameters, trained])
+def fewer_keys(adapter):
+    """Views of the same memory, of other shapes."""
+    for layer in adapter.layers.values():
+        for name in ("key_a", "value_a"):
+            layer[name].data = layer[name].data[:, :5]
+
+
+CONFIGS = (mk.MimICConfig(), mk.HiFICLConfig(), mk.LIVEConfig(), mk.M2IVConfig())
+CHANGES = [(x, change) for x in CONFIGS for change in (scaled_in_place, new_data, new_parameters, trained)]
+
+
+@pytest.mark.parametrize("config, change", [*CHANGES, (CONFIGS[1], fewer_keys)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_changed_parameters_are_seen(change, dtype):
-    """Kernels take fp32, so of an adapter in bf16 there are copies."""
+def test_changed_parameters_are_seen(config, change, dtype):
+    """Kernels take fp32, so of an adapter in bf16 there are copies, and of HiFICL's factors always."""
     model = tiny_model("llava-llama")
-    adapter, inputs = random_adapter(model).to(dtype), text_of(model)
+    adapter, inputs = random_of(model, config).to(dtype), text_of(model)
     with mk.attach(model, adapter):
         before = decoded(model, "dynamic", inputs)
-        model(**inputs)  # with gradients, as training does
+        if change is trained:
+            model(**inputs)  # with gradients
         change(adapter)
         actual = decoded(model, "dynamic", inputs)
         assert torch.equal(by_the_public_op(lambda: decoded(model, "dynamic", inputs)), actual)
     assert not torch.equal(actual, before)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_pass_of_fake_tensors_leaves_nothing(config):
+    model = tiny_model("llava-llama")
+    adapter, inputs = random_of(model, config), text_of(model)
+    with mk.attach(model, adapter), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+        assert type(decoded(model, "dynamic", inputs)) is torch.Tensor
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_was_kept_is_not_saved(config, tmp_path):
+    model = tiny_model("llava-llama")
+    with mk.attach(model, random_of(model, config)):
+        sizes = []
+        for _ in range(2):
+            sizes.append(len(pickle.dumps(model)))
+            decoded(model, "dynamic", text_of(model))
+    assert sizes[0] == sizes[1]
+
+
+def test_forward_mode_derivatives_are_refused():
+    """As by the public ops: dropped, they would be wrong in silence."""
+    model = tiny_model("llava-llama")
+    x = torch.randn(1, 1, 32)
+    for config in (mk.MimICConfig(), mk.LIVEConfig()):
+        with (
+            mk.attach(model, random_of(model, config)) as handle,
+            torch.no_grad(),
+            forward_ad.dual_level(),
+            pytest.raises(NotImplementedError, match="jvp"),
+        ):
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            if config == mk.LIVEConfig():
+                handle.anchors[0].layer.mlp(dual)
+                handle._patches._hooks["mlp"][0](handle.anchors[0].mlp, (), dual)
+            q = dual.view(1, 4, 1, 8)
+            hf_attention.attention_forward(handle.anchors[0].mixer, q, q, q, None, scaling=1.0)
 
 
 def test_what_is_left_to_the_public_op(monkeypatch):

@@ -61,5 +61,7 @@ class MimICAdapter(Adapter):
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
         return tensors_of(self.layers[index], "weight", "bias", "shift")
 
+    attention_parts = attention_shift
+
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, float]:
         return self.ffn_shift[list(self.backbone.layers).index(int(index))], 1.0

@@ -26,10 +26,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 IMPLS = ("reference", "composed", "triton", "cuda")
 
 
-@torch.compiler.assume_constant_result
 def has_cpu_kernels() -> bool:
     """Whether the C++ kernels were built; it is no part of a graph."""
     return _extension.load()
+
+
+# All that torch.compiler.assume_constant_result does, which would import all of torch's compiler.
+has_cpu_kernels._dynamo_marked_constant = True
 
 
 def backend(impl: str, device: torch.device) -> str:

@@ -30,9 +30,13 @@ MAX_QUERIES = 4
 
 
 def decodes(q: Tensor, options: Options) -> bool:
-    """Whether the operator computes this. A backward may not follow: nothing is kept for it."""
+    """Whether the operator computes this. A backward may not follow: nothing is kept for it.
+
+    An exported program may run where there are no C++ kernels, or where they are not loaded yet.
+    """
     few = q.shape[2] <= MAX_QUERIES and options.cu_seqlens_q is None and options.impl != "triton"
-    return few and q.device.type == "cpu" and has_cpu_kernels()
+    stays = q.device.type == "cpu" and not torch.compiler.is_exporting()
+    return few and stays and has_cpu_kernels()
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor]:
@@ -48,9 +52,10 @@ def _decode_fake(q, *_):
     return new_heads(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-torch.library.register_vmap("mmicl::shifted_attention_decode", refuse_vmap("shifted_attention"))
-
-
 @torch.library.register_fake("mmicl::shifted_attention_step")
 def _step_fake(q, *_):
     return new_heads(q)
+
+
+for _name in ("shifted_attention_decode", "shifted_attention_step"):
+    torch.library.register_vmap(f"mmicl::{_name}", refuse_vmap("shifted_attention"))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mmicl_kernels import _extension
@@ -50,9 +51,12 @@ class PatchedLayer(SlotStack):
         self._config = copy.copy(self._base_config)
         self._config._attn_implementation_internal = hf_attention.NAME
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_ready": None}
+
     def __setstate__(self, state: dict[str, object]) -> None:
         hf_attention.register()  # a model unpickled in another process names it
-        self.__dict__.update(state, _ready=None)
+        self.__dict__.update(state)
 
     def install(self) -> None:
         self._module.config, self._module.mmicl_layer = self._config, self
@@ -83,7 +87,7 @@ class PatchedLayer(SlotStack):
 
         The rest goes through the public op, whose checks take longer than this.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
             return None
         # Not by its property: a config's attributes are looked up by a function of Python.
         implementation = object.__getattribute__(self._base_config, "_attn_implementation_internal")
@@ -105,8 +109,8 @@ class PatchedLayer(SlotStack):
         """What all rows share, as kernels take it, made anew where a parameter is another; else None."""
         state = self._state
         one = len(state.adapters) == 1 and state.adapter_ids is None and not state.selection.is_installed
-        stock = query.is_cpu and not torch.is_autocast_enabled("cpu") and state.impl != "triton"
-        if not one or not stock or state.impl == "reference":
+        stock = type(query) is Tensor and query.is_cpu and not torch.is_autocast_enabled("cpu")
+        if not one or not stock or state.impl not in ("auto", "composed"):
             return None
         (adapter,) = state.adapters.values()
         parts = adapter.attention_parts(self._key)

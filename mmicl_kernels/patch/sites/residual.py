@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmicl_kernels import _extension
@@ -75,8 +76,8 @@ class LayerShift(SlotStack):
         self._key = str(anchor.index)
         self._ready: ReadyEntry | None = None
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _ready=None)
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_ready": None}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [B, T, C]`` shifted as the handle says."""
@@ -115,10 +116,16 @@ class LayerShift(SlotStack):
         The rest goes through the public op, whose checks take longer than this.
         """
         state = self._state
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
             return None
         one = len(state.adapters) == 1 and self._rows.ids is None and not state.selection.is_installed
-        if not (one and x.is_cpu and state.impl in ("auto", "composed") and _extension.load()):
+        if not (
+            one
+            and type(x) is Tensor
+            and x.is_cpu
+            and state.impl in ("auto", "composed")
+            and _extension.load()
+        ):
             return None
         (adapter,) = state.adapters.values()
         vector, scale = adapter.residual_shift(self._site, self._key)
@@ -160,11 +167,10 @@ class PromptShift(LayerShift):
         self._passes = WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: x for name, x in vars(self).items() if name != "_passes"}
+        return {name: x for name, x in super().__getstate__().items() if name != "_passes"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)
-        self._passes = WeakTensorKeyDictionary()
+        self.__dict__.update(state, _passes=WeakTensorKeyDictionary())
 
     def __call__(self, x: Tensor) -> Tensor:
         state = self._state
