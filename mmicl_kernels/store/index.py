@@ -210,10 +210,15 @@ class Index:
             OSError: one could not be read; the index is as it was.
         """
         with self._transaction("IMMEDIATE") as index:
-            for table in ("entries", "vectors", "pending"):
-                index.execute(f"DELETE FROM {table}")
-            self._follow_all(index)
-            self._raise_for_pending(index)
+            # Rows in a wrong order, say, are found and deleted like others, and the pages stay what they are.
+            is_sound = index.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok"
+            if is_sound:
+                for table in ("entries", "vectors", "pending"):
+                    index.execute(f"DELETE FROM {table}")
+                self._follow_all(index)
+                self._raise_for_pending(index)
+        if not is_sound:
+            self._renew()
 
     def _renew(self) -> None:
         """Another database in the place of whatever is there; entries that cannot be read stay pending."""

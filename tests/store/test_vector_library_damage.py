@@ -88,6 +88,27 @@ def test_damaged_index(library):
     assert findings > 60 and scans > 30
 
 
+def test_rows_in_a_wrong_order(library):
+    """SQLite finds and deletes them like others, and the pages stay damaged: ``rebuild`` makes new ones."""
+    path = index_at_rest(library)
+    good = path.read_bytes()
+    for i in (i for i, byte in enumerate(good) if byte in (1, 2)):
+        path.write_bytes(good[:i] + bytes([47]) + good[i + 1 :])
+        with closing(sqlite3.connect(path)) as connection:
+            try:
+                (problem,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+            except sqlite3.DatabaseError:
+                continue
+        if "out of order" in problem:
+            break
+    else:
+        pytest.fail("no byte of the index is a row's number")
+    reader = mk.VLibrary(library.folder)
+    assert reader.verify()
+    reader.rebuild()
+    assert reader.list() == NAMES and reader.verify() == []
+
+
 def test_damaged_vectors(library):
     index = changed(library, "UPDATE vectors SET vector = zeroblob(8) WHERE id = 1")
     assert index.verify() == ["index: 'a' has another vector than in its file"]
