@@ -8,8 +8,7 @@ import argparse
 import copy
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Static
 
 import mmicl_kernels as mk
 from benchmarks.harness.tables import fill_tables
-from benchmarks.harness.timing import Samples, machine
+from benchmarks.harness.timing import MAX_ROUNDS, WARM_UPS, machine, time_interleaved
 from benchmarks.peers import published
 from benchmarks.run import device_folder
 
@@ -83,14 +82,19 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(x): x for x in tensors})
 
 
-def drawn(model: nn.Module, config: object) -> nn.Module:
-    """An adapter with no parameter that is zero, of which something could be left out."""
-    torch.manual_seed(0)
-    adapter, generator = mk.create(model, config), torch.Generator().manual_seed(0)
+def drawn(adapter: nn.Module) -> nn.Module:
+    """With no parameter that is zero, of which something could be left out."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for x in adapter.parameters():
             x.add_(torch.empty(x.shape).uniform_(0.001, 0.01, generator=generator))
-    return adapter.requires_grad_(False)
+    return adapter
+
+
+def created(model: nn.Module, config: object) -> nn.Module:
+    """The same adapter whenever it is asked for."""
+    torch.manual_seed(0)
+    return drawn(mk.create(model, config)).requires_grad_(False)
 
 
 def variants(model: nn.Module, cell: Cell, patched: ExitStack) -> dict[str, nn.Module]:
@@ -98,10 +102,10 @@ def variants(model: nn.Module, cell: Cell, patched: ExitStack) -> dict[str, nn.M
     models = {"plain": model}
     for name, config in OURS.items():
         models[name] = shared_copy(model)
-        patched.enter_context(mk.attach(models[name], drawn(model, config)))
+        patched.enter_context(mk.attach(models[name], created(model, config)))
     if not cell.compiled:  # it counts a static cache's empty rows
         models[OFFICIAL] = shared_copy(model)
-        adapter = drawn(model, OURS["MimIC"]).to(model.dtype)
+        adapter = created(model, OURS["MimIC"]).to(model.dtype)
         patched.enter_context(published(models[OFFICIAL], adapter))
     return models
 
@@ -133,33 +137,25 @@ class Answer:
         self._token = self._model.lm_head(hidden[:, -1:]).argmax(-1)
 
 
-def in_turns(acts: dict[str, Callable[[], object]], rounds: int) -> dict[str, Samples]:
-    """Milliseconds of each, after one round that is not counted; each round in another order."""
-    names, found = [*acts], {name: [] for name in acts}
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
-            acts[name]()
-            found[name].append(1e3 * (time.perf_counter() - start))
-    return {name: Samples(tuple(ms[1:])) for name, ms in found.items()}
-
-
 @torch.no_grad()
-def measure(cell: Cell, tokens: int, prompts: int) -> list[dict]:
+def measure(cell: Cell, seconds: float) -> list[dict]:
     """A row for each variant: its times, and their ratios to the plain model's in the same round."""
     with ExitStack() as patched:
         models = variants(cell.model(), cell, patched)
-        answers = {name: Answer(model, cell, tokens) for name, model in models.items()}
-        first = in_turns({name: x.begin for name, x in answers.items()}, prompts)
-        further = in_turns(dict(answers), tokens)
+        answers = {name: Answer(model, cell, WARM_UPS + MAX_ROUNDS) for name, model in models.items()}
+        prompts = {name: x.begin for name, x in answers.items()}
+        times = {
+            "first": time_interleaved(prompts, device="cpu", seconds=seconds, label="prompts"),
+            "further": time_interleaved(answers, device="cpu", seconds=seconds, label="tokens"),
+        }
     rows = []
     for name in models:
-        times = {"first": first, "further": further}
         row = {"variant": name, **asdict(cell)}
         for what, samples in times.items():
             ratio = samples[name].over(samples["plain"])
             row[f"{what}_ms"] = samples[name].median
             row[f"{what}_ratio"] = [ratio.median, ratio.low, ratio.high]
+            row[f"{what}_rounds"] = len(ratio.ms)
         rows.append(row)
     return rows
 
@@ -181,9 +177,15 @@ def markdown(result: dict) -> str:
     x = result["machine"]
     return "\n".join(lines) + (
         f"\n\n{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
-        f"commit {x['commit']}, {x['date']}; medians of {result['tokens']} tokens and {result['prompts']} "
-        "prompts of 128 tokens, in turns; ratios within a round, with the range of the middle four fifths"
+        f"commit {x['commit']}, {x['date']}; medians of {_range(result, 'further')} tokens after prompts of "
+        f"128, which were read {_range(result, 'first')} times, in turns; ratios within a round, with the "
+        "range of the middle four fifths"
     )
+
+
+def _range(result: dict, what: str) -> str:
+    rounds = [row[f"{what}_rounds"] for row in result["rows"]]
+    return f"{min(rounds)} to {max(rounds)}"
 
 
 def _described(row: dict) -> str:
@@ -197,8 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="to see that it runs")
-    parser.add_argument("--tokens", type=int, default=200, help="of each answer")
-    parser.add_argument("--prompts", type=int, default=10, help="how often each is read")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of prompts, and of tokens, of each decoder"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--readme", type=Path, help="fill the table in this file")
     options = parser.parse_args(arguments)
@@ -206,12 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells: Iterable[Cell] = QUICK if options.quick else CELLS
     result = {
         "machine": {**machine("cpu"), "transformers": transformers.__version__},
-        "threads": options.threads, "tokens": options.tokens, "prompts": options.prompts, "rows": [],
+        "threads": options.threads, "rows": [],
     }  # fmt: skip
     folder = options.out / device_folder(result["machine"], "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     for cell in tqdm(cells, desc="decoders"):
-        result["rows"] += measure(cell, options.tokens, options.prompts)
+        result["rows"] += measure(cell, options.seconds)
         (folder / "layers.json").write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result))
     if options.readme:

@@ -86,7 +86,7 @@ int64_t elements(std::initializer_list<int64_t> sizes) {
   return product;
 }
 
-// The keys of rows and queries, and lse if it is asked for.
+// What queries see.
 struct Visibility {
   bool causal = false;
   std::optional<int64_t> window, q_start;
@@ -94,9 +94,10 @@ struct Visibility {
   bool all_keys = false, mask_ends_keys = false;
 };
 
+// The shifted attention, and into lse, if that is given, its normalizer.
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor& bias,
               const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix, double scale,
-              std::optional<double> softcap, const Visibility& visible, const MutableRows* lse) {
+              std::optional<double> softcap, const Visibility& visible, Tensor* lse) {
   DecodeParams p;
   check_floating_rows(q, "q", 4);
   const ElementType type = element_type(q, "q");
@@ -109,7 +110,12 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w
   p.scale = scale, p.softcap = softcap.value_or(0);
   if (visible.mask) fill_mask(p, *visible.mask);
 
+  const bool is_double = type == ElementType::f64;
   const Tensor out = empty_heads_last(q);
+  if (lse) {
+    *lse = empty_strided({p.B, p.H, p.T}, {p.H * p.T, p.T, 1},
+                         is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  }
   const int64_t count = elements({p.B, p.H, p.T});
   if (count == 0) return out;
   const int64_t sums = elements({p.B, p.G, parts(p), rows(p), p.D + kSums});
@@ -136,7 +142,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w
 
   const std::unique_ptr<double[]> memory(new double[sums + 2 * count]);  // of acc as many
   const MutableRows own{memory.get() + sums, p.H * p.T, p.T, 1};
-  p.partial = memory.get(), p.out = writable_rows(out), p.lse = lse ? *lse : own;
+  p.partial = memory.get(), p.out = writable_rows(out), p.lse = lse ? writable_rows(*lse) : own;
   if (visible.all_keys) p.gate_lse = {memory.get() + sums + count, p.H * p.T, p.T, 1};
 
   const DecodeKernels& kernels = decode_kernels(type);
@@ -161,14 +167,10 @@ std::tuple<Tensor, Tensor> shifted_attention_decode(
     std::optional<double> softcap, bool causal, std::optional<int64_t> window, std::optional<int64_t> q_start,
     const OptionalTensor& q_starts, const OptionalTensor& kv_start, const OptionalTensor& kv_end,
     const OptionalTensor& mask, bool all_keys) {
-  check_floating_rows(q, "q", 4);
-  const int64_t B = q.size(0), H = q.size(1), T = q.size(2);
-  const bool is_double = q.scalar_type() == ScalarType::Double;
-  const Tensor lse = empty_strided({B, H, T}, {H * T, T, 1},
-                                   is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-  const MutableRows lse_rows = writable_rows(lse);
   const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, all_keys, false};
-  return {attend(q, k, v, weight, bias, shift, adapter_ids, prefix, scale, softcap, visible, &lse_rows), lse};
+  Tensor lse;
+  Tensor out = attend(q, k, v, weight, bias, shift, adapter_ids, prefix, scale, softcap, visible, &lse);
+  return {out, lse};
 }
 
 Tensor shifted_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight,

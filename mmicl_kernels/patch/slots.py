@@ -1,8 +1,9 @@
 """Parameters of several adapters side by side, and which batch row uses which."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 # What one entry of rows() may be: names of adapters, with their strengths or without.
 RowEntry = str | tuple[str, ...] | Mapping[str, float] | None
+
+
+class Prepared(NamedTuple):
+    """Tensors as kernels take them, and what they were made of: kept, so that no other comes to lie there."""
+
+    version: list
+    parts: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
 
 
 class SlotStack:
@@ -28,6 +37,29 @@ class SlotStack:
         self._stacks: list[Tensor] = []
         self._copied: list[Tensor] = []
         self._versions: list[tuple] | None = None
+        self._prepared: Prepared | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_prepared": None}
+
+    def prepared(
+        self, parts: tuple[Tensor, ...], settings: tuple, make: Callable[[], tuple[Tensor | None, ...]]
+    ) -> tuple[Tensor | None, ...] | None:
+        """What ``make()`` returns, made again where one of ``parts`` was replaced or changed in place, or
+        ``settings`` are others; None if a part counts no changes. Called for every layer and token."""
+        version: list = [*settings]
+        for x in parts:
+            if x.is_inference():
+                return None
+            version += (id(x), x.data_ptr(), x._version, x.dtype, x.shape, x.stride())
+        if self._prepared is None or self._prepared.version != version:
+            self._prepared = Prepared(version, parts, make())
+        return self._prepared.tensors
+
+    def note_training(self) -> None:
+        """A pass with gradients: a step may follow, and fused optimizers count theirs as no change."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._prepared = None
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         """The tensors of ``adapter`` that belong here, None if it does not act here."""
@@ -90,19 +122,6 @@ class SlotStack:
 def _version(x: Tensor) -> tuple:
     """Another one after ``x`` was replaced, or changed in place; inference tensors do not count changes."""
     return x.data_ptr(), x.dtype, x.stride(), 0 if x.is_inference() else x._version
-
-
-def versions(tensors: Sequence[Tensor]) -> list | None:
-    """Others after one of ``tensors`` was replaced, or changed in place; None if one counts no changes.
-
-    ``tensors`` must be kept, so that no other comes to lie where they are. Called for every layer and token.
-    """
-    found: list = []
-    for x in tensors:
-        if x.is_inference():
-            return None
-        found += (id(x), x.data_ptr(), x._version, x.dtype, x.shape, x.stride())
-    return found
 
 
 def parse_rows(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from mmicl_kernels import _extension
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.methods.checkpointing import repeats_reentrant
 from mmicl_kernels.models.anchors import Anchor
@@ -69,6 +71,18 @@ class State:
                 "`with handle.rows([...]):`"
             )
         return single
+
+    def direct_adapter(self, x: Tensor) -> Adapter | None:
+        """The adapter of all rows and tokens, where a site may ask a C++ operator for ``x`` itself.
+
+        None with gradients, in graphs, on other devices, for tensors that only stand for others: there is the
+        public op, whose checks take longer than these operators.
+        """
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+            return None
+        alone = len(self.adapters) == 1 and self.rows is None and not self.selection.is_installed
+        plain = type(x) is Tensor and x.is_cpu and self.impl in ("auto", "composed")
+        return next(iter(self.adapters.values())) if alone and plain and _extension.load() else None
 
     def scaled(self, scale: Tensor) -> Tensor:
         """``scale`` times the global strength; 0 at strength 0, whatever ``scale`` is."""

@@ -62,7 +62,7 @@ def counted(monkeypatch, name):
 def by_the_public_op(act):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention.PatchedLayer, "decode", lambda *_: None)
-        patch.setattr(residual.LayerShift, "_ready_entry", lambda *_: None)
+        patch.setattr(residual.LayerShift, "_direct_entry", lambda *_: None)
         return act()
 
 

@@ -214,21 +214,6 @@ def test_the_model_as_its_own_assistant():
         assert torch.equal(generated(model, inputs, assistant_model=model)[0], expected)
 
 
-@torch.no_grad()
-def test_rows_of_a_cache_are_dropped():
-    model = tiny_model("llava-llama")
-    ids, _ = text_of(model)
-    ids = torch.cat([ids, ids[:1].flip(-1)])
-    with mk.attach(model, random_stave(model)):
-        found = []
-        for keep in (slice(None), [0, 2]):
-            cache = model(input_ids=ids, use_cache=True).past_key_values
-            if keep == [0, 2]:
-                cache.batch_select_indices(torch.tensor(keep))
-            found.append(model(input_ids=ids[keep, :1], past_key_values=cache).logits)
-    torch.testing.assert_close(found[0][[0, 2]], found[1])
-
-
 def test_a_mask_that_does_not_fit_embeddings():
     model = tiny_model("llava-llama")
     embeddings = model.get_input_embeddings()(text_of(model)[0])

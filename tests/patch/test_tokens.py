@@ -488,10 +488,11 @@ def test_arguments_by_position():
 
 
 @torch.no_grad()
-def test_rows_of_a_cache_are_dropped():
+@pytest.mark.parametrize("config, tokens", [(mk.M2IVConfig(), "all"), (mk.STAVEConfig(readout=2), None)])
+def test_rows_of_a_cache_are_dropped(config, tokens):
     model = model_of("llava-llama")
     ids = text_inputs(model)["input_ids"]
-    with mk.attach(model, random_shift(model), tokens="all"):
+    with mk.attach(model, random_shift(model, config), tokens=tokens):
         found = []
         for keep in (slice(None), [0, 2]):
             cache = model(input_ids=ids, use_cache=True).past_key_values

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import mmicl_kernels as mk
 from benchmarks.harness.timing import machine, peak_allocated_bytes
+from benchmarks.layers import drawn
 from benchmarks.run import device_folder
 from mmicl_kernels.data import as_records
 from mmicl_kernels.evaluation.asking import fusing_builder
@@ -90,7 +91,7 @@ def measure(rounds: int) -> list[dict]:
     """A row for each way and number of shots; AIM's prompt has the shots as fused tokens."""
     model, prompts = load_model(), tasks.task_prompts(load_processor())
     query, *shown = (x.demonstration() for x in as_records(tasks.records("kind", "train"))[: max(SHOTS) + 1])
-    adapters = {name: _drawn(mk.create(model, config)) for name, config in CONFIGS.items()}
+    adapters = {name: drawn(mk.create(model, config)) for name, config in CONFIGS.items()}
     rows = []
     with TemporaryDirectory() as folder:
         fuser = mk.create(model, mk.AIMConfig(positions="answer_end"))
@@ -115,15 +116,6 @@ def measure(rounds: int) -> list[dict]:
 
 def _spliced(alone: dict, ids: list[int], handle: mk.Handle) -> dict:
     return handle.splice(alone, [ids])
-
-
-def _drawn(adapter: nn.Module) -> nn.Module:
-    """With no parameter that is zero, of which something could be left out."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for x in adapter.parameters():
-            x.add_(torch.empty(x.shape).uniform_(0.001, 0.01, generator=generator))
-    return adapter
 
 
 def table(rows: list[dict]) -> str:

@@ -35,6 +35,14 @@ def has_cpu_kernels() -> bool:
 has_cpu_kernels._dynamo_marked_constant = True
 
 
+def calls_cpp(x: Tensor) -> bool:
+    """Whether an op that needs no gradients is C++'s own operator for ``x``, which graphs call by its name.
+
+    Not in an exported program, which may run where there are no C++ kernels, or they are not loaded yet.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_exporting() and has_cpu_kernels()
+
+
 def backend(impl: str, device: torch.device) -> str:
     """Whose kernels ``impl`` runs on ``device``: "triton", "cpp" or "torch".
 

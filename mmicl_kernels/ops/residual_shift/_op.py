@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from mmicl_kernels.ops._core.dispatch import (
+    calls_cpp,
     distinct,
-    has_cpu_kernels,
     kernels_of,
     needs_grad,
     no_autocast,
@@ -138,9 +138,7 @@ def residual_shift_op(x, vector, scale, adapter_ids, strengths, preserve_norm, i
     inputs = (x, vector, scale, adapter_ids, strengths, preserve_norm, impl)
     if needs_grad(*(p for p in (x, vector, scale, strengths) if p is not None)):
         return _ResidualShiftFunction.apply(*distinct(*inputs))
-    # An exported program may run where there are no C++ kernels, or where they are not loaded yet.
-    stays = x.device.type == "cpu" and not torch.compiler.is_exporting()
-    if stays and impl == "composed" and has_cpu_kernels():
+    if impl == "composed" and calls_cpp(x):
         vector, scale, strengths = prepared(x, impl, vector, scale, strengths)
         entries = (*stacked(vector, scale), adapter_ids, strengths)
         return torch.ops.mmicl.residual_shift_inference.default(x, *entries, preserve_norm)

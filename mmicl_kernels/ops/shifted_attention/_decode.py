@@ -6,7 +6,7 @@ Its kernel is C++'s own (``csrc/bindings_decode_attention.cpp``), so that a comp
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._core.dispatch import has_cpu_kernels, refuse_vmap
+from mmicl_kernels.ops._core.dispatch import calls_cpp, refuse_vmap
 from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys
 from mmicl_kernels.ops.shifted_attention.options import Options
@@ -30,13 +30,9 @@ MAX_QUERIES = 4
 
 
 def decodes(q: Tensor, options: Options) -> bool:
-    """Whether the operator computes this. A backward may not follow: nothing is kept for it.
-
-    An exported program may run where there are no C++ kernels, or where they are not loaded yet.
-    """
+    """Whether the operator computes this. A backward may not follow: nothing is kept for it."""
     few = q.shape[2] <= MAX_QUERIES and options.cu_seqlens_q is None and options.impl != "triton"
-    stays = q.device.type == "cpu" and not torch.compiler.is_exporting()
-    return few and stays and has_cpu_kernels()
+    return few and calls_cpp(q)
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from mmicl_kernels import _extension
 from mmicl_kernels.methods import Adapter
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.models.parallel import local_heads
 from mmicl_kernels.ops.attention_shift.kernels import virtual_keys as kernel_keys
 from mmicl_kernels.patch.sites import hf_attention
-from mmicl_kernels.patch.slots import SlotStack, for_batch, versions
+from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
 
 
@@ -28,20 +26,11 @@ class VirtualKeys(NamedTuple):
     prefix: bool | Tensor
 
 
-class ReadyKeys(NamedTuple):
-    """Virtual keys as kernels take them, and what they were made of."""
-
-    version: list
-    parts: tuple[Tensor, ...]  # kept, see ``versions``
-    keys: tuple[Tensor | None, ...]
-
-
 class PatchedLayer(SlotStack):
     """What one patched attention reads at run time; the module has it as an attribute."""
 
     def __init__(self, state: State, anchor: Anchor) -> None:
         super().__init__(state.slots, anchor.device)
-        self._ready: ReadyKeys | None = None
         self._num_keys = 1  # of the slots; it never shrinks, so that nothing is compiled again
         self._state, self._anchor, self._key = state, anchor, str(anchor.index)
         self._module = anchor.mixer
@@ -50,9 +39,6 @@ class PatchedLayer(SlotStack):
         # The decoder's own config, which its masks follow, stays.
         self._config = copy.copy(self._base_config)
         self._config._attn_implementation_internal = hf_attention.NAME
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_ready": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         hf_attention.register()  # a model unpickled in another process names it
@@ -83,53 +69,37 @@ class PatchedLayer(SlotStack):
         self, query: Tensor, key: Tensor, value: Tensor, mask: object, scale: float | None,
         softcap: float | None, window: int | None,
     ) -> Tensor | None:  # fmt: skip
-        """One token's attention ``[B, 1, H, D]`` by the operator itself, None where not all is ready for it.
-
-        The rest goes through the public op, whose checks take longer than this.
-        """
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        """One token's attention ``[B, 1, H, D]`` by the operator itself; None: it is the public op's."""
+        adapter = self._state.direct_adapter(query)
+        if adapter is None or torch.is_autocast_enabled("cpu"):
             return None
         # Not by its property: a config's attributes are looked up by a function of Python.
         implementation = object.__getattribute__(self._base_config, "_attn_implementation_internal")
-        masks = hf_attention.known_masks(implementation)
-        keys = self._ready_keys(query) if masks in ("sdpa", "eager") and _extension.load() else None
-        if keys is None:
+        masks, all_keys = hf_attention.known_masks(implementation), self._state.normalizer == "all_keys"
+        fits = mask is None or (type(mask) is Tensor and mask.dim() == 4 and mask.shape[3] == key.shape[2])
+        if masks not in ("sdpa", "eager") or not fits:
             return None
-        S, all_keys = key.shape[2], self._state.normalizer == "all_keys"
-        if mask is not None:
-            fits = type(mask) is Tensor and mask.dim() == 4 and mask.shape[3] == S
-            if not fits or (all_keys and mask.dtype != torch.bool):
-                return None
+        if all_keys and mask is not None and mask.dtype != torch.bool:
+            return None
+
+        def keys() -> tuple[Tensor | None, ...]:
+            parameters = self._local([*adapter.attention_shift(self._key)], 0, query.shape[1])
+            return kernel_keys(query, *parameters, None, adapter.attention_site.prefix, None)
+
+        parts = adapter.attention_parts(self._key)
+        prepared = self.prepared(parts, (query.dtype, query.shape[1]), keys)
+        if prepared is None:
+            return None
         return torch.ops.mmicl.shifted_attention_step.default(
-            query, key, value, *keys, query.shape[3] ** -0.5 if scale is None else scale, softcap,
+            query, key, value, *prepared, query.shape[3] ** -0.5 if scale is None else scale, softcap,
             window if mask is None and masks == "sdpa" else None, mask, all_keys,
         ).transpose(1, 2)  # fmt: skip
-
-    def _ready_keys(self, query: Tensor) -> tuple[Tensor | None, ...] | None:
-        """What all rows share, as kernels take it, made anew where a parameter is another; else None."""
-        state = self._state
-        one = len(state.adapters) == 1 and state.adapter_ids is None and not state.selection.is_installed
-        stock = type(query) is Tensor and query.is_cpu and not torch.is_autocast_enabled("cpu")
-        if not one or not stock or state.impl not in ("auto", "composed"):
-            return None
-        (adapter,) = state.adapters.values()
-        parts = adapter.attention_parts(self._key)
-        now = versions(parts)
-        if now is None:
-            return None
-        now += (query.dtype, query.shape[1])
-        if self._ready is None or self._ready.version != now:
-            parameters = self._local([*adapter.attention_shift(self._key)], 0, query.shape[1])
-            keys = kernel_keys(query, *parameters, None, adapter.attention_site.prefix, None)
-            self._ready = ReadyKeys(now, parts, keys)
-        return self._ready.keys
 
     def virtual_keys(self, query: Tensor) -> VirtualKeys:
         """For the batch and the heads of ``query [B, H, T, D]``, which are those of this process."""
         state, (B, H) = self._state, query.shape[:2]
         state.check_recomputation(self._anchor)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._ready = None  # a step may follow, and fused optimizers count theirs as no change
+        self.note_training()
         chosen = state.selection.of(query[:, 0])
         if state.adapter_ids is None:
             adapter = state.require_single()

@@ -43,12 +43,12 @@ def mask_kind(implementation: str | None) -> str:
     Raises:
         UnsupportedModelError: transformers makes none for it, or by a function whose masks may mean anything.
     """
+    kind = known_masks(implementation)
+    if kind is not None:
+        return kind
     # As the decoder looks it up: without an entry its attention is given no mask, and hides what it likes.
     registered = implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     maker = ALL_MASK_ATTENTION_FUNCTIONS[implementation] if registered else None
-    for known, kind in MASK_KINDS.items():
-        if maker is known:
-            return kind
     found = getattr(maker, "__name__", repr(maker)) if registered else "none"
     raise UnsupportedModelError(
         f"MimIC cannot stand in for attention implementation {implementation!r}: expected masks made by "
@@ -58,11 +58,12 @@ def mask_kind(implementation: str | None) -> str:
 
 
 def known_masks(implementation: str | None) -> str | None:
-    """:func:`mask_kind`, or None; it is asked for every token."""
-    known = ALL_MASK_ATTENTION_FUNCTIONS
-    if implementation in known._local_mapping:
+    """:func:`mask_kind`, or None; it is asked for every token, so not by the registry's own functions."""
+    registry = ALL_MASK_ATTENTION_FUNCTIONS
+    if implementation not in registry._global_mapping:
         return None
-    return MASK_KINDS.get(known._global_mapping.get(implementation))
+    maker = registry._local_mapping.get(implementation, registry._global_mapping[implementation])
+    return MASK_KINDS.get(maker)
 
 
 def is_users_own(implementation: str) -> bool:

@@ -1,14 +1,12 @@
 """Vectors in the residual stream: a forward hook on every module whose output they are added to."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mmicl_kernels import _extension
 from mmicl_kernels.methods import Adapter, ResidualSite
 from mmicl_kernels.models.anchors import Anchor
 from mmicl_kernels.ops import residual_shift
@@ -17,7 +15,7 @@ from mmicl_kernels.ops.residual_shift.entries import entries, stacked
 from mmicl_kernels.patch.sites.hooks import ForwardHook
 from mmicl_kernels.patch.sites.recomputation import refuse_reentrant_checkpointing
 from mmicl_kernels.patch.sites.selection import is_backward
-from mmicl_kernels.patch.slots import SlotStack, for_batch, versions
+from mmicl_kernels.patch.slots import SlotStack, for_batch
 from mmicl_kernels.patch.state import State
 
 # Adapters a batch row can name before its ids grow and compiled models are compiled again.
@@ -59,14 +57,6 @@ class SiteShift:
         self.ids, self.strengths = ids.where(strengths != 0, -1).to(device), strengths.to(device)
 
 
-class ReadyEntry(NamedTuple):
-    """A vector and its scale as kernels take them, and what they were made of."""
-
-    version: list
-    parts: tuple[Tensor, ...]  # kept, see ``versions``
-    entry: tuple[Tensor, Tensor | None]
-
-
 class LayerShift(SlotStack):
     """The shift of one layer at one site."""
 
@@ -74,23 +64,18 @@ class LayerShift(SlotStack):
         super().__init__(state.slots, anchor.device)
         self._state, self._anchor, self._site, self._rows = state, anchor, site, rows
         self._key = str(anchor.index)
-        self._ready: ReadyEntry | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_ready": None}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [B, T, C]`` shifted as the handle says."""
         if x.dim() == 2:  # mixtures of experts return tokens in one row
             return self(x[:, None])[:, 0]
-        entry = self._ready_entry(x)
+        entry = self._direct_entry(x)
         if entry is not None:
             return torch.ops.mmicl.residual_shift_inference.default(
                 x, *entry, None, None, self._site.preserve_norm
             )
         self._state.check_recomputation(self._anchor)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._ready = None  # a step may follow, and fused optimizers count theirs as no change
+        self.note_training()
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._state.impl}
         chosen = self._state.selection.of(x)
         if self._rows.ids is None:
@@ -110,35 +95,20 @@ class LayerShift(SlotStack):
             strengths = strengths[:, None].expand(ids.shape)
         return residual_shift(x, vector, scale, adapter_ids=ids, strengths=strengths, **options)
 
-    def _ready_entry(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Vector and scale of all rows as the operator takes them, made anew where one is another; else None.
-
-        The rest goes through the public op, whose checks take longer than this.
-        """
-        state = self._state
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+    def _direct_entry(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
+        """Vector and scale of all rows as the operator takes them; None where that is the public op's."""
+        adapter = self._state.direct_adapter(x)
+        if adapter is None:
             return None
-        one = len(state.adapters) == 1 and self._rows.ids is None and not state.selection.is_installed
-        if not (
-            one
-            and type(x) is Tensor
-            and x.is_cpu
-            and state.impl in ("auto", "composed")
-            and _extension.load()
-        ):
-            return None
-        (adapter,) = state.adapters.values()
         vector, scale = adapter.residual_shift(self._site, self._key)
-        parts = (vector, scale) if isinstance(scale, Tensor) else (vector,)
-        now = versions(parts)
-        if now is None:
-            return None
-        now += (None if len(parts) == 2 else scale, state.strength, x.dtype)
-        if self._ready is None or self._ready.version != now:
-            total = state.scaled(_as_tensor(scale, vector)) if adapter.has_strength else scale
-            entry = stacked(*accumulated(x, vector, entries(x, total, None, None)[0]))
-            self._ready = ReadyEntry(now, parts, entry)
-        return self._ready.entry
+
+        def entry() -> tuple[Tensor | None, ...]:
+            total = self._state.scaled(_as_tensor(scale, vector)) if adapter.has_strength else scale
+            return stacked(*accumulated(x, vector.to(x.device), entries(x, total, None, None)[0]))
+
+        is_tensor = isinstance(scale, Tensor)
+        parts = (vector, scale) if is_tensor else (vector,)
+        return self.prepared(parts, (None if is_tensor else scale, self._state.strength, x.dtype), entry)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         if self._site not in adapter.residual_sites:
