@@ -193,6 +193,41 @@ def test_forward_mode_derivatives_are_refused():
             hf_attention.attention_forward(handle.anchors[0].mixer, q, q, q, None, scaling=1.0)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_rows_that_use_no_adapter(config):
+    """One adapter, which is not that of all rows, or not of all tokens."""
+    model = tiny_model("llava-llama")
+    adapter, inputs = random_of(model, config), text_of(model)
+    plain = decoded(model, "dynamic", inputs)
+    with mk.attach(model, {"x": adapter}) as handle:
+        adapted = decoded(model, "dynamic", inputs)
+        with handle.rows(["x", None]):
+            mixed = decoded(model, "dynamic", inputs)
+        with handle.tokens("prompt"):
+            prompt = decoded(model, "dynamic", inputs)
+            assert relative_error(prompt, by_the_public_op(lambda: decoded(model, "dynamic", inputs))) == 0
+    assert relative_error(mixed[0], adapted[0]) <= 64 * EPS and relative_error(mixed[1], plain[1]) <= 64 * EPS
+    assert relative_error(plain[1], adapted[1]) > 1e-3 and relative_error(prompt, adapted) > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_windows_without_a_mask(is_causal, implementation):
+    """sdpa hides by itself what is farther away, where it is causal; eager attends to all."""
+    model = tiny_model("llava-llama", attn_implementation=implementation)
+    with mk.attach(model, random_adapter(model)) as handle, torch.no_grad():
+        anchor = handle.anchors[0]
+        q, k = torch.randn(2, anchor.num_heads, 1, anchor.head_dim), torch.randn(2, 2, 7, anchor.head_dim)
+
+        def out(key, window):
+            options = {"scaling": 0.5, "is_causal": is_causal, "sliding_window": window}
+            return hf_attention.attention_forward(anchor.mixer, q, key, key, None, **options)[0]
+
+        hides = is_causal and implementation == "sdpa"
+        assert torch.equal(out(k, 3), out(k[:, :, -3:], None) if hides else out(k, None))
+        assert torch.equal(out(k, 3), by_the_public_op(lambda: out(k, 3)))
+
+
 def test_what_is_left_to_the_public_op(monkeypatch):
     model = tiny_model("llava-llama").requires_grad_(False)
     adapter, inputs = random_adapter(model), text_of(model)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mmicl_kernels.ops._core.dispatch import kernels_of
 from mmicl_kernels.ops._core.layout import accumulated
@@ -47,8 +48,15 @@ def virtual_keys(
     return VirtualKeys(*parameters, adapter_ids, which)
 
 
-@functools.cache
 def _all_true(device: torch.device) -> Tensor:
+    """True, ``[1]``: kept, but for those of graphs and of modes in which it only stands for a tensor."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return torch.ones(1, dtype=torch.bool, device=device)
+    return _kept_true(device)
+
+
+@functools.cache
+def _kept_true(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.ones(1, dtype=torch.bool, device=device)
 
