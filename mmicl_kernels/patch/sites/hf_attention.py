@@ -63,7 +63,10 @@ def known_masks(implementation: str | None) -> str | None:
     if implementation not in registry._global_mapping:
         return None
     maker = registry._local_mapping.get(implementation, registry._global_mapping[implementation])
-    return MASK_KINDS.get(maker)
+    for known, kind in MASK_KINDS.items():
+        if maker is known:  # what users register need not have a hash
+            return kind
+    return None
 
 
 def is_users_own(implementation: str) -> bool:
