@@ -55,19 +55,9 @@ def composed(request, monkeypatch):
 # A process either interprets Triton's kernels, on CPU tensors, or compiles them, for CUDA.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from triton.runtime import interpreter
+    from tests.support import triton_interpreter
 
-    _patched = set()
-
-    def _call_device_function(self, *args, **kwargs):
-        """Triton patches its language at every call of a device function, for half of the time; once does."""
-        module = self.fn.__globals__["__name__"]
-        if module not in _patched:
-            _patched.add(module)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = _call_device_function
+    triton_interpreter.install()
 
 _IMPLS = ["triton"] if INTERPRETED else ["reference", "composed", "composed_without_extension"]
 _IMPLS += ["triton"] if _CUDA and not INTERPRETED else []
