@@ -9,6 +9,8 @@ namespace MMICL_ISA {
 
 #include "vec.h"
 #include "head_rows.h"
+#include "matrix_product.h"
+#include "softmax.h"
 
 // ---- a block of up to kBlockKeys keys ----
 
@@ -79,95 +81,6 @@ MMICL_INLINE void add_values(acc_t<T>* sums, const acc_t<T>* p, const T* values,
   store_tail(sums + d, tail, D - d);
 }
 
-template <class T>
-MMICL_INLINE void widen_rows(acc_t<T>* to, const T* from, int64_t stride, int64_t n, int64_t D) {
-  for (int64_t j = 0; j < n; ++j) {
-    int64_t d = 0;
-    for (; d + kLanes <= D; d += kLanes) store(to + j * D + d, load(from + j * stride + d));
-    if (d < D) store_tail(to + j * D + d, load_tail(from + j * stride + d, D - d), D - d);
-  }
-}
-
-// ---- what a query sees of a block ----
-
-template <class acc, class T>
-MMICL_INLINE void read_added(acc* added, const T* mask, int64_t stride, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) added[j] = acc(load_tail(mask + j * stride, 1)[0]);
-}
-
-// What the mask adds to the scores of n keys from j on: -infinity where it hides. Whether it leaves any.
-template <class acc>
-MMICL_INLINE bool read_mask(acc* added, const DecodeParams& p, int64_t b, int64_t h, int64_t t, int64_t j,
-                            int64_t n) {
-  const int64_t at = b * p.mask_b + h * p.mask_h + t * p.mask_t + j * p.mask_s;
-  switch (p.mask_type) {
-    case MaskType::none: return true;
-    case MaskType::boolean: {
-      const bool* mask = static_cast<const bool*>(p.mask) + at;
-      bool any = false;
-      for (int64_t i = 0; i < n; ++i) {
-        const bool seen = mask[i * p.mask_s];
-        added[i] = seen ? acc(0) : -acc(__builtin_inf());
-        any |= seen;
-      }
-      return any;
-    }
-    case MaskType::f32: read_added(added, static_cast<const float*>(p.mask) + at, p.mask_s, n); break;
-    case MaskType::f64: read_added(added, static_cast<const double*>(p.mask) + at, p.mask_s, n); break;
-    case MaskType::bf16: read_added(added, static_cast<const bf16*>(p.mask) + at, p.mask_s, n); break;
-    case MaskType::f16: read_added(added, static_cast<const f16*>(p.mask) + at, p.mask_s, n); break;
-  }
-  bool any = false;
-  for (int64_t i = 0; i < n; ++i) any |= added[i] != -acc(__builtin_inf());
-  return any;
-}
-
-// ---- sums of exponentials, which a later block or part may rescale ----
-
-template <class acc>
-struct Softmax {
-  acc maximum = -acc(__builtin_inf()), total = 0;
-
-  // Of n scores, a multiple of kLanes: p becomes exp(scores - maximum); returns what earlier sums are times.
-  MMICL_INLINE acc add(acc* p, const acc* scores, int64_t n) {
-    vec_t<acc> largest = load(scores);
-    for (int64_t j = kLanes; j < n; j += kLanes) {
-      const vec_t<acc> x = load(scores + j);
-      largest = x > largest ? x : largest;
-    }
-    acc next = maximum;
-    for (int64_t i = 0; i < kLanes; ++i) next = largest[i] > next ? largest[i] : next;
-    const acc level = next == -acc(__builtin_inf()) ? acc(0) : next;  // a NaN stays one: it is no maximum
-    vec_t<acc> sums = {};
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const vec_t<acc> e = exp_nonpositive<acc>(load(scores + j) - level);
-      sums += e;
-      store(p + j, e);
-    }
-    const acc kept = rescaled(level);
-    maximum = next, total = total * kept + sum(sums);
-    return kept;
-  }
-
-  MMICL_INLINE acc rescaled(acc level) const {
-    return maximum == level ? acc(1) : exp_nonpositive<acc>(vec_t<acc>{} + (maximum - level))[0];
-  }
-
-  MMICL_INLINE bool is_empty() const { return maximum == -acc(__builtin_inf()) && total == 0; }
-
-  MMICL_INLINE acc lse() const {
-    return is_empty() ? maximum : acc(double(maximum) + __builtin_log(double(total)));
-  }
-
-  // That of this and of another part.
-  MMICL_INLINE void join(const Softmax& other, acc& mine, acc& others) {
-    const acc next = other.maximum > maximum ? other.maximum : maximum;
-    const acc level = next == -acc(__builtin_inf()) ? acc(0) : next;
-    mine = rescaled(level), others = other.rescaled(level);
-    maximum = next, total = total * mine + other.total * others;
-  }
-};
-
 // What a part of the keys makes of one query: sums of values, then kSums numbers.
 template <class acc>
 struct Sums {
@@ -203,7 +116,6 @@ template <class T, class E>
 MMICL_INLINE void attend_block(const DecodeParams& p, Sums<acc_t<T>>& sums, const acc_t<T>* q,
                                const Block<E>& block, int64_t b, int64_t h, int64_t t, int64_t j, int64_t n) {
   using acc = acc_t<T>;
-  const acc hidden = -acc(__builtin_inf());
   const bool gated = p.gate_lse.data;
   const int64_t first = p.first[b * p.T + t] - j, last = p.last[b * p.T + t] - j;
   acc scores[kBlockKeys], added[kBlockKeys], weights[kBlockKeys];
@@ -211,27 +123,12 @@ MMICL_INLINE void attend_block(const DecodeParams& p, Sums<acc_t<T>>& sums, cons
   if (!seen && !gated) return;
 
   products<E>(scores, q, block.keys, block.stride_k, n, p.D);
-  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) store(scores + i, load(scores + i) * acc(p.scale));
-  if (p.softcap > 0) {
-    for (int64_t i = 0; i < n; ++i) scores[i] = acc(p.softcap * __builtin_tanh(double(scores[i]) / p.softcap));
-  }
-  for (int64_t i = n; i < whole; ++i) scores[i] = hidden;
-  if (gated) {
-    __builtin_memcpy(weights, scores, whole * sizeof(acc));
-    for (int64_t i = p.gate_end[b] > j ? p.gate_end[b] - j : 0; i < n; ++i) weights[i] = hidden;
-    sums.all.add(weights, weights, whole);
-  }
+  make_scores(scores, p, n);
+  if (gated) sums.all.add_gate(weights, scores, p.gate_end[b] - j, n);
   if (!seen) return;
 
-  if (p.mask_type == MaskType::boolean) {  // not added: what it hides may be NaN
-    for (int64_t i = 0; i < n; ++i) scores[i] = added[i] == hidden ? hidden : scores[i];
-  } else if (p.mask_type != MaskType::none) {
-    for (int64_t i = 0; i < n; ++i) scores[i] += added[i];
-  }
-  for (int64_t i = 0; i < first; ++i) scores[i] = hidden;
-  for (int64_t i = last; i < n; ++i) scores[i] = hidden;
-  const acc before = sums.seen.total, kept = sums.seen.add(weights, scores, whole);
+  hide(scores, p, added, first, last, n);
+  const acc before = sums.seen.total, kept = sums.seen.add(weights, scores, n);
   if (kept != 1 && before != 0) {
     for (int64_t d = 0; d < p.D; ++d) sums.values[d] *= kept;
   }
@@ -258,15 +155,15 @@ void attend(const DecodeParams& p, void* scratch, int64_t begin, int64_t end) {
     first = first < from ? from : first, last = last < to ? last : to;
     for (int64_t r = 0; r < R; ++r) {
       const T* q = row<T>(p.q, b, g * group + r / p.T, r % p.T);
-      widen_rows<T>(queries + r * p.D, q, 0, 1, p.D);
+      widen_rows<T>(queries + r * p.D, p.D, q, 0, 1, p.D);
       Sums<acc>(p, task, r).clear(p.D);
     }
     for (int64_t j = first; j < last; j += kBlockKeys) {
       const int64_t n = last - j < kBlockKeys ? last - j : kBlockKeys;
       const T *keys = row<T>(p.k, b, g, j), *values = row<T>(p.v, b, g, j);
       if (widens) {
-        widen_rows<T>(wide_keys, keys, p.k.stride_t, n, p.D);
-        widen_rows<T>(wide_values, values, p.v.stride_t, n, p.D);
+        widen_rows<T>(wide_keys, p.D, keys, p.k.stride_t, n, p.D);
+        widen_rows<T>(wide_values, p.D, values, p.v.stride_t, n, p.D);
       }
       for (int64_t r = 0; r < R; ++r) {
         Sums<acc> sums(p, task, r);

@@ -8,6 +8,7 @@
 #include "decode_attention.h"
 #include "prefix_splice.h"
 #include "residual_shift.h"
+#include "tile_attention.h"
 
 namespace mmicl {
 namespace {
@@ -90,6 +91,15 @@ const ResidualShiftKernels& residual_shift_kernels(ElementType type) {
   if (chosen() == kAvx2) return kResidualShiftAvx2[i];
 #endif
   return kResidualShiftBaseline[i];
+}
+
+const TileKernels& tile_kernels(ElementType type) {
+  const int i = static_cast<int>(type);
+#if defined(__x86_64__)
+  if (chosen() == kAvx512) return kTileAvx512[i];
+  if (chosen() == kAvx2) return kTileAvx2[i];
+#endif
+  return kTileBaseline[i];
 }
 
 }  // namespace mmicl

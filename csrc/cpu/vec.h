@@ -137,6 +137,8 @@ MMICL_INLINE void store_tail(T* p, vec_t<T> v, int64_t n) {
 
 // ---- lanes of acc ----
 
+constexpr double reciprocal_factorial(int n) { return n < 2 ? 1 : reciprocal_factorial(n - 1) / n; }
+
 template <class Vec>
 MMICL_INLINE auto sum(Vec v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
@@ -154,8 +156,9 @@ MMICL_INLINE vec_t<acc> exp_nonpositive(vec_t<acc> x) {
   const Vec shifted = x * acc(1.4426950408889634) + kRounder;
   const Vec n = shifted - kRounder;
   const Vec r = (x - n * R::kLn2High) - n * R::kLn2Low;
-  Vec y = r * 0 + 1;
-  for (int k = R::kTaylorTerms; k > 0; --k) y = 1 + y * r * (acc(1) / k);
+  Vec y = r * acc(reciprocal_factorial(R::kTaylorTerms)) + acc(reciprocal_factorial(R::kTaylorTerms - 1));
+#pragma GCC unroll 16
+  for (int k = R::kTaylorTerms - 2; k >= 0; --k) y = y * r + acc(reciprocal_factorial(k));
   const Bits power_of_two = ((Bits)shifted + R::kBias) << R::kFraction;
   return x < R::kExpLowest ? Vec{} : y * (Vec)power_of_two;
 }

@@ -316,4 +316,4 @@ def test_a_compiled_step_calls_the_operator(normalizer):
             language.forward = eager
     steps = [[x for x in called if "mmicl" in x] for called in graphs.called]
     layers = len(adapter.layers)
-    assert ["mmicl.shifted_attention_decode.default"] * layers in [sorted(x) for x in steps]
+    assert ["mmicl.shifted_attention_inference.default"] * layers in [sorted(x) for x in steps]

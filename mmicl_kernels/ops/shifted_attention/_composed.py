@@ -1,13 +1,15 @@
-"""Stock attention, then the shift in one more pass over its output; exact gradients by one stock backward.
+"""Attention, then the shift in one more pass over its output; exact gradients by one stock backward.
 
-The backward's derivation is in README.md.
+The attention is C++'s on CPU if it was built, else the best stock one. The backward's derivation is in README.md.
 """
 
 import torch
 from torch import Tensor
 
+from mmicl_kernels.ops._core.dispatch import backend
 from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, backend_kernels, logit_grad
+from mmicl_kernels.ops.shifted_attention import dispatch
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
@@ -34,13 +36,7 @@ def backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Op
 
 
 def _forward(q, k, v, keys: VirtualKeys, options: Options):
-    visibility = options.visibility
-    a, lse = attention_kernel(q, k, options.scale, options.softcap, visibility).forward(q, k, v)
-    gate_lse = lse
-    if options.all_keys and not visibility.simplified(q.shape[2], k.shape[2]).is_all_keys():
-        gate = attention_kernel(q, k, options.scale, options.softcap, visibility.all_keys())
-        gate_lse = gate.forward(q, k, k)[1].masked_fill(lse == -torch.inf, -torch.inf)
-
+    a, lse, gate_lse = _attention(q, k, v, options)
     epilogue = backend_kernels("composed", q.device)
     if a.transpose(1, 2).is_contiguous() and not options.training:
         out = a
@@ -54,6 +50,22 @@ def _forward(q, k, v, keys: VirtualKeys, options: Options):
         gate_lse.clone(memory_format=torch.contiguous_format) if options.all_keys else lse.new_empty(0),
         _head_major(a) if options.training else a.new_empty(0),
     )
+
+
+def _attention(q, k, v, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Without a shift: ``a``, its lse and the gate's, which is another one for all_keys alone."""
+    if backend("composed", q.device) == "cpp":
+        return torch.ops.mmicl_cpu.attention_fwd(
+            q, k, v, options.scale, options.softcap, options.causal, options.window, options.q_start,
+            options.q_starts, options.kv_start, options.kv_end, options.mask, options.all_keys,
+            dispatch.FEW_QUERIES,
+        )  # fmt: skip
+    visibility = options.visibility
+    a, lse = attention_kernel(q, k, options.scale, options.softcap, visibility).forward(q, k, v)
+    if not options.all_keys or visibility.simplified(q.shape[2], k.shape[2]).is_all_keys():
+        return a, lse, lse
+    gate = attention_kernel(q, k, options.scale, options.softcap, visibility.all_keys())
+    return a, lse, gate.forward(q, k, k)[1].masked_fill(lse == -torch.inf, -torch.inf)
 
 
 def _packed_forward(q, k, v, keys: VirtualKeys, options: Options):

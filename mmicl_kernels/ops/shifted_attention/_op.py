@@ -20,7 +20,7 @@ from mmicl_kernels.ops._core.dispatch import (
 from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_heads
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, parameter_grads, virtual_keys
 from mmicl_kernels.ops.shifted_attention import _composed
-from mmicl_kernels.ops.shifted_attention._decode import decode, decodes
+from mmicl_kernels.ops.shifted_attention._inference import infer, infers
 from mmicl_kernels.ops.shifted_attention.dispatch import choose
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
 
@@ -141,6 +141,6 @@ def shifted_attention_op(q, k, v, weight, bias, shift, options: Options) -> tupl
     if needs_grad(*inputs):
         options = Options(*distinct(*options._replace(training=True)))
         return _ShiftedAttentionFunction.apply(*distinct(*inputs), options)[:2]
-    if decodes(q, options):
-        return decode(q, k, v, _virtual_keys(q, weight, bias, shift, options), options)
+    if infers(q, options):
+        return infer(q, k, v, _virtual_keys(q, weight, bias, shift, options), options)
     return _fwd_op(*inputs, *options)[:2]

@@ -1,4 +1,4 @@
-// shifted_attention of a few queries in one call: schema, checks, tensors to params. The arguments are those of
+// Attention, and shifted attention in one call: checks, tensors to params. The arguments are those of
 // mmicl_kernels.ops.shifted_attention, with the parameters stacked and in acc.
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +14,7 @@
 
 #include "bindings.h"
 #include "cpu/decode_attention.h"
+#include "cpu/tile_attention.h"
 
 namespace {
 
@@ -36,7 +37,7 @@ int64_t bound(const OptionalTensor& x, const char* name, int64_t b, int64_t B, i
   return std::min(std::max(value, low), high);
 }
 
-void fill_mask(DecodeParams& p, const Tensor& mask) {
+void fill_mask(AttentionParams& p, const Tensor& mask) {
   const Shape whole{p.B, p.H, p.T, p.S};
   STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 4, "mask must be a 4-D CPU tensor");
   for (int64_t i = 0; i < 4; ++i) {
@@ -94,11 +95,49 @@ struct Visibility {
   bool all_keys = false, mask_ends_keys = false;
 };
 
-// The shifted attention, and into lse, if that is given, its normalizer.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor& bias,
-              const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix, double scale,
-              std::optional<double> softcap, const Visibility& visible, Tensor* lse) {
-  DecodeParams p;
+void attend_few(const AttentionParams& given, ElementType type) {
+  DecodeParams p{given, nullptr};
+  const int64_t sums = elements({p.B, p.G, parts(p), rows(p), p.D + kSums});
+  const std::unique_ptr<double[]> memory(new double[sums]);
+  p.partial = memory.get();
+  const DecodeKernels& kernels = decode_kernels(type);
+  const int64_t products = std::max<int64_t>(1, 2 * rows(p) * p.D * std::min(p.S, kPartKeys));
+  torch::stable::parallel_for(0, tasks(p), 1 + 131072 / products, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[scratch_size(p)]);
+    kernels.attend(p, scratch.get(), begin, end);
+  });
+  const int64_t added = std::max<int64_t>(1, rows(p) * p.D * parts(p));
+  torch::stable::parallel_for(0, p.B * p.G, 1 + 32768 / added,
+                              [&](int64_t begin, int64_t end) { kernels.combine(p, begin, end); });
+}
+
+void attend_many(const AttentionParams& given, ElementType type) {
+  const TileParams p{given, tile_queries(given)};
+  const TileKernels& kernels = tile_kernels(type);
+  const int64_t products = std::max<int64_t>(1, 2 * p.rows() * p.D * p.S);
+  torch::stable::parallel_for(0, p.tasks(), 1 + 131072 / products, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[tile_scratch_size(p)]);
+    kernels.attend(p, scratch.get(), begin, end);
+  });
+}
+
+// Scalars of [B, H, T] in acc.
+Tensor new_lse(const Tensor& q) {
+  STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dims, expected 4");
+  const int64_t H = q.size(1), T = q.size(2);
+  return empty_strided({q.size(0), H, T}, {H * T, T, 1},
+                       acc_type(q.scalar_type()) == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                                       : aoti_torch_dtype_float32());
+}
+
+MutableRows scalars(const Tensor& lse) {
+  return {lse.mutable_data_ptr(), lse.stride(0), lse.stride(1), lse.stride(2)};
+}
+
+// The attention; its log-sum-exps into lse and, for a gate over all keys, gate_lse.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap,
+              const Visibility& visible, bool few, const Tensor& lse, const OptionalTensor& gate_lse) {
+  AttentionParams p;
   check_floating_rows(q, "q", 4);
   const ElementType type = element_type(q, "q");
   STD_TORCH_CHECK(k.dim() == 4, "k has ", k.dim(), " dims, expected [B, G, S, D]");
@@ -110,15 +149,8 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w
   p.scale = scale, p.softcap = softcap.value_or(0);
   if (visible.mask) fill_mask(p, *visible.mask);
 
-  const bool is_double = type == ElementType::f64;
   const Tensor out = empty_heads_last(q);
-  if (lse) {
-    *lse = empty_strided({p.B, p.H, p.T}, {p.H * p.T, p.T, 1},
-                         is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-  }
-  const int64_t count = elements({p.B, p.H, p.T});
-  if (count == 0) return out;
-  const int64_t sums = elements({p.B, p.G, parts(p), rows(p), p.D + kSums});
+  if (elements({p.B, p.H, p.T}) == 0) return out;
 
   // Where the mask ends them, a row's own keys are in use even if they are hidden.
   const bool ends = visible.mask && visible.mask_ends_keys;
@@ -140,36 +172,45 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w
   }
   p.first = first, p.last = last, p.gate_end = gate_end;
 
-  const std::unique_ptr<double[]> memory(new double[sums + 2 * count]);  // of acc as many
-  const MutableRows own{memory.get() + sums, p.H * p.T, p.T, 1};
-  p.partial = memory.get(), p.out = writable_rows(out), p.lse = lse ? writable_rows(*lse) : own;
-  if (visible.all_keys) p.gate_lse = {memory.get() + sums + count, p.H * p.T, p.T, 1};
-
-  const DecodeKernels& kernels = decode_kernels(type);
-  const int64_t products = std::max<int64_t>(1, 2 * rows(p) * p.D * std::min(p.S, kPartKeys));
-  torch::stable::parallel_for(0, tasks(p), 1 + 131072 / products, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<double[]> scratch(new double[scratch_size(p)]);
-    kernels.attend(p, scratch.get(), begin, end);
-  });
-  const int64_t added = std::max<int64_t>(1, rows(p) * p.D * parts(p));
-  torch::stable::parallel_for(0, p.B * p.G, 1 + 32768 / added,
-                              [&](int64_t begin, int64_t end) { kernels.combine(p, begin, end); });
-  const MutableRows& gate = visible.all_keys ? p.gate_lse : p.lse;
-  shift_attention({p.out.data, p.out.stride_b, p.out.stride_h, p.out.stride_t}, p.out,
-                  {gate.data, gate.stride_b, gate.stride_h, gate.stride_t}, q, weight, bias, shift, adapter_ids,
-                  prefix);
+  p.out = writable_rows(out), p.lse = scalars(lse);
+  if (gate_lse) p.gate_lse = scalars(*gate_lse);
+  if (few) {
+    attend_few(p, type);
+  } else {
+    attend_many(p, type);
+  }
   return out;
 }
 
-std::tuple<Tensor, Tensor> shifted_attention_decode(
+void shift_in_place(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight, const Tensor& bias,
+                    const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix) {
+  const MutableRows rows = writable_rows(out), gate = scalars(lse);
+  shift_attention({rows.data, rows.stride_b, rows.stride_h, rows.stride_t}, rows,
+                  {gate.data, gate.stride_b, gate.stride_h, gate.stride_t}, q, weight, bias, shift, adapter_ids,
+                  prefix);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap, bool causal,
+    std::optional<int64_t> window, std::optional<int64_t> q_start, const OptionalTensor& q_starts,
+    const OptionalTensor& kv_start, const OptionalTensor& kv_end, const OptionalTensor& mask, bool all_keys,
+    int64_t few_queries) {
+  const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, all_keys, false};
+  const Tensor lse = new_lse(q), gate_lse = all_keys ? new_lse(q) : lse;
+  const Tensor out = attend(q, k, v, scale, softcap, visible, q.size(2) <= few_queries, lse,
+                            all_keys ? OptionalTensor(gate_lse) : std::nullopt);
+  return {out, lse, gate_lse};
+}
+
+std::tuple<Tensor, Tensor> shifted_attention_inference(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight, const Tensor& bias,
     const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix, double scale,
     std::optional<double> softcap, bool causal, std::optional<int64_t> window, std::optional<int64_t> q_start,
     const OptionalTensor& q_starts, const OptionalTensor& kv_start, const OptionalTensor& kv_end,
-    const OptionalTensor& mask, bool all_keys) {
-  const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, all_keys, false};
-  Tensor lse;
-  Tensor out = attend(q, k, v, weight, bias, shift, adapter_ids, prefix, scale, softcap, visible, &lse);
+    const OptionalTensor& mask, bool all_keys, int64_t few_queries) {
+  auto [out, lse, gate_lse] = attention_fwd(q, k, v, scale, softcap, causal, window, q_start, q_starts, kv_start,
+                                            kv_end, mask, all_keys, few_queries);
+  shift_in_place(out, gate_lse, q, weight, bias, shift, adapter_ids, prefix);
   return {out, lse};
 }
 
@@ -180,13 +221,26 @@ Tensor shifted_attention_step(const Tensor& q, const Tensor& k, const Tensor& v,
   Visibility visible;
   visible.window = window, visible.mask = mask, visible.all_keys = all_keys;
   visible.mask_ends_keys = all_keys && k.dim() == 4 && q.dim() == 4 && k.size(2) > q.size(2);
-  return attend(q, k, v, weight, bias, shift, adapter_ids, prefix, scale, softcap, visible, nullptr);
+  const Tensor lse = new_lse(q), gate_lse = all_keys ? new_lse(q) : lse;
+  const Tensor out = attend(q, k, v, scale, softcap, visible, true, lse,
+                            all_keys ? OptionalTensor(gate_lse) : std::nullopt);
+  shift_in_place(out, gate_lse, q, weight, bias, shift, adapter_ids, prefix);
+  return out;
 }
 
 }  // namespace
 
-// Their schemas are in mmicl_kernels/ops/shifted_attention/_decode.py, with what compiled graphs need to know.
+STABLE_TORCH_LIBRARY_FRAGMENT(mmicl_cpu, m) {
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, float? softcap, bool causal, int? window, "
+      "int? q_start, Tensor? q_starts, Tensor? kv_start, Tensor? kv_end, Tensor? mask, bool all_keys, "
+      "int few_queries) -> (Tensor out, Tensor lse, Tensor gate_lse)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
+
+// Their schemas are in mmicl_kernels/ops/shifted_attention/_cpp.py, with what compiled graphs need to know.
 STABLE_TORCH_LIBRARY_IMPL(mmicl, CPU, m) {
-  m.impl("shifted_attention_decode", TORCH_BOX(&shifted_attention_decode));
+  m.impl("shifted_attention_inference", TORCH_BOX(&shifted_attention_inference));
   m.impl("shifted_attention_step", TORCH_BOX(&shifted_attention_step));
 }

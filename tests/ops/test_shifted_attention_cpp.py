@@ -1,4 +1,4 @@
-"""The operator of a few queries on CPU, over the whole contract: it takes any number of them."""
+"""The kernels of few and of many queries on CPU, each over the whole contract: both take any number of them."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from mmicl_kernels import ops
 from mmicl_kernels.ops import shifted_attention
 from mmicl_kernels.ops._core.dispatch import has_cpu_kernels
 from mmicl_kernels.ops.attention_shift.kernels import virtual_keys
-from mmicl_kernels.ops.shifted_attention import _decode, _op
+from mmicl_kernels.ops.shifted_attention import _inference, _op, dispatch
 from mmicl_kernels.ops.shifted_attention.options import Options
 from mmicl_kernels.testing.inputs import ints, shifted_attention_inputs
 from tests.ops.shifted_attention_grid import (
@@ -47,12 +47,13 @@ LONG = {
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture
-def of_any_length(monkeypatch):
-    monkeypatch.setattr(_decode, "MAX_QUERIES", 2**31)
+@pytest.fixture(params=[0, 2**31], ids=["many", "few"])
+def kernel(request, monkeypatch):
+    """Whose kernel all queries take."""
+    monkeypatch.setattr(dispatch, "FEW_QUERIES", request.param)
 
 
-@pytest.mark.usefixtures("of_any_length")
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     "name, dtype",
     [
@@ -71,6 +72,7 @@ def test_value(name, dtype):
         assert_forward(given, "composed")
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LONG)
 def test_parts(name, dtype):
@@ -90,15 +92,15 @@ def test_other_instruction_sets(isa):
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout
 
 
-def test_it_is_what_a_few_queries_run(monkeypatch):
-    """And neither what more of them do, nor what a backward follows."""
+def test_one_call_where_no_backward_follows(monkeypatch):
     calls = []
-    monkeypatch.setattr(_op, "decode", lambda *args: calls.append(args) or _decode.decode(*args))
-    for T, requires_grad, runs in ((1, False, 1), (4, False, 1), (5, False, 0), (1, True, 0)):
+    monkeypatch.setattr(_op, "infer", lambda *args: calls.append(args) or _inference.infer(*args))
+    for T, requires_grad in ((1, False), (40, False), (1, True), (40, True)):
         calls.clear()
         q, *others = shifted_attention_inputs(T=T)
-        shifted_attention(q.requires_grad_(requires_grad), *others)
-        assert len(calls) == runs
+        out = shifted_attention(q.requires_grad_(requires_grad), *others)
+        assert len(calls) == (not requires_grad)
+        assert torch.equal(out, shifted_attention(q.detach(), *others))
 
 
 def stacked(*parameters):
@@ -133,7 +135,11 @@ def test_a_step_reads_its_own_key_even_where_that_is_hidden():
 
 
 @pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
-@pytest.mark.parametrize("sizes", [{"T": 1, "S": 2500}, {"B": 5, "T": 3, "S": 300, "H": 6, "G": 3}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"T": 1, "S": 2500}, {"B": 5, "T": 3, "S": 300, "H": 6, "G": 3}, {"B": 2, "T": 300, "S": 300}],
+    ids=str,
+)
 def test_it_does_not_depend_on_the_number_of_threads(sizes, normalizer):
     inputs = shifted_attention_inputs(**sizes)
 
@@ -145,8 +151,9 @@ def test_it_does_not_depend_on_the_number_of_threads(sizes, normalizer):
 
 @pytest.mark.parametrize("offset", range(1, 4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_does_not_depend_on_alignment(dtype, offset):
-    inputs = shifted_attention_inputs(T=2, D=40, dtype=dtype)
+@pytest.mark.parametrize("T", [2, 30])
+def test_it_does_not_depend_on_alignment(T, dtype, offset):
+    inputs = shifted_attention_inputs(T=T, D=40, dtype=dtype)
     moved = []
     for x in inputs[:3]:
         room = x.new_empty(x.numel() + offset)[offset:]
@@ -154,9 +161,10 @@ def test_it_does_not_depend_on_alignment(dtype, offset):
     assert torch.equal(shifted_attention(*moved, *inputs[3:]), shifted_attention(*inputs))
 
 
-def test_nan_stays_where_it_is():
+@pytest.mark.parametrize("T", [2, 30])
+def test_nan_stays_where_it_is(T):
     """In the row, and the head, of a query, a key or a value; what a bool mask hides may be anything."""
-    q, k, v, *parameters = shifted_attention_inputs(T=2, S=70)
+    q, k, v, *parameters = shifted_attention_inputs(T=T, S=70)
     clean = shifted_attention(q, k, v, *parameters)
     for x in (q, k):
         changed = x.clone()
@@ -189,9 +197,9 @@ def test_opcheck(name):
     keys = virtual_keys(q, *parameters, None if ids is None else ids.int(), *which)
     arguments = (
         q, k, v, *keys, 0.3, None, options.causal, options.window, options.q_start, options.q_starts,
-        options.kv_start, options.kv_end, options.mask, False,
+        options.kv_start, options.kv_end, options.mask, False, 4,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.mmicl.shifted_attention_decode.default, arguments)
+    torch.library.opcheck(torch.ops.mmicl.shifted_attention_inference.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +224,9 @@ def test_what_it_refuses(message, change):
         "weight": torch.zeros(1, 4, 1, 16), "bias": torch.zeros(1, 4, 1), "shift": torch.zeros(1, 4, 1, 16),
         "adapter_ids": None, "prefix": None, "scale": 0.25, "softcap": None, "causal": False, "window": None,
         "q_start": None, "q_starts": None, "kv_start": None, "kv_end": None, "mask": None, "all_keys": False,
+        "few_queries": 4,
     }  # fmt: skip
-    operator = torch.ops.mmicl.shifted_attention_decode
+    operator = torch.ops.mmicl.shifted_attention_inference
     assert not operator(**given)[0].any()
     with pytest.raises(RuntimeError, match=message):
         operator(**{**given, **change})

@@ -1,0 +1,3 @@
+#define MMICL_ISA baseline
+#define MMICL_TABLE kTileBaseline
+#include "tile_attention_kernel.h"
