@@ -1,4 +1,4 @@
-"""The kernels of few and of many queries on CPU, each over the whole contract: both take any number of them."""
+"""The CPU's kernels of few and of many queries, each over the whole contract: both take any number."""
 
 import os
 import subprocess

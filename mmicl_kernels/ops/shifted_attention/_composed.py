@@ -1,6 +1,6 @@
 """Attention, then the shift in one more pass over its output; exact gradients by one stock backward.
 
-The attention is C++'s on CPU if it was built, else the best stock one. The backward's derivation is in README.md.
+On CPU the attention is C++'s, if that was built, else the best stock one. README.md derives the backward.
 """
 
 import torch

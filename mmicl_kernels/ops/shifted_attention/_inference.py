@@ -36,7 +36,8 @@ def infer(q: Tensor, k: Tensor, v: Tensor, keys: VirtualKeys, options: Options) 
     """``out [B, H, T, D]`` and ``lse [B, H, T]``."""
     return torch.ops.mmicl.shifted_attention_inference.default(
         q, k, v, *keys, options.scale, options.softcap, options.causal, options.window, options.q_start,
-        options.q_starts, options.kv_start, options.kv_end, options.mask, options.all_keys, dispatch.FEW_QUERIES,
+        options.q_starts, options.kv_start, options.kv_end, options.mask, options.all_keys,
+        dispatch.FEW_QUERIES,
     )  # fmt: skip
 
 
