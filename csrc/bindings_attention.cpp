@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/attention_backward.h"
 #include "cpu/decode_attention.h"
 #include "cpu/tile_attention.h"
 
@@ -134,12 +136,11 @@ MutableRows scalars(const Tensor& lse) {
   return {lse.mutable_data_ptr(), lse.stride(0), lse.stride(1), lse.stride(2)};
 }
 
-// The attention; its log-sum-exps into lse and, for a gate over all keys, gate_lse.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap,
-              const Visibility& visible, bool few, const Tensor& lse, const OptionalTensor& gate_lse) {
+// Shapes, rows, mask and scale; of double or float elements.
+AttentionParams checked(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                        std::optional<double> softcap, const OptionalTensor& mask) {
   AttentionParams p;
   check_floating_rows(q, "q", 4);
-  const ElementType type = element_type(q, "q");
   STD_TORCH_CHECK(k.dim() == 4, "k has ", k.dim(), " dims, expected [B, G, S, D]");
   p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2);
   STD_TORCH_CHECK(p.G > 0 && p.H % p.G == 0, "k has ", p.G, " heads, expected a divisor of ", p.H);
@@ -147,11 +148,13 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, s
   check_rows(v, "v", {p.B, p.G, p.S, p.D}, q.scalar_type());
   p.q = rows(q), p.k = rows(k), p.v = rows(v);
   p.scale = scale, p.softcap = softcap.value_or(0);
-  if (visible.mask) fill_mask(p, *visible.mask);
+  if (mask) fill_mask(p, *mask);
+  elements({p.B, p.H, p.T});
+  return p;
+}
 
-  const Tensor out = empty_heads_last(q);
-  if (elements({p.B, p.H, p.T}) == 0) return out;
-
+// Which keys queries may see, in memory that is returned.
+std::vector<int64_t> fill_bounds(AttentionParams& p, const Visibility& visible) {
   // Where the mask ends them, a row's own keys are in use even if they are hidden.
   const bool ends = visible.mask && visible.mask_ends_keys;
   const int64_t in_use = ends ? std::max(seen_keys(*visible.mask), p.T) : p.S;
@@ -171,13 +174,22 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, s
     gate_end[b] = std::min(end, in_use);
   }
   p.first = first, p.last = last, p.gate_end = gate_end;
+  return bounds;
+}
 
+// The attention; its log-sum-exps into lse and, for a gate over all keys, gate_lse.
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap,
+              const Visibility& visible, bool few, const Tensor& lse, const OptionalTensor& gate_lse) {
+  AttentionParams p = checked(q, k, v, scale, softcap, visible.mask);
+  const Tensor out = empty_heads_last(q);
+  if (p.B * p.H * p.T == 0) return out;
+  const std::vector<int64_t> bounds = fill_bounds(p, visible);
   p.out = writable_rows(out), p.lse = scalars(lse);
   if (gate_lse) p.gate_lse = scalars(*gate_lse);
   if (few) {
-    attend_few(p, type);
+    attend_few(p, element_type(q, "q"));
   } else {
-    attend_many(p, type);
+    attend_many(p, element_type(q, "q"));
   }
   return out;
 }
@@ -200,6 +212,39 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   const Tensor out = attend(q, k, v, scale, softcap, visible, q.size(2) <= few_queries, lse,
                             all_keys ? OptionalTensor(gate_lse) : std::nullopt);
   return {out, lse, gate_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& base, const Tensor& lse,
+    double scale, std::optional<double> softcap, bool causal, std::optional<int64_t> window,
+    std::optional<int64_t> q_start, const OptionalTensor& q_starts, const OptionalTensor& kv_start,
+    const OptionalTensor& kv_end, const OptionalTensor& mask) {
+  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask is added to the scores, expected bool");
+  const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, false, false};
+  AttentionBackwardParams p{checked(q, k, v, scale, softcap, mask)};
+  const std::vector<int64_t> bounds = fill_bounds(p, visible);
+  check_rows(dout, "dout", shape_of(q), q.scalar_type());
+  check_rows(base, "base", shape_of(q), q.scalar_type());
+  check_tensor(lse, "lse", {p.B, p.H, p.T}, acc_type(q.scalar_type()));
+  const Tensor delta = new_lse(q), dq = empty_heads_last(q), dk = empty_heads_last(k), dv = empty_heads_last(v);
+  p.dout = rows(dout), p.base = rows(base), p.given_lse = rows(lse), p.delta = scalars(delta);
+  p.dq = writable_rows(dq), p.dk = writable_rows(dk), p.dv = writable_rows(dv);
+  p.parts = backward_parts(p);
+
+  const int64_t sums = elements({p.parts, p.B, p.H, p.T, padded(p.D)});
+  const std::unique_ptr<void, decltype(&std::free)> partial(std::calloc(std::max<int64_t>(1, sums), itemsize(lse)),
+                                                            &std::free);
+  STD_TORCH_CHECK(partial, "no memory for ", sums, " numbers");
+  p.partial = partial.get();
+  const AttentionBackwardKernels& kernels = attention_backward_kernels(element_type(q, "q"));
+  const int64_t rows = p.B * p.H * p.T;
+  parallel_rows(rows, p.D, [&](int64_t begin, int64_t end) { kernels.find_delta(p, begin, end); });
+  torch::stable::parallel_for(0, p.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<double[]> scratch(new double[backward_scratch_size(p)]);
+    kernels.attend(p, scratch.get(), begin, end);
+  });
+  parallel_rows(rows, p.D, [&](int64_t begin, int64_t end) { kernels.add_parts(p, begin, end); });
+  return {dq, dk, dv};
 }
 
 std::tuple<Tensor, Tensor> shifted_attention_inference(
@@ -235,9 +280,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmicl_cpu, m) {
       "attention_fwd(Tensor q, Tensor k, Tensor v, float scale, float? softcap, bool causal, int? window, "
       "int? q_start, Tensor? q_starts, Tensor? kv_start, Tensor? kv_end, Tensor? mask, bool all_keys, "
       "int few_queries) -> (Tensor out, Tensor lse, Tensor gate_lse)");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor base, Tensor lse, float scale, "
+      "float? softcap, bool causal, int? window, int? q_start, Tensor? q_starts, Tensor? kv_start, "
+      "Tensor? kv_end, Tensor? mask) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(mmicl_cpu, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
 
 // Their schemas are in mmicl_kernels/ops/shifted_attention/_cpp.py, with what compiled graphs need to know.
 STABLE_TORCH_LIBRARY_IMPL(mmicl, CPU, m) {

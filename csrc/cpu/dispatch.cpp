@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "alignment_loss.h"
+#include "attention_backward.h"
 #include "attention_shift.h"
 #include "decode_attention.h"
 #include "prefix_splice.h"
@@ -55,6 +56,15 @@ const AlignmentLossKernels& alignment_loss_kernels(ElementType states) {
   if (chosen() == kAvx2) return kAlignmentLossAvx2[i];
 #endif
   return kAlignmentLossBaseline[i];
+}
+
+const AttentionBackwardKernels& attention_backward_kernels(ElementType type) {
+  const int i = static_cast<int>(type);
+#if defined(__x86_64__)
+  if (chosen() == kAvx512) return kAttentionBackwardAvx512[i];
+  if (chosen() == kAvx2) return kAttentionBackwardAvx2[i];
+#endif
+  return kAttentionBackwardBaseline[i];
 }
 
 const AttentionShiftKernels& attention_shift_kernels(ElementType type) {

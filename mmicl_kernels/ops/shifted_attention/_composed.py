@@ -6,12 +6,11 @@ On CPU the attention is C++'s, if that was built, else the best stock one. READM
 import torch
 from torch import Tensor
 
-from mmicl_kernels.ops._core.dispatch import backend
 from mmicl_kernels.ops._core.layout import new_heads
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, backend_kernels, logit_grad
-from mmicl_kernels.ops.shifted_attention import dispatch
+from mmicl_kernels.ops.shifted_attention._cpp import CppAttention
 from mmicl_kernels.ops.shifted_attention._stock import attention_kernel
-from mmicl_kernels.ops.shifted_attention.options import Options, new_results
+from mmicl_kernels.ops.shifted_attention.options import Options, Visibility, new_results
 
 
 def forward(q, k, v, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -54,12 +53,10 @@ def _forward(q, k, v, keys: VirtualKeys, options: Options):
 
 def _attention(q, k, v, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Without a shift: ``a``, its lse and the gate's, which is another one for all_keys alone."""
-    if backend("composed", q.device) == "cpp":
-        return torch.ops.mmicl_cpu.attention_fwd(
-            q, k, v, options.scale, options.softcap, options.causal, options.window, options.q_start,
-            options.q_starts, options.kv_start, options.kv_end, options.mask, options.all_keys,
-            dispatch.FEW_QUERIES,
-        )  # fmt: skip
+    if CppAttention.runs_on(q):
+        return CppAttention(options.scale, options.softcap, options.visibility).forward(
+            q, k, v, options.all_keys
+        )
     visibility = options.visibility
     a, lse = attention_kernel(q, k, options.scale, options.softcap, visibility).forward(q, k, v)
     if not options.all_keys or visibility.simplified(q.shape[2], k.shape[2]).is_all_keys():
@@ -93,12 +90,12 @@ def _backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: O
     if not need_dqkv:
         return [x.new_empty(0) for x in qkv], dparameters
 
-    kernel = attention_kernel(q, k, options.scale, options.softcap, options.visibility)
+    kernel = _kernel(q, k, options, options.visibility)
     if options.all_keys:
         # The gate's lse may be of another size: lse + lift could round to lse.
         kept = dout if keys.prefix is None else (dout * torch.exp(-lift)[..., None]).to(dout.dtype)
         dq, dk, dv = kernel.backward(kept, q, k, v, a, lse)
-        gate = attention_kernel(q, k, options.scale, options.softcap, options.visibility.all_keys())
+        gate = _kernel(q, k, options, options.visibility.all_keys())
         _add_lse_grad(gate, -logit_grad(dg, total), gate_lse, q, k, dq, dk)
     else:
         raised = lse if keys.prefix is None else lse + lift
@@ -108,6 +105,13 @@ def _backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: O
         _add_lse_grad(kernel, dlse.masked_fill(lse == -torch.inf, 0.0), lse, q, k, dq, dk)
     epilogue.add_gate_grad_(dq, dg, keys.weight, keys.adapter_ids)
     return [_head_major(x) for x in (dq, dk, dv)], dparameters
+
+
+def _kernel(q, k, options: Options, visibility: Visibility):
+    """What has the backward. Of masks that are added stock kernels know how finfo.min swallows an lse."""
+    if CppAttention.runs_on(q) and visibility.additive_mask() is None:
+        return CppAttention(options.scale, options.softcap, visibility)
+    return attention_kernel(q, k, options.scale, options.softcap, visibility)
 
 
 def _packed_backward(dout, dlse, results, need_dqkv, qkv, keys: VirtualKeys, options: Options):

@@ -1,0 +1,23 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "attention_backward.h"
+
+// From here on, so that headers above keep the baseline.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define MMICL_AVX2
+#define MMICL_ISA avx512
+#define MMICL_TABLE kAttentionBackwardAvx512
+#include "attention_backward_kernel.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

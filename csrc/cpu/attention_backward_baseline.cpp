@@ -1,0 +1,3 @@
+#define MMICL_ISA baseline
+#define MMICL_TABLE kAttentionBackwardBaseline
+#include "attention_backward_kernel.h"
