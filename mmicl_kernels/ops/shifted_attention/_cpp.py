@@ -23,7 +23,7 @@ class CppAttention(NamedTuple):
         return backend("composed", q.device) == "cpp"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, all_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """``out``, ``lse`` and that of all keys in use, whatever is hidden; without ``all_keys`` lse again."""
+        """``out``, ``lse``, and lse again; with ``all_keys`` that of all in use, whatever is hidden."""
         options = (*self._options(), self.visibility.mask, all_keys, dispatch.FEW_QUERIES)
         return torch.ops.mmicl_cpu.attention_fwd(q, k, v, *options)
 
