@@ -21,7 +21,7 @@ MMICL_INLINE void multiply_tile(acc* c, int64_t stride_c, Left<acc> a, const acc
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) {
-      sums[i][w] = kAdd ? load(c + i * stride_c + w * kLanes) : vec_t<acc>{};
+      sums[i][w] = vec_t<acc>{};  // c is added last: a long sum is one of sums
     }
   }
   for (int64_t k = 0; k < K; ++k) {
@@ -38,7 +38,10 @@ MMICL_INLINE void multiply_tile(acc* c, int64_t stride_c, Left<acc> a, const acc
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 2
-    for (int w = 0; w < W; ++w) store(c + i * stride_c + w * kLanes, sums[i][w]);
+    for (int w = 0; w < W; ++w) {
+      acc* to = c + i * stride_c + w * kLanes;
+      store(to, kAdd ? load(to) + sums[i][w] : sums[i][w]);
+    }
   }
 }
 
