@@ -116,7 +116,7 @@ void attend_few(const AttentionParams& given, ElementType type) {
 void attend_many(const AttentionParams& given, ElementType type) {
   const TileParams p{given, tile_queries(given)};
   const TileKernels& kernels = tile_kernels(type);
-  const int64_t products = std::max<int64_t>(1, 2 * p.rows() * p.D * p.S);
+  const int64_t products = std::max<int64_t>(1, 2 * p.rows() * p.D * std::min(p.S, kPartKeys));
   torch::stable::parallel_for(0, p.tasks(), 1 + 131072 / products, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<double[]> scratch(new double[tile_scratch_size(p)]);
     kernels.attend(p, scratch.get(), begin, end);
@@ -125,7 +125,6 @@ void attend_many(const AttentionParams& given, ElementType type) {
 
 // Scalars of [B, H, T] in acc.
 Tensor new_lse(const Tensor& q) {
-  STD_TORCH_CHECK(q.dim() == 4, "q has ", q.dim(), " dims, expected 4");
   const int64_t H = q.size(1), T = q.size(2);
   return empty_strided({q.size(0), H, T}, {H * T, T, 1},
                        acc_type(q.scalar_type()) == ScalarType::Double ? aoti_torch_dtype_float64()
@@ -177,21 +176,24 @@ std::vector<int64_t> fill_bounds(AttentionParams& p, const Visibility& visible) 
   return bounds;
 }
 
-// The attention; its log-sum-exps into lse and, for a gate over all keys, gate_lse.
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap,
-              const Visibility& visible, bool few, const Tensor& lse, const OptionalTensor& gate_lse) {
+struct Attended {
+  Tensor out, lse, gate_lse;  // gate_lse: lse itself, but over all keys
+};
+
+Attended attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap,
+                const Visibility& visible, bool few) {
   AttentionParams p = checked(q, k, v, scale, softcap, visible.mask);
-  const Tensor out = empty_heads_last(q);
-  if (p.B * p.H * p.T == 0) return out;
+  const Tensor out = empty_heads_last(q), lse = new_lse(q), gate_lse = visible.all_keys ? new_lse(q) : lse;
+  if (p.B * p.H * p.T == 0) return {out, lse, gate_lse};
   const std::vector<int64_t> bounds = fill_bounds(p, visible);
   p.out = writable_rows(out), p.lse = scalars(lse);
-  if (gate_lse) p.gate_lse = scalars(*gate_lse);
+  if (visible.all_keys) p.gate_lse = scalars(gate_lse);
   if (few) {
     attend_few(p, element_type(q, "q"));
   } else {
     attend_many(p, element_type(q, "q"));
   }
-  return out;
+  return {out, lse, gate_lse};
 }
 
 void shift_in_place(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight, const Tensor& bias,
@@ -208,10 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const OptionalTensor& kv_start, const OptionalTensor& kv_end, const OptionalTensor& mask, bool all_keys,
     int64_t few_queries) {
   const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, all_keys, false};
-  const Tensor lse = new_lse(q), gate_lse = all_keys ? new_lse(q) : lse;
-  const Tensor out = attend(q, k, v, scale, softcap, visible, q.size(2) <= few_queries, lse,
-                            all_keys ? OptionalTensor(gate_lse) : std::nullopt);
-  return {out, lse, gate_lse};
+  const Attended x = attend(q, k, v, scale, softcap, visible, q.dim() == 4 && q.size(2) <= few_queries);
+  return {x.out, x.lse, x.gate_lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   p.dq = writable_rows(dq), p.dk = writable_rows(dk), p.dv = writable_rows(dv);
   p.parts = backward_parts(p);
 
-  const int64_t sums = elements({p.parts, p.B, p.H, p.T, padded(p.D)});
+  const int64_t sums = elements({p.parts, p.B, p.H, p.T, in_panels(p.D)});
   const std::unique_ptr<void, decltype(&std::free)> partial(std::calloc(std::max<int64_t>(1, sums), itemsize(lse)),
                                                             &std::free);
   STD_TORCH_CHECK(partial, "no memory for ", sums, " numbers");
@@ -266,11 +266,9 @@ Tensor shifted_attention_step(const Tensor& q, const Tensor& k, const Tensor& v,
   Visibility visible;
   visible.window = window, visible.mask = mask, visible.all_keys = all_keys;
   visible.mask_ends_keys = all_keys && k.dim() == 4 && q.dim() == 4 && k.size(2) > q.size(2);
-  const Tensor lse = new_lse(q), gate_lse = all_keys ? new_lse(q) : lse;
-  const Tensor out = attend(q, k, v, scale, softcap, visible, true, lse,
-                            all_keys ? OptionalTensor(gate_lse) : std::nullopt);
-  shift_in_place(out, gate_lse, q, weight, bias, shift, adapter_ids, prefix);
-  return out;
+  const Attended x = attend(q, k, v, scale, softcap, visible, true);
+  shift_in_place(x.out, x.gate_lse, q, weight, bias, shift, adapter_ids, prefix);
+  return x.out;
 }
 
 }  // namespace

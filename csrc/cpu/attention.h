@@ -28,4 +28,9 @@ struct AttentionParams {
   double scale, softcap;        // softcap 0: none
 };
 
+constexpr int64_t kSums = 4;    // of a query, beside D sums of values: maximum, sum of exp; the gate's two
+constexpr int64_t kPanel = 16;  // columns that lie together in a product of matrices
+
+constexpr int64_t in_panels(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
+
 }  // namespace mmicl

@@ -33,11 +33,9 @@ inline int64_t backward_parts(const AttentionParams& p) {
   return parts < 1 || tiles < 1 ? 1 : parts < tiles ? parts : tiles;
 }
 
-constexpr int64_t padded(int64_t D) { return (D + 15) / 16 * 16; }
-
 // Numbers of acc that a thread needs: keys, values and their gradients; queries and dout; scores, ds and mask.
 inline int64_t backward_scratch_size(const AttentionParams& p) {
-  return 9 * kBlock * padded(p.D) + 3 * kBlock * kBlock;
+  return 9 * kBlock * in_panels(p.D) + 3 * kBlock * kBlock;
 }
 
 struct AttentionBackwardKernels {

@@ -23,7 +23,7 @@ struct Backward {
   acc *q, *q_panels, *dout, *dout_panels;
   acc *weights, *dscores, *added;  // [kBlock, kBlock]
 
-  Backward(const AttentionBackwardParams& p, void* scratch) : p(p), D(padded(p.D)) {
+  Backward(const AttentionBackwardParams& p, void* scratch) : p(p), D(in_panels(p.D)) {
     acc** of_keys_and_queries[] = {&keys_t, &values_t, &keys, &dk, &dv, &q, &q_panels, &dout, &dout_panels};
     acc* next = static_cast<acc*>(scratch);
     for (acc** memory : of_keys_and_queries) *memory = next, next += kBlock * D;
@@ -44,7 +44,7 @@ struct Backward {
     if (p.softcap > 0) {
       for (int64_t i = 0; i < count; ++i) slope[i] = 1 - (w[i] / acc(p.softcap)) * (w[i] / acc(p.softcap));
     }
-    hide(w, p, seen, p.first[b * p.T + t] - j, p.last[b * p.T + t] - j, count);
+    hide(w, p, seen, keys_of(p, b, t), j, count);
     for (int64_t i = 0; i < whole; i += kLanes) {
       const vec_t<acc> weight = exp_nonpositive<acc>(load(w + i) - lse);
       const vec_t<acc> product = weight * (load(ds + i) - delta) * acc(p.scale);
@@ -58,15 +58,12 @@ struct Backward {
 
   // Queries from t to t + M of head h, with n keys from j on; their dq is rows of D numbers.
   MMICL_INLINE void block(acc* dq, int64_t b, int64_t h, int64_t t, int64_t M, int64_t j, int64_t n) const {
-    int64_t first = j + n, last = j;
-    for (int64_t i = b * p.T + t; i < b * p.T + t + M; ++i) {
-      if (p.first[i] < first) first = p.first[i];
-      if (p.last[i] > last) last = p.last[i];
-    }
-    first = first < j ? j : first, last = last < j + n ? last : j + n;
-    if (first >= last) return;
+    Range range{p.S, 0};
+    for (int64_t i = 0; i < M; ++i) range.join(keys_of(p, b, t + i));
+    range.clip(j, j + n);
+    if (range.is_empty()) return;
     // Whole panels of the keys that some query sees.
-    const int64_t low = (first - j) / kPanel * kPanel, count = last - j - low;
+    const int64_t low = (range.first - j) / kPanel * kPanel, count = range.last - j - low;
     if (p.mask_type != MaskType::none) {
       bool any = false;
       for (int64_t i = 0; i < M; ++i) any |= read_mask(added + i * kBlock, p, b, h, t + i, j + low, count);
@@ -114,7 +111,7 @@ void attend_backward(const AttentionBackwardParams& p, void* scratch, int64_t be
   const Backward<T> backward(p, scratch);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % p.parts, g = task / p.parts % p.G, b = task / p.parts / p.G;
-    acc_t<T>* dq = static_cast<acc_t<T>*>(p.partial) + (part * p.B + b) * p.H * p.T * padded(p.D);
+    acc_t<T>* dq = static_cast<acc_t<T>*>(p.partial) + (part * p.B + b) * p.H * p.T * in_panels(p.D);
     for (int64_t j = part * kBlock; j < p.S; j += p.parts * kBlock) {
       backward.tile(dq, b, g, j, j + kBlock < p.S ? kBlock : p.S - j);
     }
@@ -137,7 +134,7 @@ void find_delta(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
 template <class T>
 void add_parts(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   using acc = acc_t<T>;
-  const int64_t D = padded(p.D), rows = p.B * p.H * p.T;
+  const int64_t D = in_panels(p.D), rows = p.B * p.H * p.T;
   for (int64_t i = begin; i < end; ++i) {
     acc* total = static_cast<acc*>(p.partial) + i * D;
     for (int64_t part = 1; part < p.parts; ++part) accumulate<acc>(total, 1, total + part * rows * D, p.D);

@@ -14,7 +14,6 @@ struct DecodeParams : AttentionParams {
 
 constexpr int64_t kPartKeys = 1024;
 constexpr int64_t kBlockKeys = 64;
-constexpr int64_t kSums = 4;  // beside D sums of values: maximum, sum of exp; the gate's two
 
 inline int64_t rows(const DecodeParams& p) { return p.H / p.G * p.T; }
 inline int64_t parts(const DecodeParams& p) {

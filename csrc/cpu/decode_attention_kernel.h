@@ -117,9 +117,9 @@ MMICL_INLINE void attend_block(const DecodeParams& p, Sums<acc_t<T>>& sums, cons
                                const Block<E>& block, int64_t b, int64_t h, int64_t t, int64_t j, int64_t n) {
   using acc = acc_t<T>;
   const bool gated = p.gate_lse.data;
-  const int64_t first = p.first[b * p.T + t] - j, last = p.last[b * p.T + t] - j;
+  const Range keys = keys_of(p, b, t);
   acc scores[kBlockKeys], added[kBlockKeys], weights[kBlockKeys];
-  const bool seen = first < n && last > 0 && read_mask(added, p, b, h, t, j, n);
+  const bool seen = keys.first < j + n && keys.last > j && read_mask(added, p, b, h, t, j, n);
   if (!seen && !gated) return;
 
   products<E>(scores, q, block.keys, block.stride_k, n, p.D);
@@ -127,7 +127,7 @@ MMICL_INLINE void attend_block(const DecodeParams& p, Sums<acc_t<T>>& sums, cons
   if (gated) sums.all.add_gate(weights, scores, p.gate_end[b] - j, n);
   if (!seen) return;
 
-  hide(scores, p, added, first, last, n);
+  hide(scores, p, added, keys, j, n);
   const acc before = sums.seen.total, kept = sums.seen.add(weights, scores, n);
   if (kept != 1 && before != 0) {
     for (int64_t d = 0; d < p.D; ++d) sums.values[d] *= kept;
@@ -145,21 +145,17 @@ void attend(const DecodeParams& p, void* scratch, int64_t begin, int64_t end) {
   const bool widens = sizeof(T) < sizeof(acc) && R > 1;  // once for all queries
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % parts(p), g = task / parts(p) % p.G, b = task / parts(p) / p.G;
-    int64_t first = p.S, last = 0;
-    for (int64_t t = 0; t < p.T; ++t) {
-      if (p.first[b * p.T + t] < first) first = p.first[b * p.T + t];
-      if (p.last[b * p.T + t] > last) last = p.last[b * p.T + t];
-    }
-    if (p.gate_lse.data) first = 0, last = p.gate_end[b] > last ? p.gate_end[b] : last;
-    const int64_t from = part * kPartKeys, to = from + kPartKeys;
-    first = first < from ? from : first, last = last < to ? last : to;
+    Range range{p.S, 0};
+    for (int64_t t = 0; t < p.T; ++t) range.join(keys_of(p, b, t));
+    if (p.gate_lse.data) range.join({0, p.gate_end[b]});
+    range.clip(part * kPartKeys, (part + 1) * kPartKeys);
     for (int64_t r = 0; r < R; ++r) {
       const T* q = row<T>(p.q, b, g * group + r / p.T, r % p.T);
       widen_rows<T>(queries + r * p.D, p.D, q, 0, 1, p.D);
       Sums<acc>(p, task, r).clear(p.D);
     }
-    for (int64_t j = first; j < last; j += kBlockKeys) {
-      const int64_t n = last - j < kBlockKeys ? last - j : kBlockKeys;
+    for (int64_t j = range.first; j < range.last; j += kBlockKeys) {
+      const int64_t n = range.last - j < kBlockKeys ? range.last - j : kBlockKeys;
       const T *keys = row<T>(p.k, b, g, j), *values = row<T>(p.v, b, g, j);
       if (widens) {
         widen_rows<T>(wide_keys, p.D, keys, p.k.stride_t, n, p.D);

@@ -3,7 +3,7 @@
 //
 // A tile of kTileRows rows and one panel is summed in registers: as many as AVX2 has without the operands.
 
-constexpr int64_t kPanel = 2 * kLanes;
+static_assert(kPanel == 2 * kLanes);
 constexpr int kRowsOfTile = 6;
 
 // Where element (i, k) of a left side is: rows of numbers, or its transpose.
@@ -66,8 +66,6 @@ MMICL_INLINE void multiply(acc* c, int64_t stride_c, Left<acc> a, const acc* b, 
 }
 
 // ---- panels ----
-
-inline int64_t in_panels(int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; }
 
 // n rows of D numbers become panels of D rows and kPanel columns, one for each of the n: the transpose.
 template <class T>

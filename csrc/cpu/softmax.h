@@ -3,6 +3,24 @@
 
 // ---- what a query sees of a block of keys ----
 
+struct Range {  // keys from first to before last
+  int64_t first, last;
+  MMICL_INLINE bool is_empty() const { return first >= last; }
+  MMICL_INLINE void join(const Range& other) {
+    if (other.first < first) first = other.first;
+    if (other.last > last) last = other.last;
+  }
+  MMICL_INLINE void clip(int64_t low, int64_t high) {
+    if (first < low) first = low;
+    if (last > high) last = high;
+  }
+};
+
+// But for a mask.
+MMICL_INLINE Range keys_of(const AttentionParams& p, int64_t b, int64_t t) {
+  return {p.first[b * p.T + t], p.last[b * p.T + t]};
+}
+
 template <class acc>
 MMICL_INLINE bool read_seen(acc* added, const bool* mask, int64_t stride, int64_t n) {
   bool any = false;
@@ -55,18 +73,18 @@ MMICL_INLINE void make_scores(acc* scores, const AttentionParams& p, int64_t n) 
   for (int64_t i = n; i % kLanes; ++i) scores[i] = -acc(__builtin_inf());
 }
 
-// Hides those before first and from last on, and by what read_mask read.
+// Hides those of n keys from j on that are not seen, or by what read_mask read.
 template <class acc>
-MMICL_INLINE void hide(acc* scores, const AttentionParams& p, const acc* added, int64_t first, int64_t last,
-                       int64_t n) {
+MMICL_INLINE void hide(acc* scores, const AttentionParams& p, const acc* added, Range seen, int64_t j, int64_t n) {
   const acc hidden = -acc(__builtin_inf());
   if (p.mask_type == MaskType::boolean) {  // not added: what it hides may be NaN
     for (int64_t i = 0; i < n; ++i) scores[i] = added[i] == hidden ? hidden : scores[i];
   } else if (p.mask_type != MaskType::none) {
     for (int64_t i = 0; i < n; ++i) scores[i] += added[i];
   }
-  for (int64_t i = 0; i < (first < n ? first : n); ++i) scores[i] = hidden;
-  for (int64_t i = last > 0 ? last : 0; i < n; ++i) scores[i] = hidden;
+  seen.clip(j, j + n);
+  for (int64_t i = 0; i < n && i < seen.first - j; ++i) scores[i] = hidden;
+  for (int64_t i = seen.last > j ? seen.last - j : 0; i < n; ++i) scores[i] = hidden;
 }
 
 // ---- sums of exponentials, which a later block or part may rescale ----

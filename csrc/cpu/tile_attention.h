@@ -9,7 +9,6 @@
 namespace mmicl {
 
 constexpr int64_t kTileKeys = 128;
-constexpr int64_t kTileSums = 4;    // beside D sums of values: maximum, sum of exp; the gate's two
 constexpr int64_t kStripRows = 24;  // as many share scores in the first cache
 
 // Queries of a task, of each head: few where that leaves threads without one.
@@ -34,8 +33,8 @@ struct TileParams : AttentionParams {
 
 // Numbers of acc that a thread needs: queries and their sums, a tile of keys and values, a strip's scores and mask.
 inline int64_t tile_scratch_size(const TileParams& p) {
-  const int64_t D = (p.D + 15) / 16 * 16;
-  return p.rows() * (p.D + D + kTileSums) + kTileKeys * (p.D + D) + 2 * kStripRows * kTileKeys;
+  const int64_t D = in_panels(p.D);
+  return p.rows() * (p.D + D + kSums) + kTileKeys * (p.D + D) + 2 * kStripRows * kTileKeys;
 }
 
 struct TileKernels {

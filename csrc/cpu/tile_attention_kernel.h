@@ -30,19 +30,6 @@ struct Memory {  // of a thread
   }
 };
 
-struct Range {
-  int64_t first, last;
-  MMICL_INLINE bool is_empty() const { return first >= last; }
-  MMICL_INLINE void join(const Range& other) {
-    if (other.first < first) first = other.first;
-    if (other.last > last) last = other.last;
-  }
-  MMICL_INLINE void clip(int64_t low, int64_t high) {
-    if (first < low) first = low;
-    if (last > high) last = high;
-  }
-};
-
 // What one task computes: queries from begin to end of the heads that read key head g of row b.
 template <class T>
 struct Task {
@@ -61,13 +48,9 @@ struct Task {
   MMICL_INLINE int64_t rows() const { return p.H / p.G * (end - begin); }
   MMICL_INLINE int64_t head(int64_t r) const { return g * (p.H / p.G) + r / (end - begin); }
   MMICL_INLINE int64_t query(int64_t r) const { return begin + r % (end - begin); }
-  MMICL_INLINE Range keys(int64_t r) const {
-    const int64_t t = b * p.T + query(r);
-    return {p.first[t], p.last[t]};
-  }
   MMICL_INLINE Range keys_of_rows(int64_t from, int64_t to) const {
     Range range{p.S, 0};
-    for (int64_t r = from; r < to; ++r) range.join(keys(r));
+    for (int64_t r = from; r < to; ++r) range.join(keys_of(p, b, query(r)));
     return range;
   }
 };
@@ -98,14 +81,13 @@ MMICL_INLINE void attend_strip(const Task<T>& task, const Memory<acc_t<T>>& m, i
   multiply<false>(m.scores + low, kTileKeys, queries, m.keys + low * p.D, kPanel * p.D, M, count, p.D);
   for (int64_t i = 0; i < M; ++i) {
     acc* scores = m.scores + i * kTileKeys + low;
-    const Range own = task.keys(from + i);
     make_scores(scores, p, count);
     if (gated) {
       acc weights[kTileKeys];
       m.all[from + i].add_gate(weights, scores, p.gate_end[b] - j, count);
     }
     if (!any) continue;
-    hide(scores, p, m.added + i * kTileKeys + low, own.first - j - low, own.last - j - low, count);
+    hide(scores, p, m.added + i * kTileKeys + low, keys_of(p, b, task.query(from + i)), j + low, count);
     const acc kept = m.seen[from + i].add(scores, scores, count);
     acc* sums = m.values_of + (from + i) * D;
     if (kept != 1) {

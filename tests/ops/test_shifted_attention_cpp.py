@@ -13,18 +13,22 @@ from mmicl_kernels.ops._core.dispatch import has_cpu_kernels
 from mmicl_kernels.ops.attention_shift.kernels import virtual_keys
 from mmicl_kernels.ops.shifted_attention import _inference, _op, dispatch
 from mmicl_kernels.ops.shifted_attention.options import Options
-from mmicl_kernels.testing.inputs import ints, shifted_attention_inputs
+from mmicl_kernels.testing.budgets import gradients
+from mmicl_kernels.testing.inputs import ints, output_gradients, shifted_attention_inputs
 from tests.ops.shifted_attention_grid import (
     GRID,
     TYPICAL,
     added,
     assert_forward,
+    assert_same_bits,
+    assert_within,
     budget,
     budget_of,
     case,
     hiding,
     keep,
     minus_inf,
+    run,
 )
 from tests.test_extension import assert_same_for_any_number_of_threads
 
@@ -44,6 +48,21 @@ LONG = {
     "parts_all_keys": case("the gate over all parts", {"normalizer": "all_keys", "kv_start": ints(1100, 3),
                                                        "kv_end": ints(1300, 2130)}, T=2, S=2130),
 }  # fmt: skip
+# Sums of many: over keys for out and dq, over the queries of all heads for dk and dv. And tasks of several
+# strips and tiles, which see other keys: smaller problems are cut into more tasks instead.
+LARGE = {
+    "strips_window": case("each strip begins elsewhere", {"window": 40, "causal": True}, T=300, S=330),
+    "strips_bounds": case(
+        "rows end elsewhere",
+        {"kv_start": ints(150, 3), "kv_end": ints(290, 200), "causal": True, "q_start": 20},
+        T=300,
+        S=330,
+    ),
+    "strips_mask": case("any pattern", {"mask": keep(2, 1, 300, 330)}, T=300, S=330),
+    "strips_all_keys": case("the gate over all", {"normalizer": "all_keys", "causal": True}, T=300, S=330),
+    "keys": case("a sum over 8,192 keys", {}, T=8, S=8192, D=64),
+    "queries": case("a sum over 16,384 queries", {}, B=1, T=2048, S=40, H=8, G=1, D=64),
+}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -81,12 +100,17 @@ def test_parts(name, dtype):
         assert_forward(given, "composed")
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_large(name):
+    assert_within(budget_of(LARGE[name], torch.float32, "cpu", ways=(False,)), "composed", False)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets(isa):
     if torch.ops.mmicl_cpu.isa() in (isa, "baseline"):
         pytest.skip(f"this machine already runs {torch.ops.mmicl_cpu.isa()}")
     environment = {**os.environ, "MMICL_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    chosen = " or ".join(["parts", *(f"value and {name}" for name in TYPICAL)])
+    chosen = " or ".join(["parts", "large", *(f"value and {name}" for name in TYPICAL)])
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", chosen]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout
@@ -143,10 +167,12 @@ def test_a_step_reads_its_own_key_even_where_that_is_hidden():
 def test_it_does_not_depend_on_the_number_of_threads(sizes, normalizer):
     inputs = shifted_attention_inputs(**sizes)
 
-    def run():
+    def call(*inputs):
         return shifted_attention(*inputs, causal=True, normalizer=normalizer, return_lse=True)
 
-    assert_same_for_any_number_of_threads(run)
+    assert_same_for_any_number_of_threads(lambda: call(*inputs))
+    douts = output_gradients(*inputs[0].shape, dtype=torch.float32)
+    assert_same_for_any_number_of_threads(lambda: sum(gradients(call, inputs, douts), ()))
 
 
 @pytest.mark.parametrize("offset", range(1, 4))
@@ -158,7 +184,10 @@ def test_it_does_not_depend_on_alignment(T, dtype, offset):
     for x in inputs[:3]:
         room = x.new_empty(x.numel() + offset)[offset:]
         moved.append(room.view(x.shape).copy_(x))
-    assert torch.equal(shifted_attention(*moved, *inputs[3:]), shifted_attention(*inputs))
+    moved += inputs[3:]
+    assert torch.equal(shifted_attention(*moved), shifted_attention(*inputs))
+    douts = output_gradients(*inputs[0].shape, dtype=dtype)
+    assert_same_bits(*(run(x, {"causal": True}, douts, "composed") for x in (inputs, moved)))
 
 
 @pytest.mark.parametrize("T", [2, 30])

@@ -61,6 +61,5 @@ def _init_tuple_type(self, types, fields=None):
 
 def _name_of_tuple_type(self):
     """Written at once otherwise, and read by nobody."""
-    return (
-        "[" + ",".join(f"{field}:{kind}" for field, kind in zip(self.fields, self.types, strict=True)) + "]"
-    )
+    parts = (f"{field}:{kind}" for field, kind in zip(self.fields, self.types, strict=True))
+    return f"[{','.join(parts)}]"

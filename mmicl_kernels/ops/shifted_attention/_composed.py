@@ -1,4 +1,4 @@
-"""Attention, then the shift in one more pass over its output; exact gradients by one stock backward.
+"""Attention, then the shift in one more pass over its output; exact gradients by one backward.
 
 On CPU the attention is C++'s, if that was built, else the best stock one. README.md derives the backward.
 """
