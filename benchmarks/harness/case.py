@@ -50,10 +50,17 @@ class Case:
 
 
 def square(
-    B: int, T: int, H: int, D: int = 128, dtype: str = "bfloat16", backward: bool = False, model: str = ""
+    B: int,
+    T: int,
+    H: int,
+    D: int = 128,
+    dtype: str = "bfloat16",
+    backward: bool = False,
+    model: str = "",
+    groups: int = 1,
 ) -> Case:
-    """As many keys as queries, of as many heads."""
-    return Case(B=B, H=H, G=H, T=T, S=T, D=D, dtype=dtype, backward=backward, model=model)
+    """As many keys as queries, in ``H // groups`` heads."""
+    return Case(B=B, H=H, G=H // groups, T=T, S=T, D=D, dtype=dtype, backward=backward, model=model)
 
 
 def prefill(model: str, T: int, B: int = 1, dtype: str = "bfloat16", backward: bool = False) -> Case:

@@ -43,8 +43,8 @@ BLOCK_ELEMENTS = 2**26  # of the scores of one block of queries: half a GiB in f
 
 _K = 1024
 CPU_CASES = tuple(
-    square(1, T, 8, dtype=dtype, backward=backward)
-    for backward, dtype, T in product((False, True), DTYPES, (256, _K, 2 * _K))
+    square(1, T, 8, D, dtype, backward, groups=groups)
+    for backward, dtype, D, groups, T in product((False, True), DTYPES, (128, 64), (1, 4), (256, _K, 2 * _K))
 )
 
 # What targets are set for comes first, then every model, then the long tail of batches and lengths.
