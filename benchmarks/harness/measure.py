@@ -128,6 +128,7 @@ class Measurement:
             "q10_ms": own.low,
             "q90_ms": own.high,
             "ratio": {peer: own.ratio(self.samples[peer]) for peer in peers},
+            "ratio_range": {peer: own.over(self.samples[peer]).range for peer in peers},
             "gb_per_s": self.spec.bytes(self.case) / own.median / 1e6,
             "gflop_per_s": self.spec.flops(self.case) / own.median / 1e6,
             "peak_bytes": self.peak_bytes[name],

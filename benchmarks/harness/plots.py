@@ -20,12 +20,13 @@ def plot(result: dict, folder: Path) -> None:
 
 
 def _plot_cpu(result: dict, path: Path) -> None:
-    """Time and memory against T, one column of panels per pass and dtype, as PNG."""
-    panels = sorted({case[:2] for case in cases(result)})
+    """Time and memory against T, one column of panels per pass and dtype, as PNG. Of the first sizes."""
+    sizes = cases(result)[0][2:-1]
+    panels = sorted({case[:-1] for case in cases(result) if case[2:-1] == sizes})
     figure = Figure(figsize=(3.2 * len(panels), 6), layout="constrained")
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
     for (column, panel), provider in product(enumerate(panels), providers_of(result)):
-        lengths = [case[2] for case in cases(result) if case[:2] == panel]
+        lengths = [case[-1] for case in cases(result) if case[:-1] == panel]
         rows = [rows_of(result, (*panel, T), provider) for T in lengths]
         style = {"label": provider, "marker": "o", "markersize": 4}
         axes[0, column].loglog(lengths, [median(row, "median_ms") for row in rows], **style)

@@ -6,13 +6,15 @@ stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from benchmarks.harness.tables_cuda import MIB, cuda_tables
 from benchmarks.harness.verify import why_not
 
-CASE = ("backward", "dtype", "T")  # what a row of a table is named by
+CASE = ("backward", "dtype", "D", "G", "T")  # what a row of a table is named by
+SIZES = ("D", "G")  # shown where there are several
 
 
 def tables(result: dict) -> dict[str, str]:
@@ -22,7 +24,7 @@ def tables(result: dict) -> dict[str, str]:
             key: f"{_markdown(header, lines, 4)}\n\n" + "\n\n".join(notes)
             for key, (header, lines, notes) in cuda_tables(result).items()
         }
-    return {name(result): markdown(result)}
+    return {name(result): markdown(result), f"{name(result)}-mean": mean_table(result)}
 
 
 def name(result: dict) -> str:
@@ -33,30 +35,45 @@ def name(result: dict) -> str:
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
     """Header and lines: per case the providers' times, ratios to the floor, and peak memory.
 
-    Of several runs the median; behind a ratio its range over them.
+    Of several runs the median; behind a ratio its range, over the runs or over the rounds of the only one.
     """
     floor, providers = result["peers"][0], providers_of(result)
-    others = [provider for provider in providers if provider != floor]
-    header = ["pass", "dtype", "T", *(f"{provider} ms" for provider in providers)]
+    others, sizes = _others(result), _sizes(result)
+    header = ["pass", "dtype", *sizes, "T", *(f"{provider} ms" for provider in providers)]
     header += [f"{provider} / {floor}" for provider in others]
     header += [f"{provider} MiB" for provider in providers]
     lines = []
     for case in cases(result):
         rows = {provider: rows_of(result, case, provider) for provider in providers}
-        backward, dtype, T = case
-        line = ["forward + backward" if backward else "forward", dtype, str(T)]
+        names = dict(zip(CASE, case, strict=True))
+        line = [_pass(names["backward"]), names["dtype"], *(str(names[key]) for key in (*sizes, "T"))]
         line += [f"{median(rows[provider], 'median_ms'):.2f}" for provider in providers]
         line += [
-            _with_range([row["ratio"][floor] for row in rows[provider] if floor in row["ratio"]])
-            for provider in others
+            _ratio([row for row in rows[provider] if floor in row["ratio"]], floor) for provider in others
         ]
         line += [f"{median(rows[provider], 'peak_bytes') / MIB:.2f}" for provider in providers]
         lines.append(line)
     return header, lines
 
 
+def mean_table(result: dict) -> str:
+    """Per pass and dtype the geometric mean of the ratios to the floor over all sizes, and their range."""
+    floor, others = result["peers"][0], _others(result)
+    header = ["pass", "dtype", *(f"{provider} / {floor}" for provider in others)]
+    lines = []
+    for backward, dtype in dict.fromkeys(case[:2] for case in cases(result)):
+        own = [case for case in cases(result) if case[:2] == (backward, dtype)]
+        line = [_pass(backward), dtype]
+        for provider in others:
+            found = [rows_of(result, case, provider) for case in own]
+            ratios = [statistics.median(row["ratio"][floor] for row in rows) for rows in found if rows]
+            line.append(_with_range(statistics.geometric_mean(ratios), ratios) if ratios else "nan")
+        lines.append(line)
+    return f"{_markdown(header, lines, 2)}\n\n{machine_line(result)}"
+
+
 def markdown(result: dict) -> str:
-    return f"{_markdown(*table(result), 3)}\n\n{machine_line(result)}"
+    return f"{_markdown(*table(result), 3 + len(_sizes(result)))}\n\n{machine_line(result)}"
 
 
 def _markdown(header: list[str], lines: list[list[str]], num_names: int) -> str:
@@ -88,10 +105,13 @@ def machine_line(result: dict) -> str:
     machine, runs = result["machine"], len({row["run"] for row in result["rows"]})
     device = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
     load = f"{min(machine['load']):.1f} to {max(machine['load']):.1f}"
+    how = f"{runs} interleaved runs, in brackets the range of the ratio over them"
+    if runs == 1:
+        how = "interleaved rounds, in brackets the 10th and 90th percentile of their ratios"
     return (
         f"{device}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{machine['date']}; {result['clock']} time, median of {runs} interleaved runs, "
-        f"in brackets the range of the ratio over them; load average {load}; `{result['command']}`"
+        f"{machine['date']}; {result['clock']} time, median of {how}; load average {load}; "
+        f"`{result['command']}`"
     )
 
 
@@ -137,8 +157,26 @@ def median(rows: list[dict], key: str) -> float:
     return statistics.median(row[key] for row in rows) if rows else math.nan
 
 
-def _with_range(ratios: list[float]) -> str:
-    if not ratios:
+def _pass(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"
+
+
+def _others(result: dict) -> list[str]:
+    return [provider for provider in providers_of(result) if provider != result["peers"][0]]
+
+
+def _sizes(result: dict) -> list[str]:
+    return [key for key in SIZES if len({row[key] for row in result["rows"]}) > 1]
+
+
+def _ratio(rows: list[dict], floor: str) -> str:
+    if not rows:
         return "nan"
-    text = f"{statistics.median(ratios):.2f}"
-    return text if len(ratios) == 1 else f"{text} ({min(ratios):.2f}-{max(ratios):.2f})"
+    ratios = [row["ratio"][floor] for row in rows]
+    only = rows[0].get("ratio_range", {}).get(floor, ratios) if len(rows) == 1 else ratios
+    return _with_range(statistics.median(ratios), only)
+
+
+def _with_range(middle: float, values: Sequence[float]) -> str:
+    text = f"{middle:.2f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.2f}-{max(values):.2f})"

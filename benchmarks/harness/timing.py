@@ -53,6 +53,10 @@ class Samples:
     def high(self) -> float:
         return _quantile(self.ms, QUANTILES[1])
 
+    @property
+    def range(self) -> tuple[float, float]:
+        return self.low, self.high
+
     def ratio(self, peer: "Samples") -> float:
         """Median over the rounds of own time over the peer's."""
         return self.over(peer).median

@@ -72,13 +72,16 @@ class State:
             )
         return single
 
-    def direct_adapter(self, x: Tensor) -> Adapter | None:
+    def direct_adapter(self, x: Tensor, anchor: Anchor) -> Adapter | None:
         """The adapter of all rows and tokens, where a site may ask a C++ operator for ``x`` itself.
 
         None with gradients, in graphs, on other devices, for tensors that only stand for others: there is the
-        public op, whose checks take longer than these operators.
+        public op, whose checks take longer than these operators. None in training too: what reentrant
+        checkpointing runs without gradients is checked, because it is run again with them.
         """
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+            return None
+        if anchor.layer.training:
             return None
         alone = len(self.adapters) == 1 and self.rows is None and not self.selection.is_installed
         plain = type(x) is Tensor and x.is_cpu and self.impl in ("auto", "composed")

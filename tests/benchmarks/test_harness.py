@@ -270,6 +270,7 @@ def test_a_quick_run_writes_valid_json(small_op, tmp_path, capsys, monkeypatch):
         assert 0 < row["q10_ms"] <= row["median_ms"] <= row["q90_ms"]
         assert row["gb_per_s"] > 0 and row["gflop_per_s"] > 0 and row["peak_bytes"] > 0
         assert row["ratio"].get(row["provider"], 1.0) == 1.0 and set(row["ratio"]) == {"plain", "published"}
+        assert all(low <= row["ratio"][peer] <= high for peer, (low, high) in row["ratio_range"].items())
     assert "composed / plain" in capsys.readouterr().out
 
 
@@ -288,17 +289,21 @@ def test_a_red_op_is_not_measured(small_op, tmp_path, capsys):
     assert "/ plain" not in printed and not path.exists()
 
 
-def result_of(*ratios):
-    """A result of one case with as many runs as ratios; the op takes ratio times plain's 2 ms."""
-    rows = []
-    for number, ratio in enumerate(ratios):
-        for provider, factor in (("plain", 1.0), ("composed", ratio)):
-            rows.append(
-                {
-                    "run": number, "backward": False, "dtype": "float32", "T": 256, "provider": provider,
-                    "median_ms": 2.0 * factor, "ratio": {"plain": factor}, "peak_bytes": 3 * 2**19,
-                }
-            )  # fmt: skip
+def rows_of(run, D, ratio):
+    """Of one case; the op takes ratio times plain's 2 ms."""
+    return [
+        {
+            "run": run, "backward": False, "dtype": "float32", "D": D, "G": 8, "T": 256, "provider": provider,
+            "median_ms": 2.0 * factor, "ratio": {"plain": factor},
+            "ratio_range": {"plain": (factor - 0.1, factor + 0.1)}, "peak_bytes": 3 * 2**19,
+        }
+        for provider, factor in (("plain", 1.0), ("composed", ratio))
+    ]  # fmt: skip
+
+
+def result_of(*ratios, D=64):
+    """A result of one case with as many runs as ratios."""
+    rows = [row for number, ratio in enumerate(ratios) for row in rows_of(number, D, ratio)]
     machine = {"cpu": "C", "cores": 2, "threads": 1, "torch": "2", "commit": "c", "date": "d", "load": [0.5]}
     names = {"op": "x", "device": "cpu", "peers": ["plain"], "command": "m", "clock": "wall"}
     return {**names, "machine": machine, "rows": rows}
@@ -322,6 +327,18 @@ def test_report_fills_tables_idempotently(tmp_path):
     assert lines[4] == "| forward | float32 | 256 | 2.00 | 2.50 | 1.25 (1.00-1.50) | 1.50 | 1.50 |"
     assert lines[-2:] == ["<!-- end -->", "after <!-- end -->"] and "old" not in first
     assert (tmp_path / "plots" / "x-cpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tables_of_one_run_and_several_sizes():
+    result = result_of(1.25)
+    result["rows"] += rows_of(0, 128, 0.8)
+    tables = report.tables(result)
+    lines = tables["x-cpu"].splitlines()
+    assert lines[0].startswith("| pass | dtype | D | T | plain ms |")
+    assert lines[2].startswith("| forward | float32 | 64 | 256 | 2.00 | 2.50 | 1.25 (1.15-1.35) |")
+    assert lines[3].startswith("| forward | float32 | 128 | 256 | 2.00 | 1.60 | 0.80 (0.70-0.90) |")
+    assert tables["x-cpu-mean"].splitlines()[2] == "| forward | float32 | 1.00 (0.80-1.25) |"
+    assert all("interleaved rounds" in text for text in tables.values())
 
 
 @pytest.mark.parametrize(

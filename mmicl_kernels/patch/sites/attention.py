@@ -70,7 +70,7 @@ class PatchedLayer(SlotStack):
         softcap: float | None, window: int | None,
     ) -> Tensor | None:  # fmt: skip
         """One token's attention ``[B, 1, H, D]`` by the operator itself; None: it is the public op's."""
-        adapter = self._state.direct_adapter(query)
+        adapter = self._state.direct_adapter(query, self._anchor)
         if adapter is None or torch.is_autocast_enabled("cpu"):
             return None
         # Not by its property: a config's attributes are looked up by a function of Python.

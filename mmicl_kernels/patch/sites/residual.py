@@ -97,7 +97,7 @@ class LayerShift(SlotStack):
 
     def _direct_entry(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
         """Vector and scale of all rows as the operator takes them; None where that is the public op's."""
-        adapter = self._state.direct_adapter(x)
+        adapter = self._state.direct_adapter(x, self._anchor)
         if adapter is None:
             return None
         vector, scale = adapter.residual_shift(self._site, self._key)
