@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mmicl_kernels.methods import ADAPTERS, Adapter
-from mmicl_kernels.methods.official import read_official
+from mmicl_kernels.methods.base import CheckpointError
+from mmicl_kernels.methods.official import LORA_FILE, belongs_to_lora, read_official
 from mmicl_kernels.models.anchors import (
     Anchor,
     check_backbone,
@@ -69,11 +70,21 @@ def load(folder: str | os.PathLike, model: nn.Module, *, revision: str | None = 
 
 
 def load_official(path: str | os.PathLike, model: nn.Module) -> Adapter:
-    """Read ``encoder.pth`` of the official code of MimIC or HiFICL; ``normalizer`` is "all_keys".
+    """Read ``encoder.pth`` of the official code of MimIC (LIVE's, too) or HiFICL, or LIVE's ``icv_cpk.pth``.
 
-    Raises: as :func:`load`. The file does not say which model it belongs to: only shapes are checked.
+    ``normalizer`` is "all_keys": methods/mimic/README.md says what padded batches need to give that code's
+    numbers. A LoRA beside the file was trained together with it: ``model`` must have one.
+
+    Raises: as :func:`load`; CheckpointError too if there is a LoRA beside it and none in ``model``. The file
+    does not say which model it belongs to: only shapes are checked.
     """
     model = unwrap(model)
+    if belongs_to_lora(path) and not any("lora_A" in name for name, _ in model.named_modules()):
+        folder = Path(path).parent
+        raise CheckpointError(
+            f"{folder} has {LORA_FILE} beside {Path(path).name}: a LoRA was trained together with it, and "
+            f"model has none, expected peft.PeftModel.from_pretrained(model, {str(folder)!r}) as the model"
+        )
     anchors = find_anchors(model)
     return _place(read_official(path, describe_backbone(model, anchors)), model, anchors)
 

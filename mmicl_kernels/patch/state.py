@@ -38,6 +38,7 @@ class State:
         self.adapter_ids: Tensor | None = None
         self.prefixes: Tensor | None = None
         self.selection = TokenSelection(model, anchors, self.device)
+        self.warned_of_padding = False
         self._last_forward: tuple[float, Rows | None] | None = None
         self._passes = PassesToRepeat()
 

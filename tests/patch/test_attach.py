@@ -372,3 +372,23 @@ def test_an_interrupted_add_leaves_what_was_there(monkeypatch):
             assert torch.equal(logits(model, inputs), expected)
         handle.add("b", mk.create(model, mk.M2IVConfig()))
     assert torch.equal(logits(model, inputs), plain)
+
+
+def warnings_of_padding(implementation, normalizer, paddings):
+    """Of each forward pass, how many."""
+    model = tiny_model("llava-llama", attn_implementation=implementation)
+    found = []
+    with mk.attach(model, random_adapter(model, normalizer=normalizer)):
+        for padding in paddings:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                logits(model, tiny_inputs(model, padding=padding))
+            found.append(sum("expected 'eager' for that code's numbers" in str(x.message) for x in caught))
+    return found
+
+
+def test_the_official_gate_meets_padding():
+    """Said once, where its numbers are others, and only there."""
+    assert warnings_of_padding("sdpa", "all_keys", [None, "right", "left", "left"]) == [0, 0, 1, 0]
+    assert warnings_of_padding("eager", "all_keys", ["left"]) == [0]
+    assert warnings_of_padding("sdpa", "visible", ["left"]) == [0]

@@ -131,12 +131,94 @@ def without(name):
     return encoder
 
 
+def live_own(**replaced):
+    """``icv_cpk.pth`` as LIVE's code writes it."""
+    icv, alpha = torch.randn(1, LAYERS, HIDDEN), torch.rand(1, LAYERS)
+    settings = {"intervention_layer": -1, "layer_format": "model.layers.<LAYER_NUM>.mlp"}
+    tensors = {"icv_encoder.icv": icv, "icv_encoder.alpha": alpha, "temperature": torch.tensor(1.0)}
+    return {**tensors, "lmm_args": settings, "use_sigmoid": False, **replaced}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_official_live_both_ways(model, tmp_path, dtype):
+    vectors, scales = torch.randn(LAYERS, HIDDEN, dtype=dtype), torch.rand(LAYERS, dtype=dtype)
+    encoder = {"ffn_shift": vectors, "ffn_shift_scale": scales}
+    torch.save(encoder, tmp_path / "encoder.pth")
+    adapter = mk.load_official(tmp_path / "encoder.pth", model)
+    assert adapter.config == mk.LIVEConfig(site="mlp")
+    for layer in range(LAYERS):
+        of = adapter.layers[str(layer)]
+        assert torch.equal(of.vector, vectors[layer]) and torch.equal(of.scale, scales[layer])
+    mk.save_official(adapter, tmp_path / "again.pth")
+    assert_same_tensors(torch.load(tmp_path / "again.pth", weights_only=True), encoder)
+    with pytest.raises(ValueError, match="site is 'layer', expected 'mlp'"):
+        mk.save_official(mk.create(model, mk.LIVEConfig(site="layer")), tmp_path / "again.pth")
+
+
+@pytest.mark.parametrize("site, end", [("mlp", ".mlp"), ("layer", "")])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_lives_own_files(model, tmp_path, site, end, sigmoid):
+    settings = {"layer_format": f"model.model.layers.<LAYER_NUM>{end}", "total_layers": LAYERS}
+    content = live_own(lmm_args=settings, use_sigmoid=sigmoid)
+    if site == "layer":  # as an older version of that code called them
+        content["icv_intervention_args"] = content.pop("lmm_args")
+    torch.save(content, tmp_path / "icv_cpk.pth")
+    adapter = mk.load_official(tmp_path / "icv_cpk.pth", model)
+    assert adapter.config.site == site
+    alpha = content["icv_encoder.alpha"][0]
+    for layer in range(LAYERS):
+        of = adapter.layers[str(layer)]
+        assert torch.equal(of.vector, content["icv_encoder.icv"][0, layer])
+        assert torch.equal(of.scale, alpha.sigmoid()[layer] if sigmoid else alpha[layer])
+
+
+def test_a_lora_beside_the_file_is_not_lost(model, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.save(official(), tmp_path / "encoder.pth")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(mk.CheckpointError, match="adapter_config.json beside encoder.pth"):
+        mk.load_official(tmp_path / "encoder.pth", model)
+    lora = peft.get_peft_model(tiny_model("llava-llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    adapter = mk.load_official(tmp_path / "encoder.pth", lora)
+    assert adapter.config.normalizer == "all_keys"
+
+
 HOSTILE = {
-    "no shift": (without("attn_shift"), "none of attn_shift, K_learn_A"),
+    "LIVE's of another width": (
+        {"ffn_shift": torch.randn(LAYERS, 7), "ffn_shift_scale": torch.rand(LAYERS)},
+        r"ffn_shift has shape \[3, 7\]",
+    ),
+    "LIVE's and more": (
+        {
+            "ffn_shift": torch.randn(LAYERS, HIDDEN),
+            "ffn_shift_scale": torch.rand(LAYERS),
+            "x": torch.zeros(1),
+        },
+        r"unknown \['x'\]",
+    ),
+    "LIVE's own, elsewhere": (
+        live_own(lmm_args={"layer_format": "model.layers.<LAYER_NUM>.self_attn"}),
+        "layer_format 'model.layers.<LAYER_NUM>.self_attn'.*expected a name that ends in mlp or <LAYER_NUM>",
+    ),
+    "LIVE's own, without settings": (live_own(lmm_args={}), "layer_format None"),
+    "LIVE's own, settings of another kind": (live_own(lmm_args=[1]), "dict of"),
+    "LIVE's own, of some layers": (
+        live_own(**{"icv_encoder.icv": torch.randn(1, 2, HIDDEN)}),
+        r"\[2, 32\], expected \[3, 32\]",
+    ),
+    "LIVE's own, not of a batch": (
+        live_own(**{"icv_encoder.alpha": torch.rand(LAYERS)}),
+        r"lacks \['icv_encoder.alpha'\]",
+    ),
+    "LIVE's own, NaN": (
+        live_own(**{"icv_encoder.alpha": torch.full((1, LAYERS), torch.nan)}),
+        "icv_encoder.alpha.*finite",
+    ),
+    "no shift": (without("attn_shift"), "none of attn_shift, K_learn_A, ffn_shift_scale"),
     "no weight": (without("log_Z1_lin.1.weight"), r"lacks log_Z1_lin\.1\.weight"),
     "no bias": (without("log_Z1_lin.2.bias"), r"lacks log_Z1_lin\.2\.bias"),
-    "LIVE's": ({"ffn_shift": torch.randn(LAYERS, HIDDEN)}, "none of attn_shift, K_learn_A"),
-    "LoRA's": ({}, "none of attn_shift, K_learn_A"),
+    "LIVE's": ({"ffn_shift": torch.randn(LAYERS, HIDDEN)}, "none of attn_shift, K_learn_A, ffn_shift_scale"),
+    "LoRA's": ({}, "none of attn_shift, K_learn_A, ffn_shift_scale"),
     "more layers": (official(attn_shift=torch.randn(4, HEADS, HEAD_DIM)), r"\[4, 4, 8\].*\[3, 4, 8\]"),
     "heads not apart": (official(attn_shift=torch.randn(LAYERS, HIDDEN)), r"\[3, 32\], expected"),
     "other heads": (

@@ -1,6 +1,7 @@
 """The patch of one self-attention: a clone of its config that names our attention function."""
 
 import copy
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,24 @@ class PatchedLayer(SlotStack):
             window if mask is None and masks == "sdpa" else None, mask, all_keys,
         ).transpose(1, 2)  # fmt: skip
 
+    def warn_of_padding(self, mask: Tensor | None) -> None:
+        """Once for a handle, where tokens see no key: the official gate, which counts theirs, knew others.
+
+        ``mask``: of sdpa. One layer looks, before the first warning alone: on GPU the host waits for it.
+        """
+        state = self._state
+        if state.warned_of_padding or type(mask) is not Tensor or mask.dtype != torch.bool or mask.is_meta:
+            return
+        if self._anchor is not state.anchors[0] or _is_recorded() or mask.any(-1).all():
+            return
+        state.warned_of_padding = True
+        warnings.warn(
+            "normalizer is 'all_keys' and the batch is padded on the left: the gate counts padding, whose "
+            "states under attn_implementation='sdpa' are not those of the official code, expected 'eager' "
+            "for that code's numbers (mmicl_kernels/methods/mimic/README.md)",
+            stacklevel=2,
+        )
+
     def virtual_keys(self, query: Tensor) -> VirtualKeys:
         """For the batch and the heads of ``query [B, H, T, D]``, which are those of this process."""
         state, (B, H) = self._state, query.shape[:2]
@@ -126,6 +145,13 @@ class PatchedLayer(SlotStack):
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         return None if adapter.attention_site is None else [*adapter.attention_shift(self._key)]
+
+
+def _is_recorded() -> bool:
+    """In a graph, where nothing can be read."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _num_keys(tensors: list[Tensor]) -> int:

@@ -126,6 +126,8 @@ def attention_forward(
     kind, T = mask_kind(layer.base_implementation), query.shape[2]
     key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
     visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)
+    if layer.normalizer == "all_keys" and kind == "sdpa":
+        layer.warn_of_padding(attention_mask)
     keys, packed = layer.virtual_keys(query), {}
     if attention_mask is None and kind == "flash":
         packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)

@@ -1,0 +1,68 @@
+"""Checkpoints of LIVE: ``encoder.pth`` of MimIC's repository, and its authors' own ``icv_cpk.pth``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmicl_kernels.methods.base import Backbone, CheckpointError, check_tensors, stored
+from mmicl_kernels.methods.live.adapter import LIVEAdapter
+from mmicl_kernels.methods.live.config import LIVEConfig
+
+ENCODER = ("ffn_shift", "ffn_shift_scale")  # [L, C], [L]
+SITES = {"mlp": "mlp", "<LAYER_NUM>": "layer"}  # by the end of the modules' names
+OWN = ("icv_encoder.icv", "icv_encoder.alpha")  # [1, L, C], [1, L]
+
+
+def from_encoder(encoder: dict[str, Any], source: str, backbone: Backbone) -> LIVEAdapter:
+    """Of MimIC's repository, dtype and bits unchanged; it acts on the MLPs' outputs.
+
+    Raises CheckpointError: other tensors, or of another geometry.
+    """
+    return _adapter(encoder, ENCODER, LIVEConfig(site="mlp"), source, backbone)
+
+
+def from_own(checkpoint: dict[str, Any], source: str, backbone: Backbone) -> LIVEAdapter:
+    """Of LIVE's own repository, whose settings say which modules' outputs are shifted, and of all layers.
+
+    Raises CheckpointError: other tensors, of another geometry, or settings that no ``LIVEConfig`` has.
+    """
+    settings = checkpoint.get("lmm_args", checkpoint.get("icv_intervention_args"))
+    modules = settings.get("layer_format") if isinstance(settings, dict) else None
+    site = SITES.get(modules.rpartition(".")[2]) if isinstance(modules, str) else None
+    if site is None:
+        raise CheckpointError(
+            f"{source} has layer_format {modules!r} in its lmm_args, expected a name that ends in "
+            f"{' or '.join(SITES)}"
+        )
+    tensors = {name: x[0] for name, x in checkpoint.items() if name in OWN and x.dim() > 0 and len(x) == 1}
+    if checkpoint.get("use_sigmoid"):
+        tensors |= {name: x.sigmoid() for name, x in tensors.items() if name == OWN[1]}
+    return _adapter(tensors, OWN, LIVEConfig(site=site), source, backbone)
+
+
+def to_encoder(adapter: LIVEAdapter) -> dict[str, Tensor]:
+    """Raises ValueError: it acts on the layers' outputs, which the format does not know, or it holds NaN."""
+    if adapter.config.site != "mlp":
+        raise ValueError(
+            f"site is {adapter.config.site!r}, expected 'mlp': the code that reads an encoder.pth of LIVE "
+            "shifts the MLPs' outputs, so it would run this adapter as something else"
+        )
+    tensors = stored("adapter", adapter.state_dict(), adapter.tensor_shapes(adapter.config, adapter.backbone))
+    return {
+        name: torch.stack([tensors[f"layers.{index}.{part}"] for index in adapter.layers])
+        for name, part in zip(ENCODER, ("vector", "scale"), strict=True)
+    }
+
+
+def _adapter(
+    tensors: dict[str, Tensor], names: tuple[str, str], config: LIVEConfig, source: str, backbone: Backbone
+) -> LIVEAdapter:
+    L = len(backbone.layers)
+    check_tensors(source, tensors, {names[0]: (L, backbone.hidden_size), names[1]: (L,)})
+    own = {
+        f"layers.{index}.{part}": tensors[name][row].clone()
+        for row, index in enumerate(backbone.layers)
+        for name, part in zip(names, ("vector", "scale"), strict=True)
+    }
+    return LIVEAdapter.from_tensors(config, backbone, own)
