@@ -24,7 +24,7 @@ def module(parameters, base, *, normalizer="visible", impl="reference", prefix=F
         normalizer=normalizer,
         impl=impl,
         decode=lambda *_: None,
-        warn_of_padding=lambda mask: None,
+        warn_of_padding=lambda *_: None,
         virtual_keys=lambda query: (*parameters, None, prefix),
     )
     return SimpleNamespace(mmicl_layer=layer, **attributes)

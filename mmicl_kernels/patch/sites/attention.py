@@ -96,15 +96,17 @@ class PatchedLayer(SlotStack):
             window if mask is None and masks == "sdpa" else None, mask, all_keys,
         ).transpose(1, 2)  # fmt: skip
 
-    def warn_of_padding(self, mask: Tensor | None) -> None:
+    def warn_of_padding(self, kind: str, mask: object) -> None:
         """Once for a handle, where tokens see no key: the official gate, which counts theirs, knew others.
 
         ``mask``: of sdpa. One layer looks, before the first warning alone: on GPU the host waits for it.
         """
         state = self._state
-        if state.warned_of_padding or type(mask) is not Tensor or mask.dtype != torch.bool or mask.is_meta:
+        if state.normalizer != "all_keys" or kind != "sdpa" or state.warned_of_padding:
             return
-        if self._anchor is not state.anchors[0] or _is_recorded() or mask.any(-1).all():
+        if type(mask) is not Tensor or mask.dtype != torch.bool or mask.is_meta or _is_recorded():
+            return
+        if self._anchor is not state.anchors[0] or mask.any(-1).all():
             return
         state.warned_of_padding = True
         warnings.warn(

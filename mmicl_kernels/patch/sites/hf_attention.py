@@ -116,8 +116,7 @@ def attention_forward(
         raise RuntimeError(
             f"attention implementation {NAME!r} is set by mmicl_kernels.attach(model, adapter) alone"
         )
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.shape[2] == 1 and s_aux is None:
         window = sliding_window if is_causal else None
         out = layer.decode(query, key, value, attention_mask, scaling, softcap, window)
@@ -126,8 +125,7 @@ def attention_forward(
     kind, T = mask_kind(layer.base_implementation), query.shape[2]
     key, value = _in_use(attention_mask, kind == "sdpa" and is_causal, T, key, value)
     visible = _visibility(attention_mask, kind, is_causal, sliding_window, query, key)
-    if layer.normalizer == "all_keys" and kind == "sdpa":
-        layer.warn_of_padding(attention_mask)
+    layer.warn_of_padding(kind, attention_mask)
     keys, packed = layer.virtual_keys(query), {}
     if attention_mask is None and kind == "flash":
         packed = _packed(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
