@@ -1,0 +1,137 @@
+"""Instructions that a decoded token costs a layer: the same number whatever else the machine does.
+
+``python -m benchmarks.instructions --out FOLDER`` writes ``FOLDER/<device>/instructions.json``. It decodes under
+valgrind's callgrind, which must be installed with a C compiler; one thread, a few minutes. Python's own
+instructions count too, but not those of its garbage collector, which comes when it likes.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.harness.tables import fill_tables
+from benchmarks.harness.timing import machine
+from benchmarks.layers import Answer, Cell, variants
+from benchmarks.run import device_folder
+
+CELLS = (
+    Cell(576, 9, 3, 2, "float32", 1, False, prompt=64),
+    Cell(576, 9, 3, 2, "float32", 1, True, prompt=64),
+)
+WARM_UPS, TOKENS = 3, 4
+# valgrind's requests are macros of its header.
+MARKS = """
+#include <valgrind/callgrind.h>
+void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
+void end(const char* name) { CALLGRIND_DUMP_STATS_AT(name); CALLGRIND_STOP_INSTRUMENTATION; }
+"""
+
+
+@torch.no_grad()
+def decode(marks: ctypes.CDLL) -> None:
+    """Every variant of every cell, token by token, between two marks; within callgrind."""
+    torch.set_num_threads(1)
+    gc.disable()
+    for number, cell in enumerate(CELLS):
+        with ExitStack() as patched:
+            for name, model in variants(cell.model(), cell, patched).items():
+                answer = Answer(model, cell, WARM_UPS + TOKENS)
+                for _ in range(WARM_UPS):
+                    answer()
+                gc.collect()
+                marks.begin()
+                for _ in range(TOKENS):
+                    answer()
+                marks.end(f"{number} {name}".encode())
+
+
+def counted() -> dict[tuple[int, str], int]:
+    """Instructions between the marks, by cell and variant. Raises RuntimeError: valgrind or cc failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "marks.c"), Path(folder, "marks.so")
+        source.write_text(MARKS)
+        _run(["cc", "-shared", "-fPIC", "-o", library, source])
+        tool = ["--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/counts"]
+        # Addresses and hashes decide how tables are laid out.
+        fixed = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "avx2"}
+        worker = [sys.executable, "-m", "benchmarks.instructions", "--marks", library]
+        _run(["setarch", "--addr-no-randomize", "valgrind", *tool, *worker], {**os.environ, **fixed})
+        found = {}
+        for path in Path(folder).glob("counts.*"):
+            text = path.read_text()
+            trigger = re.search(r"^desc: Trigger: Client Request: (\d+) (.+)$", text, re.MULTILINE)
+            total = re.search(r"^(?:summary|totals): (\d+)$", text, re.MULTILINE)
+            if trigger and total:
+                found[int(trigger[1]), trigger[2]] = int(total[1])
+    return found
+
+
+def _run(command: list[object], environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def rows_of(found: dict[tuple[int, str], int]) -> list[dict]:
+    """Of a layer and a token; the head and the embedding, which all variants have, are shared out."""
+    rows = []
+    for (number, name), total in sorted(found.items()):
+        cell = CELLS[number]
+        share = TOKENS * cell.layers
+        more = (total - found[number, "plain"]) / share
+        rows.append({"variant": name, **asdict(cell), "instructions": total / share, "more": more})
+    return rows
+
+
+def markdown(result: dict) -> str:
+    lines = ["| decoder | variant | instructions a layer | more than plain |", "|---|---|--:|--:|"]
+    for row in result["rows"]:
+        mask = "padded" if row["padded"] else "no mask"
+        lines.append(
+            f"| {row['hidden']}, {row['dtype']}, {mask} | {row['variant']} | {row['instructions']:,.0f} | "
+            f"{row['more']:+,.0f} |"
+        )
+    x = result["machine"]
+    return "\n".join(lines) + (
+        f"\n\n{x['cpu']}, AVX2, one thread, torch {x['torch']}, transformers {x['transformers']}, commit "
+        f"{x['commit']}, {x['date']}; a token after a prompt of 64, counted by callgrind"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    parser.add_argument("--readme", type=Path, help="fill the table in this file")
+    parser.add_argument("--marks", type=Path, help=argparse.SUPPRESS)  # of what runs within callgrind
+    options = parser.parse_args(arguments)
+    if options.marks:
+        decode(ctypes.CDLL(str(options.marks)))
+        return 0
+    result = {
+        "machine": {**machine("cpu"), "transformers": transformers.__version__},
+        "rows": rows_of(counted()),
+    }
+    folder = options.out / device_folder(result["machine"], "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "instructions.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
+    if options.readme:
+        options.readme.write_text(fill_tables(options.readme.read_text(), {"instructions": markdown(result)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
