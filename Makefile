@@ -44,8 +44,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(WEIGHTS)
-	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --runs 3 --out $(OUT)
+	$(BIN)/python -m benchmarks.run --op all --device $(DEVICE) --out $(OUT)
 	$(BIN)/python -m benchmarks.layers --out $(OUT)
+	$(BIN)/python -m benchmarks.training --out $(OUT)
 	$(BIN)/python -m benchmarks.experiments.smolvl.speed --out $(OUT)
 
 # Beside the stored run; with QUICK="--benchmark-json=$(STORED)" it is stored anew.

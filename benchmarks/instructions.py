@@ -1,7 +1,7 @@
 """Instructions that a decoded token costs a layer: the same number whatever else the machine does.
 
-``python -m benchmarks.instructions --out FOLDER`` writes ``FOLDER/<device>/instructions.json``. It decodes under
-valgrind's callgrind, which must be installed with a C compiler; one thread, a few minutes. Python's own
+``python -m benchmarks.instructions --out FOLDER`` writes ``FOLDER/<device>/instructions.json``. It decodes
+under valgrind's callgrind, which must be installed with a C compiler; one thread, some minutes. Python's own
 instructions count too, but not those of its garbage collector, which comes when it likes.
 """
 
@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.harness.tables import fill_tables
 from benchmarks.harness.timing import machine
 from benchmarks.layers import Answer, Cell, variants
 from benchmarks.run import device_folder
@@ -114,7 +113,6 @@ def markdown(result: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
-    parser.add_argument("--readme", type=Path, help="fill the table in this file")
     parser.add_argument("--marks", type=Path, help=argparse.SUPPRESS)  # of what runs within callgrind
     options = parser.parse_args(arguments)
     if options.marks:
@@ -128,8 +126,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "instructions.json").write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result))
-    if options.readme:
-        options.readme.write_text(fill_tables(options.readme.read_text(), {"instructions": markdown(result)}))
     return 0
 
 

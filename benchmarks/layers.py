@@ -1,12 +1,16 @@
 """What adapters cost a decoder at real layer sizes: to the first token, and for each further one.
 
 ``python -m benchmarks.layers --out FOLDER`` writes ``FOLDER/<device>/layers.json``. The plain decoder, ours
-and the official formulation share their weights and take turns, token by token.
+and the official formulation share their weights and take turns, token by token. With ``--compare FILE`` the
+table has the ratios of that earlier run, too; ``--profile VARIANT`` prints where a token's time goes instead.
 """
 
 import argparse
 import copy
+import cProfile
 import json
+import pstats
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -20,8 +24,15 @@ from tqdm import tqdm
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
 import mmicl_kernels as mk
-from benchmarks.harness.tables import fill_tables
-from benchmarks.harness.timing import MAX_ROUNDS, WARM_UPS, machine, time_interleaved
+from benchmarks.harness.tables_cuda import MIB
+from benchmarks.harness.timing import (
+    MAX_ROUNDS,
+    WARM_UPS,
+    Samples,
+    machine,
+    peak_allocated_bytes,
+    time_interleaved,
+)
 from benchmarks.peers import published
 from benchmarks.run import device_folder
 
@@ -139,48 +150,103 @@ class Answer:
 
 @torch.no_grad()
 def measure(cell: Cell, seconds: float) -> list[dict]:
-    """A row for each variant: its times, and their ratios to the plain model's in the same round."""
+    """A row for each variant: its times, their ratios to plain in the same round, and a peak."""
     with ExitStack() as patched:
         models = variants(cell.model(), cell, patched)
         answers = {name: Answer(model, cell, WARM_UPS + MAX_ROUNDS) for name, model in models.items()}
         prompts = {name: x.begin for name, x in answers.items()}
+        peaks = {name: peak_allocated_bytes(begin) for name, begin in prompts.items()}
         times = {
             "first": time_interleaved(prompts, device="cpu", seconds=seconds, label="prompts"),
             "further": time_interleaved(answers, device="cpu", seconds=seconds, label="tokens"),
         }
-    rows = []
-    for name in models:
-        row = {"variant": name, **asdict(cell)}
-        for what, samples in times.items():
-            ratio = samples[name].over(samples["plain"])
-            row[f"{what}_ms"] = samples[name].median
-            row[f"{what}_ratio"] = [ratio.median, ratio.low, ratio.high]
-            row[f"{what}_rounds"] = len(ratio.ms)
-        rows.append(row)
-    return rows
-
-
-def markdown(result: dict) -> str:
-    """A line for each cell and variant."""
-    lines = [
-        "| decoder | variant | first token ms | to plain | further token ms | to plain |",
-        "|---|---|--:|--:|--:|--:|",
+    return [
+        {"variant": name, **asdict(cell), "peak_bytes": peaks[name], **_times(times, name)} for name in models
     ]
+
+
+def _times(times: dict[str, dict[str, Samples]], name: str) -> dict[str, object]:
+    row = {}
+    for what, samples in times.items():
+        ratio = samples[name].over(samples["plain"])
+        row[f"{what}_ms"] = samples[name].median
+        row[f"{what}_ratio"] = [ratio.median, ratio.low, ratio.high]
+        row[f"{what}_rounds"] = len(ratio.ms)
+    return row
+
+
+@torch.no_grad()
+def profile(cell: Cell, variant: str, tokens: int = 50) -> str:
+    """The functions in which ``tokens`` of a variant spend their own time, in microseconds of a layer."""
+    with ExitStack() as patched:
+        answer = Answer(variants(cell.model(), cell, patched)[variant], cell, WARM_UPS + tokens)
+        for _ in range(WARM_UPS):
+            answer()
+        profiler = cProfile.Profile()
+        with profiler:
+            for _ in range(tokens):
+                answer()
+    share = tokens * cell.layers
+    found = sorted(pstats.Stats(profiler).stats.items(), key=lambda item: -item[1][2])[:25]
+    lines = [f"{_described(asdict(cell))}, {variant}: of a layer and a token", "    us   calls  function"]
+    for (file, line, name), (_, calls, own, _, _) in found:
+        where = name if file == "~" else f"{Path(file).name}:{line} {name}"
+        lines.append(f"{own / share * 1e6:6.1f}  {calls / share:6.1f}  {where}")
+    return "\n".join(lines)
+
+
+def markdown(result: dict, earlier: dict | None = None) -> str:
+    """A line for each cell and variant; with those of an ``earlier`` result beside them."""
+    columns = ["first token ms", "to plain", "further token ms", "to plain", "peak MiB of the prompt"]
+    columns += ["earlier: first, further"] if earlier else []
+    lines = [f"| decoder | variant | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
     for row in result["rows"]:
         first, further = (
             "{:.2f} ({:.2f} to {:.2f})".format(*row[f"{x}_ratio"]) for x in ("first", "further")
         )
-        lines.append(
-            f"| {_described(row)} | {row['variant']} | {row['first_ms']:.1f} | {first} | "
-            f"{row['further_ms']:.2f} | {further} |"
-        )
+        cells = [f"{row['first_ms']:.1f}", first, f"{row['further_ms']:.2f}", further]
+        cells.append(f"{row['peak_bytes'] / MIB:.0f}")
+        cells += [_earlier(row, earlier)] if earlier else []
+        lines.append(f"| {_described(row)} | {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{_machine_line(result)}"
+
+
+def mean_table(result: dict) -> str:
+    """For each variant the geometric means of its ratios over the decoders, and their range."""
+    kinds = {
+        "first token": ("first", lambda row: not row["compiled"]),
+        "further token": ("further", lambda row: not row["padded"] and not row["compiled"]),
+        "further token, padded": ("further", lambda row: row["padded"]),
+        "further token, compiled": ("further", lambda row: row["compiled"]),
+    }
+    lines = [f"| to plain | {' | '.join(kinds)} |", "|---|" + "--:|" * len(kinds)]
+    for name in dict.fromkeys(row["variant"] for row in result["rows"] if row["variant"] != "plain"):
+        own, cells = [row for row in result["rows"] if row["variant"] == name], []
+        for what, chosen in kinds.values():
+            ratios = [row[f"{what}_ratio"][0] for row in own if chosen(row)]
+            mean = statistics.geometric_mean(ratios) if ratios else None
+            cells.append("" if mean is None else f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\n{_machine_line(result)}"
+
+
+def tables(result: dict) -> dict[str, str]:
+    return {"layers": markdown(result), "layers-mean": mean_table(result)}
+
+
+def _machine_line(result: dict) -> str:
     x = result["machine"]
-    return "\n".join(lines) + (
-        f"\n\n{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
+    return (
+        f"{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
         f"commit {x['commit']}, {x['date']}; medians of {_range(result, 'further')} tokens after prompts of "
-        f"128, which were read {_range(result, 'first')} times, in turns; ratios within a round, with the "
-        "range of the middle four fifths"
+        f"128, which were read {_range(result, 'first')} times, in turns; ratios within a round"
     )
+
+
+def _earlier(row: dict, earlier: dict) -> str:
+    keys = ("variant", *Cell.__dataclass_fields__)
+    same = [x for x in earlier["rows"] if all(x[key] == row[key] for key in keys)]
+    return f"{same[0]['first_ratio'][0]:.2f}, {same[0]['further_ratio'][0]:.2f}" if same else ""
 
 
 def _range(result: dict, what: str) -> str:
@@ -203,10 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=60.0, help="of prompts, and of tokens, of each decoder"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--readme", type=Path, help="fill the table in this file")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier layers.json")
+    parser.add_argument("--profile", choices=("plain", *OURS, OFFICIAL), metavar="VARIANT")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     cells: Iterable[Cell] = QUICK if options.quick else CELLS
+    if options.profile:
+        print(profile(next(iter(cells)), options.profile))
+        return 0
+    earlier = json.loads(options.compare.read_text()) if options.compare else None
     result = {
         "machine": {**machine("cpu"), "transformers": transformers.__version__},
         "threads": options.threads, "rows": [],
@@ -216,9 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for cell in tqdm(cells, desc="decoders"):
         result["rows"] += measure(cell, options.seconds)
         (folder / "layers.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
-    if options.readme:
-        options.readme.write_text(fill_tables(options.readme.read_text(), {"layers": markdown(result)}))
+    print(markdown(result, earlier))
     return 0
 
 

@@ -6,26 +6,41 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import instructions, layers, training
 from benchmarks.harness.tables import fill_tables, tables
+
+MODELS = {  # by the file's name; the others are of ops
+    "layers": layers.tables,
+    "training": lambda result: {"training": training.markdown(result)},
+    "instructions": lambda result: {"instructions": instructions.markdown(result)},
+}
+
+
+def tables_of(path: Path) -> dict[str, str]:
+    """The tables of a file of results, by name, in Markdown."""
+    results = json.loads(path.read_text())
+    if path.stem in MODELS:
+        return MODELS[path.stem](results)
+    return {key: text for result in results for key, text in tables(result).items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables that the README has markers for, and one plot per result or section of it."""
+    """Write the tables that the README has markers for, and one plot per op's result or section of it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--readme", type=Path, help="fill the tables in this file")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write FOLDER/NAME.png")
     options = parser.parse_args(arguments)
-    results = [result for path in options.results for result in json.loads(path.read_text())]
     if options.readme:
-        filled = {key: text for result in results for key, text in tables(result).items()}
+        filled = {key: text for path in options.results for key, text in tables_of(path).items()}
         options.readme.write_text(fill_tables(options.readme.read_text(), filled))
     if options.plots:
         from benchmarks.harness.plots import plot
 
         options.plots.mkdir(parents=True, exist_ok=True)
-        for result in results:
-            plot(result, options.plots)
+        for path in options.results:
+            for result in json.loads(path.read_text()) if path.stem not in MODELS else []:
+                plot(result, options.plots)
     return 0
 
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers import MistralConfig, MistralForCausalLM
 
 import mmicl_kernels as mk
-from benchmarks.harness.tables import fill_tables
 from benchmarks.harness.tables_cuda import MIB
 from benchmarks.harness.timing import machine, peak_allocated_bytes, time_interleaved
 from benchmarks.layers import created, shared_copy
@@ -195,7 +194,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="to see that it runs")
     parser.add_argument("--seconds", type=float, default=60.0, help="of steps, of each decoder")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--readme", type=Path, help="fill the table in this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = {"machine": {**machine("cpu"), "transformers": transformers.__version__}, "rows": []}
@@ -205,8 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["rows"] += measure(cell, options.seconds)
         (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result))
-    if options.readme:
-        options.readme.write_text(fill_tables(options.readme.read_text(), {"training": markdown(result)}))
     return 0
 
 

@@ -69,7 +69,8 @@ def mean_table(result: dict) -> str:
             ratios = [statistics.median(row["ratio"][floor] for row in rows) for rows in found if rows]
             line.append(_with_range(statistics.geometric_mean(ratios), ratios) if ratios else "nan")
         lines.append(line)
-    return f"{_markdown(header, lines, 2)}\n\n{machine_line(result)}"
+    note = machine_line(result, "geometric means over the sizes, in brackets the range over them")
+    return f"{_markdown(header, lines, 2)}\n\n{note}"
 
 
 def markdown(result: dict) -> str:
@@ -100,14 +101,14 @@ def _rich_table(title: str, header: list[str], lines: list[list[str]], caption: 
     return shown
 
 
-def machine_line(result: dict) -> str:
-    """The machine and how it was measured, in one line."""
+def machine_line(result: dict, note: str = "") -> str:
+    """The machine and how it was measured, in one line; ``note``: of ratios that are not a case's own."""
     machine, runs = result["machine"], len({row["run"] for row in result["rows"]})
     device = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
     load = f"{min(machine['load']):.1f} to {max(machine['load']):.1f}"
-    how = f"{runs} interleaved runs, in brackets the range of the ratio over them"
+    how = f"{runs} interleaved runs, {note or 'in brackets the range of the ratio over them'}"
     if runs == 1:
-        how = "interleaved rounds, in brackets the 10th and 90th percentile of their ratios"
+        how = f"interleaved rounds, {note or 'in brackets the 10th and 90th percentile of their ratios'}"
     return (
         f"{device}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, "
         f"{machine['date']}; {result['clock']} time, median of {how}; load average {load}; "
