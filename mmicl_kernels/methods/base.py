@@ -365,8 +365,14 @@ def is_plain(x: Tensor) -> bool:
     return x.numel() == 0 or (last + 1) * x.element_size() <= x.untyped_storage().nbytes()
 
 
-def tensors_of(module: nn.Module, *names: str) -> tuple[Tensor, ...]:
-    """Attributes that are asked for every layer and token: a module looks each up in Python."""
+def tensors_of(adapter: nn.Module, path: tuple[str, ...], *names: str) -> tuple[Tensor, ...]:
+    """Parameters of a module of ``adapter.layers``, asked for every layer and token.
+
+    By the dicts of modules, whose attributes are looked up by functions of Python.
+    """
+    module = adapter._modules["layers"]
+    for name in path:
+        module = module._modules[name]
     try:
         return tuple(map(module._parameters.__getitem__, names))
     except KeyError:  # parametrized

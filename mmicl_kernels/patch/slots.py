@@ -19,7 +19,7 @@ RowEntry = str | tuple[str, ...] | Mapping[str, float] | None
 class Prepared(NamedTuple):
     """Tensors as kernels take them, and what they were made of: kept, so that no other comes to lie there."""
 
-    version: list
+    version: tuple
     parts: tuple[Tensor, ...]
     tensors: tuple[Tensor | None, ...]
 
@@ -43,18 +43,21 @@ class SlotStack:
         return {**vars(self), "_prepared": None}
 
     def prepared(
-        self, parts: tuple[Tensor, ...], settings: tuple, make: Callable[[], tuple[Tensor | None, ...]]
-    ) -> tuple[Tensor | None, ...] | None:
-        """What ``make()`` returns, made again where one of ``parts`` was replaced or changed in place, or
+        self, parts: tuple[Tensor, ...], settings: tuple, make: Callable[..., tuple[Tensor | None, ...]],
+        *arguments: object,
+    ) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+        """What ``make(*arguments)`` returns, made again where a part was replaced or changed in place, or
         ``settings`` are others; None if a part counts no changes. Called for every layer and token."""
-        version: list = [*settings]
-        for x in parts:
-            if x.is_inference():
-                return None
-            version += (id(x), x.data_ptr(), x._version, x.dtype, x.shape, x.stride())
-        if self._prepared is None or self._prepared.version != version:
-            self._prepared = Prepared(version, parts, make())
-        return self._prepared.tensors
+        version = settings
+        try:
+            for x in parts:
+                version += (id(x), x._version, x.data_ptr(), x.shape)
+        except RuntimeError:  # of inference mode, where changes are not counted
+            return None
+        kept = self._prepared
+        if kept is None or kept.version != version:
+            kept = self._prepared = Prepared(version, parts, make(*arguments))
+        return kept.tensors
 
     def note_training(self) -> None:
         """A pass with gradients: a step may follow, and fused optimizers count theirs as no change."""

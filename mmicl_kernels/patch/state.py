@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from mmicl_kernels import _extension
 from mmicl_kernels.methods import Adapter
@@ -42,20 +43,15 @@ class State:
         self._last_forward: tuple[float, Rows | None] | None = None
         self._passes = PassesToRepeat()
 
-    @property
-    def strength(self) -> float:
-        """What every vector in the residual stream is multiplied by."""
-        return self._strength
-
     def set_strength(self, value: float) -> None:
         """Raises TypeError, ValueError as ``Handle.strength``."""
         check_strength("strength", value)
         for name, adapter in self.adapters.items():
             check_strength_of(name, adapter, value)
         check_products(self.rows or [], float(value))
-        self._strength = float(value)
+        self.strength = float(value)  # what every vector in the residual stream is multiplied by
         with torch.inference_mode(False):
-            self._strength_tensor = torch.tensor(self._strength, dtype=torch.float32, device=self.device)
+            self._strength_tensor = torch.tensor(self.strength, dtype=torch.float32, device=self.device)
 
     @property
     def single(self) -> Adapter | None:
@@ -80,7 +76,7 @@ class State:
         public op, whose checks take longer than these operators. None in training too: what reentrant
         checkpointing runs without gradients is checked, because it is run again with them.
         """
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        if is_grad_enabled() or forward_ad._current_level >= 0 or is_dynamo_compiling():
             return None
         if anchor.layer.training:
             return None
@@ -91,7 +87,7 @@ class State:
     def scaled(self, scale: Tensor) -> Tensor:
         """``scale`` times the global strength; 0 at strength 0, whatever ``scale`` is."""
         # Compiled graphs multiply always, so that they do not depend on the value.
-        if not torch.compiler.is_compiling() and self._strength == 1:
+        if not torch.compiler.is_compiling() and self.strength == 1:
             return scale
         strength = self._strength_tensor.to(scale.device)
         return torch.where(strength == 0, 0.0, scale * strength)
@@ -108,7 +104,7 @@ class State:
         refuse_reentrant_checkpointing(self.model, anchor)
         if not (torch.is_grad_enabled() or repeats_reentrant(anchor.layer)):
             return
-        now = (self._strength, self.rows)
+        now = (self.strength, self.rows)
         if not is_backward() or self.selection.is_running:
             self._last_forward = now
             self._passes.note(self.selection.current)

@@ -61,7 +61,7 @@ class HiFICLAdapter(Adapter):
         return HiFICLObjective
 
     def attention_parts(self, index: str) -> tuple[Tensor, ...]:
-        return tensors_of(self.layers[index], *PARTS)
+        return tensors_of(self, (index,), *PARTS)
 
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
         key_a, key_b, value_a, value_b = _in_one_dtype(self.attention_parts(index))

@@ -47,4 +47,4 @@ class LIVEAdapter(Adapter):
         return LIVEObjective
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor]:
-        return tensors_of(self.layers[index], "vector", "scale")
+        return tensors_of(self, (index,), "vector", "scale")

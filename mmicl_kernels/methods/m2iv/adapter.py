@@ -62,4 +62,4 @@ class M2IVAdapter(Adapter):
 
     def residual_shift(self, site: ResidualSite, index: str) -> tuple[Tensor, Tensor]:
         branch = "attn" if site.module == AFTER_ATTENTION.module else "mlp"
-        return tensors_of(self.layers[index]._modules[branch], "vector", "scale")
+        return tensors_of(self, (index, branch), "vector", "scale")

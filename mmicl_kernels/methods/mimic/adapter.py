@@ -59,7 +59,7 @@ class MimICAdapter(Adapter):
         return MimICObjective
 
     def attention_shift(self, index: str) -> tuple[Tensor, Tensor, Tensor]:
-        return tensors_of(self.layers[index], "weight", "bias", "shift")
+        return tensors_of(self, (index,), "weight", "bias", "shift")
 
     attention_parts = attention_shift
 

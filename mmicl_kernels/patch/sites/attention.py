@@ -82,19 +82,18 @@ class PatchedLayer(SlotStack):
             return None
         if all_keys and mask is not None and mask.dtype != torch.bool:
             return None
-
-        def keys() -> tuple[Tensor | None, ...]:
-            parameters = self._local([*adapter.attention_shift(self._key)], 0, query.shape[1])
-            return kernel_keys(query, *parameters, None, adapter.attention_site.prefix, None)
-
         parts = adapter.attention_parts(self._key)
-        prepared = self.prepared(parts, (query.dtype, query.shape[1]), keys)
+        prepared = self.prepared(parts, (query.dtype, query.shape[1]), self._kernel_keys, query, adapter)
         if prepared is None:
             return None
         return torch.ops.mmicl.shifted_attention_step.default(
             query, key, value, *prepared, query.shape[3] ** -0.5 if scale is None else scale, softcap,
             window if mask is None and masks == "sdpa" else None, mask, all_keys,
         ).transpose(1, 2)  # fmt: skip
+
+    def _kernel_keys(self, query: Tensor, adapter: Adapter) -> tuple[Tensor | None, ...]:
+        parameters = self._local([*adapter.attention_shift(self._key)], 0, query.shape[1])
+        return kernel_keys(query, *parameters, None, adapter.attention_site.prefix, None)
 
     def warn_of_padding(self, kind: str, mask: object) -> None:
         """Once for a handle, where tokens see no key: the official gate, which counts theirs, knew others.

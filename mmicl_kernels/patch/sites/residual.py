@@ -69,11 +69,10 @@ class LayerShift(SlotStack):
         """``x [B, T, C]`` shifted as the handle says."""
         if x.dim() == 2:  # mixtures of experts return tokens in one row
             return self(x[:, None])[:, 0]
-        entry = self._direct_entry(x)
-        if entry is not None:
-            return torch.ops.mmicl.residual_shift_inference.default(
-                x, *entry, None, None, self._site.preserve_norm
-            )
+        adapter = self._state.direct_adapter(x, self._anchor)
+        shifted = None if adapter is None else self._shifted_directly(x, adapter)
+        if shifted is not None:
+            return shifted
         self._state.check_recomputation(self._anchor)
         self.note_training()
         options = {"preserve_norm": self._site.preserve_norm, "impl": self._state.impl}
@@ -95,20 +94,32 @@ class LayerShift(SlotStack):
             strengths = strengths[:, None].expand(ids.shape)
         return residual_shift(x, vector, scale, adapter_ids=ids, strengths=strengths, **options)
 
-    def _direct_entry(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Vector and scale of all rows as the operator takes them; None where that is the public op's."""
-        adapter = self._state.direct_adapter(x, self._anchor)
-        if adapter is None:
+    def _shifted_directly(self, x: Tensor, adapter: Adapter) -> Tensor | None:
+        """By what adds least to a token: one sum, or the operator itself; None: it is the public op's."""
+        vector, scale = parts = adapter.residual_shift(self._site, self._key)
+        settings = (self._state.strength, x.dtype)
+        if type(scale) is float:
+            parts, settings = (vector,), (*settings, scale)
+        entry = self.prepared(parts, settings, self._entry, x, vector, scale, adapter)
+        if entry is None:
             return None
-        vector, scale = adapter.residual_shift(self._site, self._key)
+        if len(entry) == 1:
+            return x + entry[0]
+        return torch.ops.mmicl.residual_shift_inference.default(
+            x, *entry, None, None, self._site.preserve_norm
+        )
 
-        def entry() -> tuple[Tensor | None, ...]:
-            total = self._state.scaled(_as_tensor(scale, vector)) if adapter.has_strength else scale
-            return stacked(*accumulated(x, vector.to(x.device), entries(x, total, None, None)[0]))
-
-        is_tensor = isinstance(scale, Tensor)
-        parts = (vector, scale) if is_tensor else (vector,)
-        return self.prepared(parts, (None if is_tensor else scale, self._state.strength, x.dtype), entry)
+    def _entry(
+        self, x: Tensor, vector: Tensor, scale: Tensor | float, adapter: Adapter
+    ) -> tuple[Tensor | None, ...]:
+        """What is added to x, ``[C]``; or vector and scale as the operator takes them."""
+        if adapter.has_strength:
+            scale = self._state.scaled(_as_tensor(scale, vector))
+        vector, scale = accumulated(x, vector.to(x.device), entries(x, scale, None, None)[0])
+        if self._site.preserve_norm or vector.dtype != x.dtype:
+            return stacked(vector, scale)
+        # As the operator, which reads no vector whose coefficient is 0: -0.0 changes nothing, not even -0.0.
+        return (vector if scale is None else torch.where(scale == 0, -0.0, scale * vector),)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         if self._site not in adapter.residual_sites:
