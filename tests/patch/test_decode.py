@@ -183,10 +183,8 @@ def test_a_vector_that_is_off_is_not_read(dtype):
     adapter, x = mk.create(model, mk.M2IVConfig()), torch.randn(2, 1, 32, dtype=dtype)
     x[0] = -0.0
     with torch.no_grad(), mk.attach(model, adapter) as handle:
-        anchor = handle.anchors[0]
-        (hook,) = [
-            h for h in anchor.after_mlp._forward_hooks.values() if isinstance(h, residual.ResidualHook)
-        ]
+        hooks = handle.anchors[0].mixer._forward_hooks.values()
+        (hook,) = [x for x in hooks if isinstance(x, residual.ResidualHook)]
         assert not torch.equal(hook(None, (), x), x)
         adapter.layers["0"].attn.vector.fill_(torch.nan)
         adapter.layers["0"].attn.scale.fill_(0.0)
