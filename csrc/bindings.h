@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention_shift.h"
@@ -106,13 +107,16 @@ inline Tensor empty_strided(const Shape& sizes, const Shape& strides, int32_t ty
   return Tensor(made);
 }
 
-// [B, H, T, D] over memory ordered [B, T, H, D], which is what an output projection reads.
-inline Tensor empty_heads_last(const Tensor& like) {
-  const auto size = [&](int64_t i) { return std::max<int64_t>(1, like.size(i)); };  // as torch's strides
+// [B, H, T, D] over memory ordered [B, T, H, D], which is what an output projection reads; or this itself.
+inline Tensor empty_heads_last(const Tensor& like, bool tokens_first = false) {
+  Shape shape = shape_of(like);
+  const auto size = [&](int64_t i) { return std::max<int64_t>(1, shape[i]); };  // as torch's strides
   const int64_t H = size(1), T = size(2), D = size(3);
+  Shape strides{T * H * D, D, H * D, 1};
+  if (tokens_first) std::swap(shape[1], shape[2]), std::swap(strides[1], strides[2]);
   int32_t type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
-  return empty_strided(shape_of(like), {T * H * D, D, H * D, 1}, type);
+  return empty_strided(shape, strides, type);
 }
 
 // ---- what operators share ----

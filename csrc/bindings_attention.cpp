@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -123,13 +122,15 @@ void attend_many(const AttentionParams& given, ElementType type) {
   });
 }
 
-// Scalars of [B, H, T] in acc.
-Tensor new_lse(const Tensor& q) {
-  const int64_t H = q.size(1), T = q.size(2);
-  return empty_strided({q.size(0), H, T}, {H * T, T, 1},
-                       acc_type(q.scalar_type()) == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                                       : aoti_torch_dtype_float32());
+// Contiguous, in acc.
+Tensor new_scalars(const Tensor& q, const Shape& shape) {
+  Shape strides(shape.size(), 1);
+  for (int64_t i = shape.size() - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(1, shape[i + 1]);
+  const bool is_double = acc_type(q.scalar_type()) == ScalarType::Double;
+  return empty_strided(shape, strides, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
+
+Tensor new_lse(const Tensor& q) { return new_scalars(q, {q.size(0), q.size(1), q.size(2)}); }
 
 MutableRows scalars(const Tensor& lse) {
   return {lse.mutable_data_ptr(), lse.stride(0), lse.stride(1), lse.stride(2)};
@@ -176,30 +177,30 @@ std::vector<int64_t> fill_bounds(AttentionParams& p, const Visibility& visible) 
   return bounds;
 }
 
-struct Attended {
-  Tensor out, lse, gate_lse;  // gate_lse: lse itself, but over all keys
-};
+// lse and the gate's: lse itself, but over all keys.
+using Logarithms = std::tuple<Tensor, Tensor>;
 
-Attended attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::optional<double> softcap,
-                const Visibility& visible, bool few) {
+Logarithms attend(const MutableRows& out, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                  std::optional<double> softcap, const Visibility& visible, bool few) {
   AttentionParams p = checked(q, k, v, scale, softcap, visible.mask);
-  const Tensor out = empty_heads_last(q), lse = new_lse(q), gate_lse = visible.all_keys ? new_lse(q) : lse;
-  if (p.B * p.H * p.T == 0) return {out, lse, gate_lse};
+  const Tensor lse = new_lse(q), gate_lse = visible.all_keys ? new_lse(q) : lse;
+  if (p.B * p.H * p.T == 0) return {lse, gate_lse};
   const std::vector<int64_t> bounds = fill_bounds(p, visible);
-  p.out = writable_rows(out), p.lse = scalars(lse);
+  p.out = out, p.lse = scalars(lse);
   if (visible.all_keys) p.gate_lse = scalars(gate_lse);
   if (few) {
     attend_few(p, element_type(q, "q"));
   } else {
     attend_many(p, element_type(q, "q"));
   }
-  return {out, lse, gate_lse};
+  return {lse, gate_lse};
 }
 
-void shift_in_place(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& weight, const Tensor& bias,
-                    const Tensor& shift, const OptionalTensor& adapter_ids, const OptionalTensor& prefix) {
-  const MutableRows rows = writable_rows(out), gate = scalars(lse);
-  shift_attention({rows.data, rows.stride_b, rows.stride_h, rows.stride_t}, rows,
+void shift_in_place(const MutableRows& out, const Tensor& lse, const Tensor& q, const Tensor& weight,
+                    const Tensor& bias, const Tensor& shift, const OptionalTensor& adapter_ids,
+                    const OptionalTensor& prefix) {
+  const MutableRows gate = scalars(lse);
+  shift_attention({out.data, out.stride_b, out.stride_h, out.stride_t}, out,
                   {gate.data, gate.stride_b, gate.stride_h, gate.stride_t}, q, weight, bias, shift, adapter_ids,
                   prefix);
 }
@@ -210,8 +211,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const OptionalTensor& kv_start, const OptionalTensor& kv_end, const OptionalTensor& mask, bool all_keys,
     int64_t few_queries) {
   const Visibility visible{causal, window, q_start, q_starts, kv_start, kv_end, mask, all_keys, false};
-  const Attended x = attend(q, k, v, scale, softcap, visible, q.dim() == 4 && q.size(2) <= few_queries);
-  return {x.out, x.lse, x.gate_lse};
+  check_floating_rows(q, "q", 4);
+  const Tensor out = empty_heads_last(q);
+  auto [lse, gate_lse] = attend(writable_rows(out), q, k, v, scale, softcap, visible, q.size(2) <= few_queries);
+  return {out, lse, gate_lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(
@@ -231,11 +234,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   p.dq = writable_rows(dq), p.dk = writable_rows(dk), p.dv = writable_rows(dv);
   p.parts = backward_parts(p);
 
-  const int64_t sums = elements({p.parts, p.B, p.H, p.T, in_panels(p.D)});
-  const std::unique_ptr<void, decltype(&std::free)> partial(std::calloc(std::max<int64_t>(1, sums), itemsize(lse)),
-                                                            &std::free);
-  STD_TORCH_CHECK(partial, "no memory for ", sums, " numbers");
-  p.partial = partial.get();
+  // By torch, whose profiler and hooks of memory see it.
+  const Tensor partial = new_scalars(q, {elements({p.parts, p.B, p.H, p.T, in_panels(p.D)})});
+  p.partial = partial.mutable_data_ptr();
   const AttentionBackwardKernels& kernels = attention_backward_kernels(element_type(q, "q"));
   const int64_t rows = p.B * p.H * p.T;
   parallel_rows(rows, p.D, [&](int64_t begin, int64_t end) { kernels.find_delta(p, begin, end); });
@@ -255,20 +256,24 @@ std::tuple<Tensor, Tensor> shifted_attention_inference(
     const OptionalTensor& mask, bool all_keys, int64_t few_queries) {
   auto [out, lse, gate_lse] = attention_fwd(q, k, v, scale, softcap, causal, window, q_start, q_starts, kv_start,
                                             kv_end, mask, all_keys, few_queries);
-  shift_in_place(out, gate_lse, q, weight, bias, shift, adapter_ids, prefix);
+  shift_in_place(writable_rows(out), gate_lse, q, weight, bias, shift, adapter_ids, prefix);
   return {out, lse};
 }
 
+// [B, T, H, D], as a projection reads it.
 Tensor shifted_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& weight,
                               const Tensor& bias, const Tensor& shift, const OptionalTensor& adapter_ids,
                               const OptionalTensor& prefix, double scale, std::optional<double> softcap,
                               std::optional<int64_t> window, const OptionalTensor& mask, bool all_keys) {
   Visibility visible;
   visible.window = window, visible.mask = mask, visible.all_keys = all_keys;
-  visible.mask_ends_keys = all_keys && k.dim() == 4 && q.dim() == 4 && k.size(2) > q.size(2);
-  const Attended x = attend(q, k, v, scale, softcap, visible, true);
-  shift_in_place(x.out, x.gate_lse, q, weight, bias, shift, adapter_ids, prefix);
-  return x.out;
+  check_floating_rows(q, "q", 4);
+  visible.mask_ends_keys = all_keys && k.dim() == 4 && k.size(2) > q.size(2);
+  const Tensor tokens = empty_heads_last(q, true);
+  const MutableRows out{tokens.mutable_data_ptr(), tokens.stride(0), tokens.stride(2), tokens.stride(1)};
+  auto [lse, gate_lse] = attend(out, q, k, v, scale, softcap, visible, true);
+  shift_in_place(out, gate_lse, q, weight, bias, shift, adapter_ids, prefix);
+  return tokens;
 }
 
 }  // namespace

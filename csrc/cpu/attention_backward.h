@@ -20,7 +20,7 @@ struct AttentionBackwardParams : AttentionParams {
   ConstRows dout, base, given_lse;  // given_lse is acc
   MutableRows dq, dk, dv;
   MutableRows delta;  // [B, H, T] acc
-  void* partial;      // [parts, B, H, T, D in whole panels] acc, zero
+  void* partial;      // [parts, B, H, T, D in whole panels] acc
   int64_t parts;
 
   int64_t tasks() const { return B * G * parts; }

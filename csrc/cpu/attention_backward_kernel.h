@@ -111,7 +111,9 @@ void attend_backward(const AttentionBackwardParams& p, void* scratch, int64_t be
   const Backward<T> backward(p, scratch);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % p.parts, g = task / p.parts % p.G, b = task / p.parts / p.G;
-    acc_t<T>* dq = static_cast<acc_t<T>*>(p.partial) + (part * p.B + b) * p.H * p.T * in_panels(p.D);
+    const int64_t of_head = p.T * in_panels(p.D), group = p.H / p.G;
+    acc_t<T>* dq = static_cast<acc_t<T>*>(p.partial) + (part * p.B + b) * p.H * of_head;
+    __builtin_memset(dq + g * group * of_head, 0, group * of_head * sizeof(acc_t<T>));
     for (int64_t j = part * kBlock; j < p.S; j += p.parts * kBlock) {
       backward.tile(dq, b, g, j, j + kBlock < p.S ? kBlock : p.S - j);
     }

@@ -19,7 +19,8 @@ torch.library.define(
     " Tensor? q_starts, Tensor? kv_start, Tensor? kv_end, Tensor? mask, bool all_keys, int few_queries)"
     " -> (Tensor out, Tensor lse)",
 )
-# What a patched layer asks of it for every token: a mask, if any, ends the keys that all_keys means.
+# What a patched layer asks of it for every token, as [B, T, H, D]: a mask, if any, ends the keys that all_keys
+# means.
 torch.library.define(
     "mmicl::shifted_attention_step",
     "(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor shift, Tensor? adapter_ids,"
@@ -48,7 +49,7 @@ def _inference_fake(q, *_):
 
 @torch.library.register_fake("mmicl::shifted_attention_step")
 def _step_fake(q, *_):
-    return new_heads(q)
+    return new_heads(q).transpose(1, 2)
 
 
 for _name in ("shifted_attention_inference", "shifted_attention_step"):

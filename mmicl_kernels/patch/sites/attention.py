@@ -89,7 +89,7 @@ class PatchedLayer(SlotStack):
         return torch.ops.mmicl.shifted_attention_step.default(
             query, key, value, *prepared, query.shape[3] ** -0.5 if scale is None else scale, softcap,
             window if mask is None and masks == "sdpa" else None, mask, all_keys,
-        ).transpose(1, 2)  # fmt: skip
+        )  # fmt: skip
 
     def _kernel_keys(self, query: Tensor, adapter: Adapter) -> tuple[Tensor | None, ...]:
         parameters = self._local([*adapter.attention_shift(self._key)], 0, query.shape[1])
