@@ -104,7 +104,7 @@ def markdown(result: dict) -> str:
         mask = "padded" if row["padded"] else "no mask"
         lines.append(
             f"| {row['hidden']}, {row['dtype']}, {mask} | {row['variant']} | {row['instructions']:,.0f} | "
-            f"{row['more']:+,.0f} |"
+            f"{row['ratio']:.3f} |"
         )
     x = result["machine"]
     return "\n".join(lines) + (
