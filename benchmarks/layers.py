@@ -12,7 +12,8 @@ import json
 import pstats
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,8 +127,7 @@ class Answer:
 
     def __init__(self, model: nn.Module, cell: Cell, tokens: int) -> None:
         self._model, self._cell, self._room = model, cell, cell.prompt + tokens + 1
-        step = model.model.forward
-        self._step = torch.compile(step, fullgraph=True) if cell.compiled else step
+        self._step = _compiled(model.model) if cell.compiled else model.model.forward
         self.begin()
 
     def begin(self) -> None:
@@ -139,13 +139,25 @@ class Answer:
         ids, keep = inputs["input_ids"], {"logits_to_keep": 1, "use_cache": True}
         logits = self._model(ids, attention_mask=self._mask, past_key_values=self._cache, **keep).logits
         self._token = logits.argmax(-1)
+        self._mask = None if static else self._mask
 
     def __call__(self) -> None:
         """One token more."""
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
+        if not self._cell.compiled:  # where nothing is padded, and a mask that grows is another graph
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], 1)
         given = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
         hidden = self._step(input_ids=self._token, **given).last_hidden_state
         self._token = self._model.lm_head(hidden[:, -1:]).argmax(-1)
+
+
+def _compiled(decoder: nn.Module) -> Callable:
+    """Its forward, compiled as code of its own: else each call looks through the graphs of all decoders."""
+    forward = decoder.forward.__func__
+    own = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, None, forward.__defaults__, forward.__closure__
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return torch.compile(types.MethodType(own, decoder), fullgraph=True)
 
 
 @torch.no_grad()
@@ -269,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=60.0, help="of prompts, and of tokens, of each decoder"
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="measure the decoders that the file lacks")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier layers.json")
     parser.add_argument("--profile", choices=("plain", *OURS, OFFICIAL), metavar="VARIANT")
     options = parser.parse_args(arguments)
@@ -284,9 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     folder = options.out / device_folder(result["machine"], "cpu")
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "layers.json"
+    if options.resume and path.exists():
+        result = json.loads(path.read_text())
     for cell in tqdm(cells, desc="decoders"):
+        if any(asdict(cell).items() <= row.items() for row in result["rows"]):
+            continue
         result["rows"] += measure(cell, options.seconds)
-        (folder / "layers.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(markdown(result, earlier))
     return 0
 
