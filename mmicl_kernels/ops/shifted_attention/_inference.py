@@ -19,8 +19,7 @@ torch.library.define(
     " Tensor? q_starts, Tensor? kv_start, Tensor? kv_end, Tensor? mask, bool all_keys, int few_queries)"
     " -> (Tensor out, Tensor lse)",
 )
-# What a patched layer asks of it for every token, as [B, T, H, D]: a mask, if any, ends the keys that all_keys
-# means.
+# What a patched layer asks of it for every token, to [B, T, H, D]: a mask, if any, ends the keys of all_keys.
 torch.library.define(
     "mmicl::shifted_attention_step",
     "(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor bias, Tensor shift, Tensor? adapter_ids,"

@@ -86,6 +86,11 @@ class LayerShift(SlotStack):
             if chosen is not None:
                 vector, scale = vector[None], _as_tensor(scale, vector)[None]
                 options["adapter_ids"] = chosen.int()[..., None] - 1
+            elif (
+                torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self._site.preserve_norm
+            ):
+                vector, scale = accumulated(x, vector, entries(x, scale, None, None)[0])
+                return (x.to(vector.dtype) + _product(vector, scale)).to(x.dtype)  # compilers fuse it
             return residual_shift(x, vector, scale, **options)
         B, (vector, scale) = x.shape[0], self.stacked()
         ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))
@@ -118,8 +123,7 @@ class LayerShift(SlotStack):
         vector, scale = accumulated(x, vector.to(x.device), entries(x, scale, None, None)[0])
         if self._site.preserve_norm or vector.dtype != x.dtype:
             return stacked(vector, scale)
-        # As the operator, which reads no vector whose coefficient is 0: -0.0 changes nothing, not even -0.0.
-        return (vector if scale is None else torch.where(scale == 0, -0.0, scale * vector),)
+        return (_product(vector, scale),)
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         if self._site not in adapter.residual_sites:
@@ -196,6 +200,11 @@ class PromptShift(LayerShift):
         ids, strengths = (for_batch(y.to(x.device), x.shape[0])[:, None] for y in rows)
         ids = torch.where((ids < 0) | (slots < 0), -1, 2 * ids + slots)
         return ids, (strengths * weights).expand(ids.shape)
+
+
+def _product(vector: Tensor, scale: Tensor | None) -> Tensor:
+    """What is added. As the operators, which read no vector whose coefficient is 0: -0.0 changes nothing."""
+    return vector if scale is None else torch.where(scale == 0, -0.0, scale * vector)
 
 
 def _as_tensor(scale: Tensor | float, vector: Tensor) -> Tensor:
