@@ -74,7 +74,7 @@ class Cell:
         return EpisodeBatch(*inputs, query[:, -self.student :], query, labels)
 
 
-CELLS = (Cell(512, 8, 512, 32), Cell(512, 8, 512, 512), Cell(512, 8, 512, 512, "bfloat16"))
+CELLS = (Cell(512, 8, 512, 32), Cell(512, 8, 512, 512))
 QUICK = (Cell(32, 2, 16, 12, heads=4, vocabulary=64),)
 
 
