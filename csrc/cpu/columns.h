@@ -1,7 +1,5 @@
 // Rows of [B, T, C] and their columns, kLanes at a time. Include it after vec.h, inside of the same namespace.
 
-#define MMICL_LAMBDA __attribute__((always_inline))
-
 template <class T>
 MMICL_INLINE const T* row(const ConstTokens& r, int64_t b, int64_t t) {
   return static_cast<const T*>(r.data) + b * r.stride_b + t * r.stride_t;

@@ -4,6 +4,7 @@
 // translation unit may use. Include it inside that unit's namespace (see attention_shift_kernel.h).
 
 #define MMICL_INLINE inline __attribute__((always_inline))
+#define MMICL_LAMBDA __attribute__((always_inline))
 
 constexpr int64_t kLanes = 8;
 

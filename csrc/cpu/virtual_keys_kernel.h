@@ -1,23 +1,26 @@
 // N virtual keys of a query: its adapter's keys, their masses, and the kernels for them. Part of
 // attention_shift_kernel.h, which has the one-key form that is as fast as it can be.
 
-// y_n = x.w_n of n rows w, four at a time, which share the loads of x.
+// y_n = x.w_n of kRows rows w, which share the loads of x.
+template <class T, int kRows>
+MMICL_INLINE void dots_of(acc_t<T>* y, const T* x, const acc_t<T>* w, int64_t D) {
+  vec_t<T> sums[kRows] = {};
+  const auto add = [&](int64_t d, int64_t count) MMICL_LAMBDA {
+    const vec_t<T> block = load_block(x + d, count);
+    for (int i = 0; i < kRows; ++i) sums[i] += block * load_block(w + i * D + d, count);
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) add(d, kLanes);
+  if (d < D) add(d, D - d);
+  for (int i = 0; i < kRows; ++i) y[i] = sum(sums[i]);
+}
+
 template <class T>
 MMICL_INLINE void dots(acc_t<T>* y, const T* x, const acc_t<T>* w, int64_t n, int64_t D) {
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4, w += 4 * D) {
-    vec_t<T> a = {}, b = {}, c = {}, e = {};
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const int64_t count = D - d < kLanes ? D - d : kLanes;
-      const vec_t<T> block = load_block(x + d, count);
-      a += block * load_block(w + d, count);
-      b += block * load_block(w + D + d, count);
-      c += block * load_block(w + 2 * D + d, count);
-      e += block * load_block(w + 3 * D + d, count);
-    }
-    y[i] = sum(a), y[i + 1] = sum(b), y[i + 2] = sum(c), y[i + 3] = sum(e);
-  }
-  for (; i < n; ++i, w += D) y[i] = dot(x, w, D);
+  for (; i + 8 <= n; i += 8) dots_of<T, 8>(y + i, x, w + i * D, D);
+  for (; i + 4 <= n; i += 4) dots_of<T, 4>(y + i, x, w + i * D, D);
+  for (; i < n; ++i) y[i] = dot(x, w + i * D, D);
 }
 
 template <class T>
@@ -55,40 +58,64 @@ struct Keys {
 
  private:
   MMICL_INLINE bool weigh(const T* q, acc lse) {
-    acc largest = -__builtin_inf();
-    bool unused = true;
+    using Vec = vec_t<acc>;
+    constexpr acc kNone = -__builtin_inf();
     dots(mass, q, weight, p.N, p.D);
-    for (int64_t n = 0; n < p.N; ++n) {
-      mass[n] += bias[n];
-      unused = unused && mass[n] == -acc(__builtin_inf());
-      if (mass[n] > largest) largest = mass[n];
-    }
-    if (unused) return false;
-    acc total = 0;
+    Vec largest_of = {};
+    largest_of += kNone;
+    bool unused = true;
     for (int64_t n = 0; n < p.N; n += kLanes) {
       const int64_t count = p.N - n < kLanes ? p.N - n : kLanes;
-      acc lanes[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = (i < count ? mass[n + i] : -acc(__builtin_inf())) - largest;
-      const vec_t<acc> e = exp_nonpositive<acc>(load(lanes));
-      for (int64_t i = 0; i < count; ++i) total += mass[n + i] = e[i];
+      for (int64_t i = count; i < kLanes; ++i) mass[n + i] = kNone;
+      const Vec logits = load(mass + n) + load_block(bias + n, count);
+      store(mass + n, logits);
+      largest_of = logits > largest_of ? logits : largest_of;
+      unused = unused && !sum(logits != kNone);
     }
-    const acc x[kLanes] = {largest + acc(__builtin_log(total)) - lse};
+    if (unused) return false;
+    acc largest = kNone;
+    for (int64_t i = 0; i < kLanes; ++i) largest = largest_of[i] > largest ? largest_of[i] : largest;
+    Vec totals = {};
+    for (int64_t n = 0; n < p.N; n += kLanes) {
+      const Vec e = exp_nonpositive<acc>(load(mass + n) - largest);
+      store(mass + n, e);
+      totals += e;
+    }
+    const acc total = sum(totals);
+    const acc x[kLanes] = {largest + logarithm(total) - lse};
     const Sigmoid<acc> gate(load(x));
     mu = gate.mu[0], rest = gate.complement[0];
     const acc unit = mu / total;
-    for (int64_t n = 0; n < p.N; ++n) mass[n] *= unit;
+    for (int64_t n = 0; n < p.N; n += kLanes) store(mass + n, unit * load(mass + n));
     return true;
+  }
+
+  static MMICL_INLINE acc logarithm(acc x) {
+    if constexpr (sizeof(acc) == sizeof(float)) return __builtin_logf(x);
+    return __builtin_log(x);
   }
 };
 
-// kept x + sum_n c_n shift_n of one block of columns.
-template <class T>
-MMICL_INLINE vec_t<T> mix(const Keys<T>& keys, const T* x, acc_t<T> kept, acc_t<T> scale, int64_t d, int64_t n) {
-  vec_t<T> added = {};
-  for (int64_t i = 0; i < keys.p.N; ++i) {
-    added += keys.mass[i] * load_block(keys.shift + i * keys.p.D + d, n);
+// body(sum_n p_n shift_n of a block of columns, its first column, their number), block after block.
+template <class T, class Body>
+MMICL_INLINE void for_shifted_columns(const Keys<T>& keys, Body body) {
+  constexpr int kBlocks = 4;  // sums that run beside each other
+  const int64_t D = keys.p.D;
+  int64_t d = 0;
+  for (; d + kBlocks * kLanes <= D; d += kBlocks * kLanes) {
+    vec_t<T> added[kBlocks] = {};
+    for (int64_t i = 0; i < keys.p.N; ++i) {
+      const acc_t<T>* shift = keys.shift + i * D + d;
+      for (int j = 0; j < kBlocks; ++j) added[j] += keys.mass[i] * load(shift + j * kLanes);
+    }
+    for (int j = 0; j < kBlocks; ++j) body(added[j], d + j * kLanes, kLanes);
   }
-  return kept * load_block(x + d, n) + scale * added;
+  for (; d < D; d += kLanes) {
+    const int64_t n = D - d < kLanes ? D - d : kLanes;
+    vec_t<T> added = {};
+    for (int64_t i = 0; i < keys.p.N; ++i) added += keys.mass[i] * load_block(keys.shift + i * D + d, n);
+    body(added, d, n);
+  }
 }
 
 template <class T>
@@ -107,10 +134,10 @@ void forward_keys(const ForwardParams& p, const Tile& tile) {
       copy(result, out, p.D);
       continue;
     }
-    for (int64_t d = 0; d < p.D; d += kLanes) {
-      const int64_t n = p.D - d < kLanes ? p.D - d : kLanes;
-      store_block(result + d, mix<T>(keys, out, keys.prefix ? keys.rest : 1, 1, d, n), n);
-    }
+    const acc_t<T> kept = keys.prefix ? keys.rest : 1;
+    for_shifted_columns<T>(keys, [&](vec_t<T> added, int64_t d, int64_t n) MMICL_LAMBDA {
+      store_block(result + d, kept * load_block(out + d, n) + added, n);
+    });
   }
 }
 
@@ -119,12 +146,11 @@ template <class T>
 MMICL_INLINE void base_of(const BackwardParams& p, const Keys<T>& keys, const T* dout, const T* a, T* base) {
   const acc_t<T> kept = keys.prefix ? keys.rest : 1, scale = keys.prefix ? 1 : keys.rest;
   vec_t<T> lost = {};
-  for (int64_t d = 0; d < p.D; d += kLanes) {
-    const int64_t n = p.D - d < kLanes ? p.D - d : kLanes;
-    const vec_t<T> exact = mix<T>(keys, a, kept, scale, d, n);
+  for_shifted_columns<T>(keys, [&](vec_t<T> added, int64_t d, int64_t n) MMICL_LAMBDA {
+    const vec_t<T> exact = kept * load_block(a + d, n) + scale * added;
     store_block(base + d, exact, n);
     lost += load_block(dout + d, n) * (exact - load_block(base + d, n));
-  }
+  });
   if (sizeof(T) != sizeof(acc_t<T>)) carry(dout, base, sum(lost), p.D);
 }
 
