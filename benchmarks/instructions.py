@@ -99,7 +99,10 @@ def rows_of(found: dict[tuple[int, str], int]) -> list[dict]:
 
 
 def markdown(result: dict) -> str:
-    lines = ["| decoder | variant | instructions a layer | to plain |", "|---|---|--:|--:|"]
+    lines = [
+        "| decoder | variant | instructions of a token, a layer's share | to plain |",
+        "|---|---|--:|--:|",
+    ]
     for row in result["rows"]:
         mask = "padded" if row["padded"] else "no mask"
         lines.append(

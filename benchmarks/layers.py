@@ -172,8 +172,10 @@ def measure(cell: Cell, seconds: float) -> list[dict]:
             "first": time_interleaved(prompts, device="cpu", seconds=seconds, label="prompts"),
             "further": time_interleaved(answers, device="cpu", seconds=seconds, label="tokens"),
         }
+    made = {key: machine("cpu")[key] for key in ("commit", "date")}
     return [
-        {"variant": name, **asdict(cell), "peak_bytes": peaks[name], **_times(times, name)} for name in models
+        {"variant": name, **asdict(cell), **made, "peak_bytes": peaks[name], **_times(times, name)}
+        for name in models
     ]
 
 
@@ -247,11 +249,13 @@ def tables(result: dict) -> dict[str, str]:
 
 
 def _machine_line(result: dict) -> str:
-    x = result["machine"]
+    x, rows = result["machine"], result["rows"]
+    made = ", ".join(dict.fromkeys(f"commit {row['commit']} of {row['date']}" for row in rows))
+    prompts = ", ".join(dict.fromkeys(str(row["prompt"]) for row in rows))
     return (
         f"{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
-        f"commit {x['commit']}, {x['date']}; medians of {_range(result, 'further')} tokens after prompts of "
-        f"128, which were read {_range(result, 'first')} times, in turns; ratios within a round"
+        f"{made}; medians of {_range(result, 'further')} tokens after prompts of "
+        f"{prompts}, which were read {_range(result, 'first')} times, in turns; ratios within a round"
     )
 
 
@@ -281,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=60.0, help="of prompts, and of tokens, of each decoder"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true", help="measure the decoders that the file lacks")
+    parser.add_argument(
+        "--resume", action="store_true", help="measure the decoders that the file lacks, and keep the others"
+    )
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier layers.json")
     parser.add_argument("--profile", choices=("plain", *OURS, OFFICIAL), metavar="VARIANT")
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """What a training step of MimIC costs a decoder, and how much memory it takes.
 
 ``python -m benchmarks.training --out FOLDER`` writes ``FOLDER/<device>/training.json``. Beside it, in turns
-and with the same weights: what no such step can do without, a plain forward pass for the teacher and a
-forward and a backward pass for the student; and the official formulation, with every token's logits.
+and with the same weights: "passes", a plain forward pass of the teacher's prompt and a forward and a backward
+pass of the student's, by stock attention; and the official formulation, with every token's logits.
 """
 
 import argparse

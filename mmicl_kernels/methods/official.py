@@ -82,7 +82,8 @@ def _load_tensors(path: Path) -> dict[str, Any]:
     except DAMAGED as error:
         raise CheckpointError(f"{path} is not a checkpoint of tensors: {error}") from error
     if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and (is_plain(x) or type(x) is SETTINGS.get(key)) for key, x in loaded.items()
+        isinstance(key, str) and (type(x) is SETTINGS[key] if key in SETTINGS else is_plain(x))
+        for key, x in loaded.items()
     ):
         raise CheckpointError(f"{path} does not hold a dict of dense tensors")
     return loaded

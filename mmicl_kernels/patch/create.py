@@ -73,20 +73,23 @@ def load_official(path: str | os.PathLike, model: nn.Module) -> Adapter:
     """Read ``encoder.pth`` of the official code of MimIC (LIVE's, too) or HiFICL, or LIVE's ``icv_cpk.pth``.
 
     ``normalizer`` is "all_keys": methods/mimic/README.md says what padded batches need to give that code's
-    numbers. A LoRA beside the file was trained together with it: ``model`` must have one.
+    numbers. A LoRA beside the file was trained together with it: ``model`` must have
+    one, which is not compared.
 
     Raises: as :func:`load`; CheckpointError too if there is a LoRA beside it and none in ``model``. The file
     does not say which model it belongs to: only shapes are checked.
     """
     model = unwrap(model)
+    anchors = find_anchors(model)
+    adapter = read_official(path, describe_backbone(model, anchors))
     if belongs_to_lora(path) and not any("lora_A" in name for name, _ in model.named_modules()):
         folder = Path(path).parent
         raise CheckpointError(
             f"{folder} has {LORA_FILE} beside {Path(path).name}: a LoRA was trained together with it, and "
-            f"model has none, expected peft.PeftModel.from_pretrained(model, {str(folder)!r}) as the model"
+            f"model has none, expected peft.PeftModel.from_pretrained(model, {str(folder)!r}) as the model "
+            "(or, where it is merged into the model, the file without that beside it)"
         )
-    anchors = find_anchors(model)
-    return _place(read_official(path, describe_backbone(model, anchors)), model, anchors)
+    return _place(adapter, model, anchors)
 
 
 def _new(model: nn.Module, anchors: list[Anchor], config: Any) -> Adapter:

@@ -51,7 +51,7 @@ class SlotStack:
         version = settings
         try:
             for x in parts:
-                version += (id(x), x._version, x.data_ptr(), x.shape)
+                version += (id(x), x._version, x.data_ptr(), x.dtype, x.shape, x.stride())
         except RuntimeError:  # of inference mode, where changes are not counted
             return None
         kept = self._prepared

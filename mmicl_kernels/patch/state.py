@@ -39,6 +39,7 @@ class State:
         self.adapter_ids: Tensor | None = None
         self.prefixes: Tensor | None = None
         self.selection = TokenSelection(model, anchors, self.device)
+        self.first_attention = next((x for x in anchors if x.num_heads), None)
         self.warned_of_padding = False
         self._last_forward: tuple[float, Rows | None] | None = None
         self._passes = PassesToRepeat()

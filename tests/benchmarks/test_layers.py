@@ -37,7 +37,8 @@ def test_tables_beside_an_earlier_run(tmp_path, capsys):
     def row(variant, further, **kind):
         times = {f"{x}_{y}": 1 for x in ("first", "further") for y in ("ms", "rounds")}
         ratios = {"first_ratio": [1.5, 1.4, 1.6], "further_ratio": [further, further, further]}
-        cell = {**layers.asdict(layers.QUICK[0]), "padded": False, **kind}
+        made = {"commit": "c", "date": "d"}
+        cell = {**layers.asdict(layers.QUICK[0]), "padded": False, **made, **kind}
         return {"variant": variant, **cell, **times, **ratios, "peak_bytes": 3 * 2**20}
 
     line = {"cpu": "C", "torch": "2", "transformers": "5", "commit": "c", "date": "d"}

@@ -374,9 +374,9 @@ def test_an_interrupted_add_leaves_what_was_there(monkeypatch):
     assert torch.equal(logits(model, inputs), plain)
 
 
-def warnings_of_padding(implementation, normalizer, paddings):
+def warnings_of_padding(implementation, normalizer, paddings, name="llava-llama"):
     """Of each forward pass, how many."""
-    model = tiny_model("llava-llama", attn_implementation=implementation)
+    model = tiny_model(name, attn_implementation=implementation)
     found = []
     with mk.attach(model, random_adapter(model, normalizer=normalizer)):
         for padding in paddings:
@@ -391,4 +391,7 @@ def test_the_official_gate_meets_padding():
     """Said once, where its numbers are others, and only there."""
     assert warnings_of_padding("sdpa", "all_keys", [None, "right", "left", "left"]) == [0, 0, 1, 0]
     assert warnings_of_padding("eager", "all_keys", ["left"]) == [0]
+    assert warnings_of_padding("sdpa", "all_keys", ["left"], "lfm2_vl") == [
+        1
+    ]  # first layers without attention
     assert warnings_of_padding("sdpa", "visible", ["left"]) == [0]

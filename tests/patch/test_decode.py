@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
 from mmicl_kernels.ops._core.dispatch import has_cpu_kernels
+from mmicl_kernels.patch import slots
 from mmicl_kernels.patch.sites import attention, hf_attention, residual
 from mmicl_kernels.testing.tiny_models import tiny_inputs, tiny_model
 from tests.patch.compiled_generation import fresh_dynamo  # noqa: F401
@@ -175,6 +176,39 @@ def test_what_was_kept_is_not_saved(config, tmp_path):
             sizes.append(len(pickle.dumps(model)))
             decoded(model, "dynamic", text_of(model))
     assert sizes[0] == sizes[1]
+
+
+def test_other_views_of_the_same_memory_are_seen():
+    stack, x = slots.SlotStack([], torch.device("cpu")), torch.nn.Parameter(torch.randn(4, 4))
+
+    def prepared():
+        return stack.prepared((x,), (), lambda: (x.detach().clone(),))[0]
+
+    assert prepared() is prepared()
+    for view in (x.data.t(), x.data[:3], x.data.view(torch.int32).view(torch.float32)[:, ::2]):
+        x.data = view
+        assert torch.equal(prepared(), x)
+
+
+def stepped(model, adapter, inputs):
+    """What is decoded after a step of a fused optimizer before which something was decoded, too."""
+    model(**inputs).logits.square().mean().backward()
+    decoded(model, "dynamic", inputs)
+    torch.optim.AdamW(adapter.parameters(), lr=1.0, fused=True).step()
+    return decoded(model, "dynamic", inputs)
+
+
+@pytest.mark.parametrize("config", [mk.MimICConfig(), mk.LIVEConfig(), mk.M2IVConfig()])
+def test_a_step_that_counts_as_no_change_is_seen(config):
+    """Of parameters that kernels read themselves, in fp32."""
+    model = tiny_model("llava-llama")
+    adapter, inputs = random_of(model, config), text_of(model)
+    with mk.attach(model, adapter):
+        before = decoded(model, "dynamic", inputs)
+        actual = stepped(model, adapter, inputs)
+        public = by_the_public_op(lambda: decoded(model, "dynamic", inputs))
+        assert relative_error(actual, public) <= (64 * EPS if config == mk.M2IVConfig() else 0)
+    assert relative_error(before, actual) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

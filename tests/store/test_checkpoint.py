@@ -178,6 +178,8 @@ def test_a_lora_beside_the_file_is_not_lost(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(mk.CheckpointError, match="adapter_config.json beside encoder.pth"):
         mk.load_official(tmp_path / "encoder.pth", model)
+    with pytest.raises(FileNotFoundError):
+        mk.load_official(tmp_path / "nowhere.pth", model)
     lora = peft.get_peft_model(tiny_model("llava-llama"), peft.LoraConfig(target_modules=["q_proj"]))
     adapter = mk.load_official(tmp_path / "encoder.pth", lora)
     assert adapter.config.normalizer == "all_keys"
@@ -198,17 +200,24 @@ HOSTILE = {
     ),
     "LIVE's own, elsewhere": (
         live_own(lmm_args={"layer_format": "model.layers.<LAYER_NUM>.self_attn"}),
-        "layer_format 'model.layers.<LAYER_NUM>.self_attn'.*expected a name that ends in mlp or <LAYER_NUM>",
+        "layer_format 'model.layers.<LAYER_NUM>.self_attn'.*expected a name that ends in <LAYER_NUM>",
     ),
     "LIVE's own, without settings": (live_own(lmm_args={}), "layer_format None"),
     "LIVE's own, settings of another kind": (live_own(lmm_args=[1]), "dict of"),
     "LIVE's own, of some layers": (
         live_own(**{"icv_encoder.icv": torch.randn(1, 2, HIDDEN)}),
-        r"\[2, 32\], expected \[3, 32\]",
+        r"\[1, 2, 32\], expected \[1, 3, 32\]",
     ),
     "LIVE's own, not of a batch": (
         live_own(**{"icv_encoder.alpha": torch.rand(LAYERS)}),
-        r"lacks \['icv_encoder.alpha'\]",
+        r"icv_encoder.alpha has shape \[3\], expected \[1, 3\]",
+    ),
+    "LIVE's own, one layer": (live_own(lmm_args={"layer_format": "model.layers.0.mlp"}), "layer_format"),
+    "LIVE's own and more": (live_own(**{"lora.q_proj.lora_A": torch.zeros(1)}), r"unknown \['lora.q_proj"),
+    "LIVE's own, a tensor as a setting": (live_own(use_sigmoid=torch.ones(2)), "dict of"),
+    "LIVE's own, integers": (
+        live_own(use_sigmoid=True, **{"icv_encoder.alpha": torch.ones(1, LAYERS, dtype=torch.int64)}),
+        "floating",
     ),
     "LIVE's own, NaN": (
         live_own(**{"icv_encoder.alpha": torch.full((1, LAYERS), torch.nan)}),

@@ -1,5 +1,6 @@
 """Checkpoints of LIVE: ``encoder.pth`` of MimIC's repository, and its authors' own ``icv_cpk.pth``."""
 
+import re
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from mmicl_kernels.methods.live.adapter import LIVEAdapter
 from mmicl_kernels.methods.live.config import LIVEConfig
 
 ENCODER = ("ffn_shift", "ffn_shift_scale")  # [L, C], [L]
-SITES = {"mlp": "mlp", "<LAYER_NUM>": "layer"}  # by the end of the modules' names
 OWN = ("icv_encoder.icv", "icv_encoder.alpha")  # [1, L, C], [1, L]
 
 
@@ -29,16 +29,19 @@ def from_own(checkpoint: dict[str, Any], source: str, backbone: Backbone) -> LIV
     """
     settings = checkpoint.get("lmm_args", checkpoint.get("icv_intervention_args"))
     modules = settings.get("layer_format") if isinstance(settings, dict) else None
-    site = SITES.get(modules.rpartition(".")[2]) if isinstance(modules, str) else None
-    if site is None:
+    found = re.search(r"(?:^|\.)<LAYER_NUM>(\.mlp)?$", modules) if isinstance(modules, str) else None
+    if found is None:
         raise CheckpointError(
             f"{source} has layer_format {modules!r} in its lmm_args, expected a name that ends in "
-            f"{' or '.join(SITES)}"
+            "<LAYER_NUM> or <LAYER_NUM>.mlp"
         )
-    tensors = {name: x[0] for name, x in checkpoint.items() if name in OWN and x.dim() > 0 and len(x) == 1}
-    if checkpoint.get("use_sigmoid"):
-        tensors |= {name: x.sigmoid() for name, x in tensors.items() if name == OWN[1]}
-    return _adapter(tensors, OWN, LIVEConfig(site=site), source, backbone)
+    tensors = {name: x for name, x in checkpoint.items() if isinstance(x, Tensor) and name != "temperature"}
+    L = len(backbone.layers)
+    check_tensors(source, tensors, {OWN[0]: (1, L, backbone.hidden_size), OWN[1]: (1, L)})
+    vectors, scales = (tensors[name][0] for name in OWN)
+    scales = scales.sigmoid() if checkpoint.get("use_sigmoid") else scales
+    config = LIVEConfig(site="mlp" if found[1] else "layer")
+    return _adapter(dict(zip(OWN, (vectors, scales), strict=True)), OWN, config, source, backbone)
 
 
 def to_encoder(adapter: LIVEAdapter) -> dict[str, Tensor]:

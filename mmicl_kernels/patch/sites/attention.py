@@ -105,7 +105,7 @@ class PatchedLayer(SlotStack):
             return
         if type(mask) is not Tensor or mask.dtype != torch.bool or mask.is_meta or _is_recorded():
             return
-        if self._anchor is not state.anchors[0] or mask.any(-1).all():
+        if self._anchor is not state.first_attention or mask.any(-1).all():
             return
         state.warned_of_padding = True
         warnings.warn(

@@ -90,7 +90,7 @@ class LayerShift(SlotStack):
                 torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self._site.preserve_norm
             ):
                 vector, scale = accumulated(x, vector, entries(x, scale, None, None)[0])
-                return (x.to(vector.dtype) + _product(vector, scale)).to(x.dtype)  # compilers fuse it
+                return _sum(x, vector, scale)
             return residual_shift(x, vector, scale, **options)
         B, (vector, scale) = x.shape[0], self.stacked()
         ids, strengths = (for_batch(rows.to(x.device), B) for rows in (self._rows.ids, self._rows.strengths))
@@ -102,28 +102,25 @@ class LayerShift(SlotStack):
     def _shifted_directly(self, x: Tensor, adapter: Adapter) -> Tensor | None:
         """By what adds least to a token: one sum, or the operator itself; None: it is the public op's."""
         vector, scale = parts = adapter.residual_shift(self._site, self._key)
-        settings = (self._state.strength, x.dtype)
+        strength, preserve_norm = self._state.strength, self._site.preserve_norm
+        settings = (strength, x.dtype)
         if type(scale) is float:
             parts, settings = (vector,), (*settings, scale)
+        elif strength == 1 and not preserve_norm and vector.is_cpu and vector.dtype == scale.dtype == x.dtype:
+            # As the operator, which reads no vector whose coefficient is 0.
+            return torch.addcmul(x, vector, scale) if scale.item() != 0 else x
         entry = self.prepared(parts, settings, self._entry, x, vector, scale, adapter)
         if entry is None:
             return None
-        if len(entry) == 1:
-            return x + entry[0]
-        return torch.ops.mmicl.residual_shift_inference.default(
-            x, *entry, None, None, self._site.preserve_norm
-        )
+        return torch.ops.mmicl.residual_shift_inference.default(x, *entry, None, None, preserve_norm)
 
     def _entry(
         self, x: Tensor, vector: Tensor, scale: Tensor | float, adapter: Adapter
     ) -> tuple[Tensor | None, ...]:
-        """What is added to x, ``[C]``; or vector and scale as the operator takes them."""
+        """Vector and scale as the operator takes them."""
         if adapter.has_strength:
             scale = self._state.scaled(_as_tensor(scale, vector))
-        vector, scale = accumulated(x, vector.to(x.device), entries(x, scale, None, None)[0])
-        if self._site.preserve_norm or vector.dtype != x.dtype:
-            return stacked(vector, scale)
-        return (_product(vector, scale),)
+        return stacked(*accumulated(x, vector.to(x.device), entries(x, scale, None, None)[0]))
 
     def _of(self, adapter: Adapter) -> list[Tensor] | None:
         if self._site not in adapter.residual_sites:
@@ -202,9 +199,10 @@ class PromptShift(LayerShift):
         return ids, (strengths * weights).expand(ids.shape)
 
 
-def _product(vector: Tensor, scale: Tensor | None) -> Tensor:
-    """What is added. As the operators, which read no vector whose coefficient is 0: -0.0 changes nothing."""
-    return vector if scale is None else torch.where(scale == 0, -0.0, scale * vector)
+def _sum(x: Tensor, vector: Tensor, scale: Tensor | None) -> Tensor:
+    """What compilers fuse. The operators read no vector whose coefficient is 0: -0.0 adds nothing."""
+    added = vector if scale is None else torch.where(scale == 0, -0.0, scale * vector)
+    return (x.to(vector.dtype) + added).to(x.dtype)
 
 
 def _as_tensor(scale: Tensor | float, vector: Tensor) -> Tensor:
