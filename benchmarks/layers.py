@@ -250,7 +250,7 @@ def tables(result: dict) -> dict[str, str]:
 
 def _machine_line(result: dict) -> str:
     x, rows = result["machine"], result["rows"]
-    made = ", ".join(dict.fromkeys(f"commit {row['commit']} of {row['date']}" for row in rows))
+    made = ", ".join(dict.fromkeys(f"commit {row['commit']} of {row['date'][:10]}" for row in rows))
     prompts = ", ".join(dict.fromkeys(str(row["prompt"]) for row in rows))
     return (
         f"{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
