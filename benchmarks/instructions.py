@@ -8,7 +8,6 @@ instructions count too, but not those of its garbage collector, which comes when
 import argparse
 import ctypes
 import gc
-import json
 import os
 import re
 import subprocess
@@ -21,16 +20,15 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import transformers
 
-from benchmarks.harness.timing import machine
+from benchmarks.harness.decoders import machine_line, made_by, new_result, path_of, save
 from benchmarks.layers import OFFICIAL, OURS, Answer, Cell, variants
-from benchmarks.run import device_folder
 
 CELLS = (
     Cell(576, 9, 3, 2, "float32", 1, False, prompt=64),
     Cell(576, 9, 3, 2, "float32", 1, True, prompt=64),
 )
+COUNTED = [*product(range(len(CELLS)), ("plain", *OURS, OFFICIAL))]  # cells by number, and their variants
 WARM_UPS, TOKENS = 3, 4
 # valgrind's requests are macros of its header.
 MARKS = """
@@ -59,7 +57,7 @@ def decode(marks: ctypes.CDLL) -> None:
 
 
 def counted() -> dict[tuple[int, str], int]:
-    """Instructions between the marks, by cell and variant. Raises RuntimeError: valgrind or cc failed."""
+    """Instructions between the marks, by cell and variant. Raises RuntimeError: valgrind or cc failed, or did not count."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "marks.c"), Path(folder, "marks.so")
         source.write_text(MARKS)
@@ -76,6 +74,9 @@ def counted() -> dict[tuple[int, str], int]:
             total = re.search(r"^(?:summary|totals): (\d+)$", text, re.MULTILINE)
             if trigger and total:
                 found[int(trigger[1]), trigger[2]] = int(total[1])
+    missing = [one for one in COUNTED if one not in found]
+    if missing:
+        raise RuntimeError(f"callgrind has no counts of {missing}")
     return found
 
 
@@ -88,9 +89,7 @@ def _run(command: list[object], environment: dict[str, str] | None = None) -> No
 def rows_of(found: dict[tuple[int, str], int]) -> list[dict]:
     """Of a layer and a token; the head and the embedding, which all variants have, are shared out."""
     rows = []
-    for number, name in product(range(len(CELLS)), ("plain", *OURS, OFFICIAL)):
-        if (number, name) not in found:
-            continue
+    for number, name in COUNTED:
         cell, total = CELLS[number], found[number, name]
         share = TOKENS * cell.layers
         ratio = total / found[number, "plain"]
@@ -98,7 +97,7 @@ def rows_of(found: dict[tuple[int, str], int]) -> list[dict]:
     return rows
 
 
-def markdown(result: dict) -> str:
+def tables(result: dict) -> dict[str, str]:
     lines = [
         "| decoder | variant | instructions of a token, a layer's share | to plain |",
         "|---|---|--:|--:|",
@@ -109,11 +108,9 @@ def markdown(result: dict) -> str:
             f"| {row['hidden']}, {row['dtype']}, {mask} | {row['variant']} | {row['instructions']:,.0f} | "
             f"{row['ratio']:.3f} |"
         )
-    x = result["machine"]
-    return "\n".join(lines) + (
-        f"\n\n{x['cpu']}, AVX2, one thread, torch {x['torch']}, transformers {x['transformers']}, commit "
-        f"{x['commit']}, {x['date']}; a token after a prompt of 64, counted by callgrind"
-    )
+    line, prompt = machine_line(result, "AVX2, one thread", made_by(result["machine"])), CELLS[0].prompt
+    lines.append(f"\n{line}; a token after a prompt of {prompt}, counted by callgrind")
+    return {"instructions": "\n".join(lines)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,14 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.marks:
         decode(ctypes.CDLL(str(options.marks)))
         return 0
-    result = {
-        "machine": {**machine("cpu"), "transformers": transformers.__version__},
-        "rows": rows_of(counted()),
-    }
-    folder = options.out / device_folder(result["machine"], "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "instructions.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
+    result = new_result()
+    result["rows"] = rows_of(counted())
+    save(result, path_of(result, options.out, "instructions"))
+    print(*tables(result).values())
     return 0
 
 

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import mmicl_kernels as mk
+from benchmarks.harness.decoders import decoder, machine_line, new_result, path_of, quantiles, save, shown
 from benchmarks.harness.tables_cuda import MIB
 from benchmarks.harness.timing import (
     MAX_ROUNDS,
@@ -35,7 +35,6 @@ from benchmarks.harness.timing import (
     time_interleaved,
 )
 from benchmarks.peers import published
-from benchmarks.run import device_folder
 
 VOCABULARY = 512  # small, so that the layers are what is measured
 PADDING = 8
@@ -56,14 +55,8 @@ class Cell:
     prompt: int = 128
 
     def model(self) -> nn.Module:
-        config = MistralConfig(
-            hidden_size=self.hidden, intermediate_size=7 * self.hidden // 2 // 32 * 32, vocab_size=VOCABULARY,
-            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads, sliding_window=None,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = MistralForCausalLM._from_config(config, dtype=getattr(torch, self.dtype))
-        return model.eval().requires_grad_(False)
+        sizes = (self.hidden, self.heads, self.kv_heads, self.layers)
+        return decoder(*sizes, vocabulary=VOCABULARY, dtype=self.dtype)
 
     def inputs(self) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -172,7 +165,8 @@ def measure(cell: Cell, seconds: float) -> list[dict]:
             "first": time_interleaved(prompts, device="cpu", seconds=seconds, label="prompts"),
             "further": time_interleaved(answers, device="cpu", seconds=seconds, label="tokens"),
         }
-    made = {key: machine("cpu")[key] for key in ("commit", "date")}
+    now = machine("cpu")
+    made = {"commit": now["commit"], "date": now["date"]}
     return [
         {"variant": name, **asdict(cell), **made, "peak_bytes": peaks[name], **_times(times, name)}
         for name in models
@@ -184,7 +178,7 @@ def _times(times: dict[str, dict[str, Samples]], name: str) -> dict[str, object]
     for what, samples in times.items():
         ratio = samples[name].over(samples["plain"])
         row[f"{what}_ms"] = samples[name].median
-        row[f"{what}_ratio"] = [ratio.median, ratio.low, ratio.high]
+        row[f"{what}_ratio"] = quantiles(ratio)
         row[f"{what}_rounds"] = len(ratio.ms)
     return row
 
@@ -215,10 +209,8 @@ def markdown(result: dict, earlier: dict | None = None) -> str:
     columns += ["earlier: first, further"] if earlier else []
     lines = [f"| decoder | variant | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
     for row in result["rows"]:
-        first, further = (
-            "{:.2f} ({:.2f} to {:.2f})".format(*row[f"{x}_ratio"]) for x in ("first", "further")
-        )
-        cells = [f"{row['first_ms']:.1f}", first, f"{row['further_ms']:.2f}", further]
+        cells = [f"{row['first_ms']:.1f}", shown(row["first_ratio"])]
+        cells += [f"{row['further_ms']:.2f}", shown(row["further_ratio"])]
         cells.append(f"{row['peak_bytes'] / MIB:.0f}")
         cells += [_earlier(row, earlier)] if earlier else []
         lines.append(f"| {_described(row)} | {row['variant']} | {' | '.join(cells)} |")
@@ -238,8 +230,9 @@ def mean_table(result: dict) -> str:
         own, cells = [row for row in result["rows"] if row["variant"] == name], []
         for what, chosen in kinds.values():
             ratios = [row[f"{what}_ratio"][0] for row in own if chosen(row)]
-            mean = statistics.geometric_mean(ratios) if ratios else None
-            cells.append("" if mean is None else f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            cells.append(
+                shown([statistics.geometric_mean(ratios), min(ratios), max(ratios)]) if ratios else ""
+            )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\n{_machine_line(result)}"
 
@@ -249,13 +242,14 @@ def tables(result: dict) -> dict[str, str]:
 
 
 def _machine_line(result: dict) -> str:
-    x, rows = result["machine"], result["rows"]
+    rows = result["rows"]
     made = ", ".join(dict.fromkeys(f"commit {row['commit']} of {row['date'][:10]}" for row in rows))
+    threads = f"{result['machine']['threads']} threads"
     prompts = ", ".join(dict.fromkeys(str(row["prompt"]) for row in rows))
     return (
-        f"{x['cpu']}, {result['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
-        f"{made}; medians of {_range(result, 'further')} tokens after prompts of "
-        f"{prompts}, which were read {_range(result, 'first')} times, in turns; ratios within a round"
+        f"{machine_line(result, threads, made)}; medians of "
+        f"{_range(result, 'further')} tokens after prompts of {prompts}, which were read "
+        f"{_range(result, 'first')} times, in turns; ratios within a round"
     )
 
 
@@ -297,20 +291,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(profile(next(iter(cells)), options.profile))
         return 0
     earlier = json.loads(options.compare.read_text()) if options.compare else None
-    result = {
-        "machine": {**machine("cpu"), "transformers": transformers.__version__},
-        "threads": options.threads, "rows": [],
-    }  # fmt: skip
-    folder = options.out / device_folder(result["machine"], "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "layers.json"
+    result = new_result()
+    path = path_of(result, options.out, "layers")
     if options.resume and path.exists():
         result = json.loads(path.read_text())
     for cell in tqdm(cells, desc="decoders"):
         if any(asdict(cell).items() <= row.items() for row in result["rows"]):
             continue
         result["rows"] += measure(cell, options.seconds)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, path)
     print(markdown(result, earlier))
     return 0
 

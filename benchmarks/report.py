@@ -9,18 +9,15 @@ from pathlib import Path
 from benchmarks import instructions, layers, training
 from benchmarks.harness.tables import fill_tables, tables
 
-MODELS = {  # by the file's name; the others are of ops
-    "layers": layers.tables,
-    "training": lambda result: {"training": training.markdown(result)},
-    "instructions": lambda result: {"instructions": instructions.markdown(result)},
-}
+# By the file's name; the others are of ops.
+DECODERS = {"layers": layers, "training": training, "instructions": instructions}
 
 
 def tables_of(path: Path) -> dict[str, str]:
     """The tables of a file of results, by name, in Markdown."""
     results = json.loads(path.read_text())
-    if path.stem in MODELS:
-        return MODELS[path.stem](results)
+    if path.stem in DECODERS:
+        return DECODERS[path.stem].tables(results)
     return {key: text for result in results for key, text in tables(result).items()}
 
 
@@ -39,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         options.plots.mkdir(parents=True, exist_ok=True)
         for path in options.results:
-            for result in json.loads(path.read_text()) if path.stem not in MODELS else []:
+            for result in json.loads(path.read_text()) if path.stem not in DECODERS else []:
                 plot(result, options.plots)
     return 0
 

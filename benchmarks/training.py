@@ -6,7 +6,6 @@ pass of the student's, by stock attention; and the official formulation, with ev
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,18 +13,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import MistralConfig, MistralForCausalLM
 
 import mmicl_kernels as mk
+from benchmarks.harness.decoders import (
+    decoder,
+    machine_line,
+    made_by,
+    new_result,
+    path_of,
+    quantiles,
+    save,
+    shown,
+)
 from benchmarks.harness.tables_cuda import MIB
-from benchmarks.harness.timing import machine, peak_allocated_bytes, time_interleaved
+from benchmarks.harness.timing import peak_allocated_bytes, time_interleaved
 from benchmarks.layers import created, shared_copy
 from benchmarks.peers import published
-from benchmarks.run import device_folder
 from mmicl_kernels.data.batch import IGNORE
 from mmicl_kernels.data.episodes import EpisodeBatch
 from mmicl_kernels.methods.answers import answer_loss
@@ -53,14 +59,8 @@ class Cell:
     batch: int = 2
 
     def model(self) -> nn.Module:
-        config = MistralConfig(
-            hidden_size=self.hidden, intermediate_size=7 * self.hidden // 2, vocab_size=self.vocabulary,
-            num_hidden_layers=self.layers, num_attention_heads=self.heads,
-            num_key_value_heads=self.heads // 2, head_dim=self.hidden // self.heads, sliding_window=None,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = MistralForCausalLM._from_config(config, dtype=getattr(torch, self.dtype))
-        return model.eval().requires_grad_(False)
+        sizes = (self.hidden, self.heads, self.heads // 2, self.layers)
+        return decoder(*sizes, vocabulary=self.vocabulary, dtype=self.dtype)
 
     def episodes(self) -> EpisodeBatch:
         generator = torch.Generator().manual_seed(0)
@@ -159,33 +159,32 @@ def measure(cell: Cell, seconds: float) -> list[dict]:
         samples = time_interleaved(variants, device="cpu", seconds=seconds, label="steps")
     rows = []
     for name, own in samples.items():
-        ratio = own.over(samples[FLOOR])
         rows.append(
             {
                 "variant": name, **asdict(cell), "ms": own.median, "rounds": len(own.ms),
-                "ratio": [ratio.median, ratio.low, ratio.high], "peak_bytes": peaks[name],
+                "ratio": quantiles(own.over(samples[FLOOR])), "peak_bytes": peaks[name],
             }
         )  # fmt: skip
     return rows
 
 
-def markdown(result: dict) -> str:
+def tables(result: dict) -> dict[str, str]:
     """A line for each cell and variant."""
     lines = ["| decoder | prompts | step | ms | to the passes | peak MiB |", "|---|---|---|--:|--:|--:|"]
     for row in result["rows"]:
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"])
         lines.append(
             f"| {row['hidden']} x {row['layers']}, {row['dtype']} | {row['batch']} x {row['teacher']} and "
-            f"{row['student']} tokens | {row['variant']} | {row['ms']:.0f} | {ratio} | "
+            f"{row['student']} tokens | {row['variant']} | {row['ms']:.0f} | {shown(row['ratio'])} | "
             f"{row['peak_bytes'] / MIB:.0f} |"
         )
-    x = result["machine"]
-    return "\n".join(lines) + (
-        f"\n\n{x['cpu']}, {x['threads']} threads, torch {x['torch']}, transformers {x['transformers']}, "
-        f"commit {x['commit']}, {x['date']}; prompts are the teacher's and the student's, \"passes\" a plain "
-        "forward pass of each and a backward one; medians in turns, ratios within a round with the range of "
-        "the middle four fifths"
+    threads = f"{result['machine']['threads']} threads"
+    line = machine_line(result, threads, made_by(result["machine"]))
+    lines.append(
+        f"\n{line}; prompts are the teacher's and the student's, "
+        '"passes" a plain forward pass of each and a backward one; medians in turns, ratios within a round '
+        "with the range of the middle four fifths"
     )
+    return {"training": "\n".join(lines)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,13 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    result = {"machine": {**machine("cpu"), "transformers": transformers.__version__}, "rows": []}
-    folder = options.out / device_folder(result["machine"], "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
+    result = new_result()
     for cell in tqdm(QUICK if options.quick else CELLS, desc="decoders"):
         result["rows"] += measure(cell, options.seconds)
-        (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
+        save(result, path_of(result, options.out, "training"))
+    print(*tables(result).values())
     return 0
 
 

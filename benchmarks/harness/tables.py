@@ -174,8 +174,8 @@ def _ratio(rows: list[dict], floor: str) -> str:
     if not rows:
         return "nan"
     ratios = [row["ratio"][floor] for row in rows]
-    only = rows[0].get("ratio_range", {}).get(floor, ratios) if len(rows) == 1 else ratios
-    return _with_range(statistics.median(ratios), only)
+    rounds = rows[0].get("ratio_range", {}).get(floor, ratios)
+    return _with_range(statistics.median(ratios), rounds if len(rows) == 1 else ratios)
 
 
 def _with_range(middle: float, values: Sequence[float]) -> str:

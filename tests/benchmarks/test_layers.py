@@ -2,18 +2,16 @@
 
 import json
 
+import pytest
 import torch
 
 import mmicl_kernels as mk
 from benchmarks import layers
 
 
+@pytest.mark.usefixtures("same_threads")
 def test_it_runs(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    try:
-        assert layers.main(["--quick", "--out", str(tmp_path), "--seconds", "0"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert layers.main(["--quick", "--out", str(tmp_path), "--seconds", "0"]) == 0
     (path,) = tmp_path.glob("*/layers.json")
     result = json.loads(path.read_text())
     names = ["plain", *layers.OURS, layers.OFFICIAL]
@@ -26,14 +24,11 @@ def test_it_runs(tmp_path, capsys):
     assert all(f"| {name} |" in shown for name in names) and "32 x 2, fp32, batch 2, padded" in shown
     del result["rows"][1:]  # a decoder of which there is a row was measured
     path.write_text(json.dumps(result))
-    try:
-        assert layers.main(["--quick", "--out", str(tmp_path), "--resume"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert layers.main(["--quick", "--out", str(tmp_path), "--resume"]) == 0
     assert json.loads(path.read_text()) == result
 
 
-def test_tables_beside_an_earlier_run(tmp_path, capsys):
+def test_tables_beside_an_earlier_run():
     def row(variant, further, **kind):
         times = {f"{x}_{y}": 1 for x in ("first", "further") for y in ("ms", "rounds")}
         ratios = {"first_ratio": [1.5, 1.4, 1.6], "further_ratio": [further, further, further]}
@@ -41,13 +36,13 @@ def test_tables_beside_an_earlier_run(tmp_path, capsys):
         cell = {**layers.asdict(layers.QUICK[0]), "padded": False, **made, **kind}
         return {"variant": variant, **cell, **times, **ratios, "peak_bytes": 3 * 2**20}
 
-    line = {"cpu": "C", "torch": "2", "transformers": "5", "commit": "c", "date": "d"}
-    result = {"machine": line, "threads": 1, "rows": [row("plain", 1.0), row("MimIC", 2.0)]}
+    line = {"cpu": "C", "threads": 1, "torch": "2", "transformers": "5", "commit": "c", "date": "d"}
+    result = {"machine": line, "rows": [row("plain", 1.0), row("MimIC", 2.0)]}
     result["rows"] += [row("MimIC", 0.5, hidden=64), row("MimIC", 3.0, compiled=True)]
     tables = layers.tables(result)
     assert (
         "| 32 x 2, fp32, batch 2 | MimIC | 1.0 | 1.50 (1.40 to 1.60) | 1.00 | 2.00 (2.00 to 2.00) | 3 |"
-        in (tables["layers"])
+        in tables["layers"]
     )
     (mean,) = [line for line in tables["layers-mean"].splitlines() if line.startswith("| MimIC")]
     assert mean == "| MimIC | 1.50 (1.50 to 1.50) | 1.00 (0.50 to 2.00) |  | 3.00 (3.00 to 3.00) |"
@@ -55,12 +50,9 @@ def test_tables_beside_an_earlier_run(tmp_path, capsys):
     assert shown[3].endswith("| 1.50, 7.00 |") and shown[4].endswith("|  |")
 
 
+@pytest.mark.usefixtures("same_threads")
 def test_a_profile_names_functions(capsys):
-    threads = torch.get_num_threads()
-    try:
-        assert layers.main(["--quick", "--profile", "MimIC"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert layers.main(["--quick", "--profile", "MimIC"]) == 0
     shown = capsys.readouterr().out
     assert "MimIC: of a layer and a token" in shown and "decode" in shown and "linear" in shown
 

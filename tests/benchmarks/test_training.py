@@ -12,12 +12,9 @@ from benchmarks.peers import published
 from tests.support.published import relative_error
 
 
+@pytest.mark.usefixtures("same_threads")
 def test_it_runs(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    try:
-        assert training.main(["--quick", "--out", str(tmp_path), "--seconds", "0"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert training.main(["--quick", "--out", str(tmp_path), "--seconds", "0"]) == 0
     (path,) = tmp_path.glob("*/training.json")
     rows = json.loads(path.read_text())["rows"]
     names = [training.FLOOR, *training.OURS, training.OFFICIAL]

@@ -391,7 +391,6 @@ def test_the_official_gate_meets_padding():
     """Said once, where its numbers are others, and only there."""
     assert warnings_of_padding("sdpa", "all_keys", [None, "right", "left", "left"]) == [0, 0, 1, 0]
     assert warnings_of_padding("eager", "all_keys", ["left"]) == [0]
-    assert warnings_of_padding("sdpa", "all_keys", ["left"], "lfm2_vl") == [
-        1
-    ]  # first layers without attention
+    # Its first layers have no attention.
+    assert warnings_of_padding("sdpa", "all_keys", ["left"], "lfm2_vl") == [1]
     assert warnings_of_padding("sdpa", "visible", ["left"]) == [0]

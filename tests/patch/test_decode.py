@@ -152,7 +152,7 @@ def test_changed_parameters_are_seen(config, change, dtype):
         change(adapter)
         actual = decoded(model, "dynamic", inputs)
         public = by_the_public_op(lambda: decoded(model, "dynamic", inputs))
-        # A vector that was scaled before is added with one rounding more.
+        # Torch's sum has one rounding more than the operator's.
         assert relative_error(actual, public) <= (64 * EPS if config == mk.M2IVConfig() else 0)
     assert not torch.equal(actual, before)
 

@@ -19,7 +19,9 @@ def from_encoder(encoder: dict[str, Any], source: str, backbone: Backbone) -> LI
 
     Raises CheckpointError: other tensors, or of another geometry.
     """
-    return _adapter(encoder, ENCODER, LIVEConfig(site="mlp"), source, backbone)
+    L = len(backbone.layers)
+    check_tensors(source, encoder, dict(zip(ENCODER, ((L, backbone.hidden_size), (L,)), strict=True)))
+    return _adapter(*(encoder[name] for name in ENCODER), LIVEConfig(site="mlp"), backbone)
 
 
 def from_own(checkpoint: dict[str, Any], source: str, backbone: Backbone) -> LIVEAdapter:
@@ -37,11 +39,10 @@ def from_own(checkpoint: dict[str, Any], source: str, backbone: Backbone) -> LIV
         )
     tensors = {name: x for name, x in checkpoint.items() if isinstance(x, Tensor) and name != "temperature"}
     L = len(backbone.layers)
-    check_tensors(source, tensors, {OWN[0]: (1, L, backbone.hidden_size), OWN[1]: (1, L)})
+    check_tensors(source, tensors, dict(zip(OWN, ((1, L, backbone.hidden_size), (1, L)), strict=True)))
     vectors, scales = (tensors[name][0] for name in OWN)
     scales = scales.sigmoid() if checkpoint.get("use_sigmoid") else scales
-    config = LIVEConfig(site="mlp" if found[1] else "layer")
-    return _adapter(dict(zip(OWN, (vectors, scales), strict=True)), OWN, config, source, backbone)
+    return _adapter(vectors, scales, LIVEConfig(site="mlp" if found[1] else "layer"), backbone)
 
 
 def to_encoder(adapter: LIVEAdapter) -> dict[str, Tensor]:
@@ -58,14 +59,9 @@ def to_encoder(adapter: LIVEAdapter) -> dict[str, Tensor]:
     }
 
 
-def _adapter(
-    tensors: dict[str, Tensor], names: tuple[str, str], config: LIVEConfig, source: str, backbone: Backbone
-) -> LIVEAdapter:
-    L = len(backbone.layers)
-    check_tensors(source, tensors, {names[0]: (L, backbone.hidden_size), names[1]: (L,)})
-    own = {
-        f"layers.{index}.{part}": tensors[name][row].clone()
-        for row, index in enumerate(backbone.layers)
-        for name, part in zip(names, ("vector", "scale"), strict=True)
-    }
-    return LIVEAdapter.from_tensors(config, backbone, own)
+def _adapter(vectors: Tensor, scales: Tensor, config: LIVEConfig, backbone: Backbone) -> LIVEAdapter:
+    tensors = {}
+    for row, index in enumerate(backbone.layers):
+        tensors[f"layers.{index}.vector"] = vectors[row].clone()
+        tensors[f"layers.{index}.scale"] = scales[row].clone()
+    return LIVEAdapter.from_tensors(config, backbone, tensors)

@@ -103,12 +103,13 @@ class LayerShift(SlotStack):
         """By what adds least to a token: one sum, or the operator itself; None: it is the public op's."""
         vector, scale = parts = adapter.residual_shift(self._site, self._key)
         strength, preserve_norm = self._state.strength, self._site.preserve_norm
-        settings = (strength, x.dtype)
-        if type(scale) is float:
-            parts, settings = (vector,), (*settings, scale)
-        elif strength == 1 and not preserve_norm and vector.is_cpu and vector.dtype == scale.dtype == x.dtype:
+        is_number = type(scale) is float
+        adds = strength == 1 and not (preserve_norm or is_number) and vector.is_cpu
+        if adds and vector.dtype == scale.dtype == x.dtype:
             # As the operator, which reads no vector whose coefficient is 0.
             return torch.addcmul(x, vector, scale) if scale.item() != 0 else x
+        settings = (strength, x.dtype, scale if is_number else None)
+        parts = (vector,) if is_number else parts
         entry = self.prepared(parts, settings, self._entry, x, vector, scale, adapter)
         if entry is None:
             return None
