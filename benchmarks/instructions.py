@@ -57,7 +57,7 @@ def decode(marks: ctypes.CDLL) -> None:
 
 
 def counted() -> dict[tuple[int, str], int]:
-    """Instructions between the marks, by cell and variant. Raises RuntimeError: valgrind or cc failed, or did not count."""
+    """Instructions between the marks, by cell and variant. Raises RuntimeError: valgrind or cc failed."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "marks.c"), Path(folder, "marks.so")
         source.write_text(MARKS)
