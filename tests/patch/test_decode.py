@@ -349,6 +349,26 @@ class Graphs:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("strength", [1.0, 0.0, -2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_vector_is_a_sum(dtype, strength):
+    """Which the compiler sees; one that is off is not read here either."""
+    model = tiny_model("llava-llama").to(dtype)
+    adapter, inputs, graphs = random_of(model, mk.M2IVConfig()), text_of(model), Graphs()
+    with torch.no_grad(), mk.attach(model, adapter, strength=strength):
+        plain = model(**inputs).logits
+        adapter.layers["1"].attn.vector.fill_(torch.nan)
+        adapter.layers["1"].attn.scale.fill_(0.0)
+        expected = model(**inputs).logits
+        actual = torch.compile(model, backend=graphs, fullgraph=True)(**inputs).logits
+    assert actual.isfinite().all() and not any(
+        "residual_shift" in x for called in graphs.called for x in called
+    )
+    assert relative_error(actual, expected) <= 64 * torch.finfo(dtype).eps
+    assert torch.equal(expected, plain) == (strength == 0)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("normalizer", ["visible", "all_keys"])
 def test_a_compiled_step_calls_the_operator(normalizer):
     """Once in each layer, and nothing of ours that is Python."""

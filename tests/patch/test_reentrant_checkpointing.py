@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mmicl_kernels as mk
+from mmicl_kernels.patch.sites.residual import ResidualHook
 from mmicl_kernels.testing.tiny_models import ALL_MODELS, is_available, tiny_inputs, tiny_model
 from tests.patch.family_oracles import adapter_of
 from tests.patch.test_support_matrix import base_of, model_of
@@ -73,6 +74,19 @@ def test_refused_where_gradients_would_be_wrong(name, method):
             model.enable_input_require_grads()
             with pytest.raises(RuntimeError, match="use_reentrant=True, expected"):
                 loss_of(model)
+
+
+@pytest.mark.parametrize("site", ["mixer", "layer"])
+def test_refused_in_the_pass_without_gradients(site):
+    """In which reentrant checkpointing runs a layer first, and on older transformers all of its hooks."""
+    model = training_model("llava-llama", reentrant=True, inputs_require_grads=False)
+    with mk.attach(model, adapter_of(model, "m2iv")) as handle, torch.no_grad():
+        module = getattr(handle.anchors[0], site)
+        (hook,) = [x for x in module._forward_hooks.values() if isinstance(x, ResidualHook)]
+        with pytest.raises(RuntimeError, match="use_reentrant=True, expected"):
+            hook(module, (), torch.randn(1, 3, 32))
+        model.eval()
+        hook(module, (), torch.randn(1, 3, 32))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
