@@ -35,7 +35,7 @@ def whole(bank, number):
     )
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
     """kill -9 a process that adds: what it had reported is there bit for bit, and nothing is half there."""
     generator, torn, count = random.Random(0), 0, 0
