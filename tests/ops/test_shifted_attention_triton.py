@@ -78,7 +78,7 @@ def test_slow_values_in_the_interpreter():
     selection = ("-m", "slow and not gpu", GRID_TESTS, __file__, *shared)
     half = "mask or bias or hide or all_keys or packed or long"
     halves = (interpreted(*selection, "-k", which) for which in (half, f"not ({half})"))
-    assert_all_pass(*halves, at_least=40)
+    assert_all_pass(*halves, at_least=50)
 
 
 # ---- what was launched, and how ----
@@ -164,9 +164,10 @@ DECODES = (
 )  # fmt: skip
 # Of 37 queries each, so that a tile begins and ends within a group; with a mask or a softcap.
 CHUNKS = ("all_keys_bias", "ids_blind")
-SLOW_CHUNKS = ("gqa_3", "mask", "mask_queries", "hide_finite", "all_keys_mask", "softcap", "no_keys")
-if not INTERPRETED:
-    SLOW_CHUNKS += ("mqa", "hide_inf", "bias_transposed", "scale_negative", "kv_crossed", "head_dim_1")
+SLOW_CHUNKS = (
+    "gqa_3", "mask", "mqa", "mask_queries", "hide_inf", "hide_finite", "bias_transposed", "all_keys_mask",
+    "scale_negative", "softcap", "kv_crossed", "no_keys", "head_dim_1",
+)  # fmt: skip
 
 
 @on_device
