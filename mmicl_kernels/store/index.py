@@ -164,9 +164,7 @@ class Index:
         """All rows by file, as ``row_of`` has them, or ``PENDING``; the database is checked."""
 
         def found(index: sqlite3.Connection) -> dict[str, tuple]:
-            problem = index.execute("PRAGMA integrity_check(1)").fetchone()[0]
-            if problem != "ok":
-                raise CheckpointError(f"{self.path} is damaged: {problem!r:.200}")
+            self._check(index)
             sql = f"SELECT {COLUMNS}, vector FROM entries LEFT JOIN vectors USING (id)"
             return {row[0]: row for row in index.execute(sql)} | dict.fromkeys(_pending(index), PENDING)
 
@@ -178,12 +176,7 @@ class Index:
         Before every write, for who holds the lock.
         """
         clear_away(self.temporary.iterdir())
-        try:
-            self.settle()
-        except UnusableError as error:
-            raise OSError(str(error)) from error
-        except CheckpointError:
-            self._renew()
+        self._or_renew(self.settle)
         if not self._is_old():
             own = {self.path, *self._beside}
             clear_away(path for path in self.folder.iterdir() if path not in own)
@@ -209,15 +202,34 @@ class Index:
         Raises:
             OSError: one could not be read; the index is as it was.
         """
+        self._or_renew(self._write_anew)
+
+    def _write_anew(self) -> None:
         with self._transaction("IMMEDIATE") as index:
             # Rows in a wrong order, say, are found and deleted like others, and the pages stay what they are.
-            is_sound = index.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok"
-            if is_sound:
-                for table in ("entries", "vectors", "pending"):
-                    index.execute(f"DELETE FROM {table}")
-                self._follow_all(index)
-                self._raise_for_pending(index)
-        if not is_sound:
+            self._check(index)
+            for table in ("entries", "vectors", "pending"):
+                index.execute(f"DELETE FROM {table}")
+            self._follow_all(index)
+            self._raise_for_pending(index)
+
+    def _check(self, index: sqlite3.Connection) -> None:
+        """Raise CheckpointError where sqlite finds a page damaged; some damage it meets with an error."""
+        problem = index.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise CheckpointError(f"{self.path} is damaged: {problem!r:.200}")
+
+    def _or_renew(self, work: Callable[[], None]) -> None:
+        """Do ``work``, or where it finds the database missing or damaged make another.
+
+        Raises:
+            OSError: the database may be sound, but cannot be read here and now.
+        """
+        try:
+            work()
+        except UnusableError as error:
+            raise OSError(str(error)) from error
+        except CheckpointError:
             self._renew()
 
     def _renew(self) -> None:

@@ -109,6 +109,26 @@ def test_rows_in_a_wrong_order(library):
     assert reader.list() == NAMES and reader.verify() == []
 
 
+def test_damage_that_the_check_cannot_pass(library):
+    """SQLite raises from within it, where it reports other damage."""
+    path, found = index_at_rest(library), 0
+    good = path.read_bytes()
+    for i in (i for i, byte in enumerate(good) if byte):
+        path.write_bytes(good[:i] + bytes([47]) + good[i + 1 :])
+        with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.DatabaseError):
+            connection.execute("SELECT file FROM pending").fetchall()
+            try:
+                connection.execute("PRAGMA integrity_check(1)").fetchone()
+            except sqlite3.DatabaseError:
+                reader = mk.VLibrary(library.folder)
+                assert reader.verify()
+                reader.rebuild()
+                assert reader.list() == NAMES and reader.verify() == []
+                index_at_rest(reader)
+                found += 1
+    assert found > 3
+
+
 def test_damaged_vectors(library):
     index = changed(library, "UPDATE vectors SET vector = zeroblob(8) WHERE id = 1")
     assert index.verify() == ["index: 'a' has another vector than in its file"]
