@@ -1,20 +1,29 @@
-"""Makes Triton's interpreter more than twice as fast: it works the same things out at every operation.
+"""Makes Triton's interpreter several times as fast: it works the same things out at every operation.
 
-Nothing is computed otherwise: a patch of the language, the types of blocks and what tensors say of their
-type are remembered.
+Nothing is computed otherwise. A patch of the language, the types of blocks, what tensors say of their type and
+what an operator makes of two types are remembered; a check for overflow that speaks in debugging alone is left out.
 """
 
+import numpy as np
 from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _block_type, _tensor, _np_dtype = core.block_type.__init__, core.tensor.__init__, interpreter._get_np_dtype
+_operands = TritonSemantic.binary_op_type_checking_impl
 _patched: set[str] = set()
 _block_types: dict[tuple, dict] = {}
 _shapes: dict[str, tuple] = {}
 _np_dtypes: dict[str, object] = {}
+_plans: dict[tuple, tuple | None] = {}
+# Converted into each other by numpy's astype alone.
+PLAIN = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp16", "fp32", "fp64"}
 
 
 def install() -> None:
+    assert not interpreter.interpreter_builder.options.debug
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, left, right, operator: None
+    TritonSemantic.binary_op_type_checking_impl = _remembered_operands
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter._get_np_dtype = _remembered_np_dtype
     core.block_type.__init__ = _init_block_type
@@ -63,3 +72,40 @@ def _name_of_tuple_type(self):
     """Written at once otherwise, and read by nobody."""
     parts = (f"{field}:{kind}" for field, kind in zip(self.fields, self.types, strict=True))
     return f"[{','.join(parts)}]"
+
+
+def _remembered_operands(self, left, right, *flags, **named_flags):
+    """Two operands in one type and shape; numpy repeats the smaller one itself."""
+    key = _kind(left), _kind(right), flags, tuple(named_flags.items())
+    plan = _plans.get(key)
+    if plan is None:
+        operands = _operands(self, left, right, *flags, **named_flags)
+        if key not in _plans and all(map(_is_plain, (left, right, *operands))):
+            _plans[key] = tuple((x.handle.data.dtype, x.handle.dtype, x.type) for x in operands)
+        return operands
+    return _as(left, *plan[0]), _as(right, *plan[1])
+
+
+def _kind(x):
+    """Of a number what decides into which type it is converted."""
+    if isinstance(x, core.tensor):
+        return x.type.name
+    if isinstance(x, float):
+        return float, x != x or abs(x) in (0.0, float("inf")) or 2.0**-126 <= abs(x) < 2.0**128
+    return type(x), x < 0, -(2**31) <= x < 2**31
+
+
+def _is_plain(x):
+    return not isinstance(x, core.tensor) or x.type.scalar.is_ptr() or x.type.scalar.name in PLAIN
+
+
+def _as(x, np_dtype, dtype, type):
+    if not isinstance(x, core.tensor):
+        return core.tensor(interpreter.TensorHandle(np.array([x], dtype=np_dtype), dtype), type)
+    data = x.handle.data
+    if data.dtype == np_dtype:
+        if x.type is type or x.type.name == type.name:
+            return x
+    else:
+        data = data.astype(np_dtype)
+    return core.tensor(interpreter.TensorHandle(data, dtype), type)
