@@ -1,7 +1,8 @@
 """Makes Triton's interpreter several times as fast: it works the same things out at every operation.
 
-Nothing is computed otherwise. A patch of the language, the types of blocks, what tensors say of their type and
-what an operator makes of two types are remembered; a check for overflow that speaks in debugging alone is left out.
+Nothing is computed otherwise. A patch of the language, the types of blocks, what tensors say of their type
+and what an operator makes of two types are remembered; a check for overflow that speaks in debugging alone
+is left out.
 """
 
 import numpy as np
