@@ -23,11 +23,12 @@ def kernel(x, y, n, out, wide_out, N: tl.constexpr, M: tl.constexpr):
     mask = (rows[:, None] < n) & (columns != 3)
     a = tl.load(x + offsets, mask=mask, other=0.5)
     b = tl.load(y + offsets)
-    whole = (a * b + 2).to(tl.float32) - 0.1 / (1 + tl.abs(b))
+    whole = (a * b + a / (1 + b * b) + 2).to(tl.float32) - 0.1 / (1 + tl.abs(b))
     whole = tl.where(mask | (whole > b), tl.maximum(whole, -1), 1e-3 * rows[:, None])
     whole += tl.sum(whole, 1)[:, None] + tl.max(whole, 0)
     numbers = (offsets - n) % 5 + (offsets // 3 << 2) + (n > 2) * 7 + (offsets ^ 6) + (-columns)
     numbers += tl.minimum(offsets, n) + tl.cdiv(n, 2) + (~columns & 3) + (n == 3.0) + 2**31 * (columns >= 1)
+    numbers += (offsets < 9) + (offsets < 2**33) + tl.where((columns < 9) & ~(rows[:, None] == n), 1, 0)
     tl.store(out + offsets, whole)
     tl.store(wide_out + offsets, numbers)
 

@@ -16,9 +16,10 @@ _patched: set[str] = set()
 _block_types: dict[tuple, dict] = {}
 _shapes: dict[str, tuple] = {}
 _np_dtypes: dict[str, object] = {}
-_plans: dict[tuple, tuple | None] = {}
+_plans: dict[tuple, tuple] = {}
 # Converted into each other by numpy's astype alone.
-PLAIN = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "fp16", "fp32", "fp64"}
+INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+PLAIN = INTEGERS | {"int1", "fp16", "fp32", "fp64"}
 
 
 def install() -> None:
@@ -81,7 +82,7 @@ def _remembered_operands(self, left, right, *flags, **named_flags):
     plan = _plans.get(key)
     if plan is None:
         operands = _operands(self, left, right, *flags, **named_flags)
-        if key not in _plans and all(map(_is_plain, (left, right, *operands))):
+        if all(map(_is_plain, (left, right, *operands))):
             _plans[key] = tuple((x.handle.data.dtype, x.handle.dtype, x.type) for x in operands)
         return operands
     return _as(left, *plan[0]), _as(right, *plan[1])
