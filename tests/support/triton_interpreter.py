@@ -17,8 +17,8 @@ _block_types: dict[tuple, dict] = {}
 _shapes: dict[str, tuple] = {}
 _np_dtypes: dict[str, object] = {}
 _plans: dict[tuple, tuple] = {}
-# Converted into each other by numpy's astype alone.
 INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+# Converted into each other by numpy's astype alone; bf16 is kept as bits.
 PLAIN = INTEGERS | {"int1", "fp16", "fp32", "fp64"}
 
 
