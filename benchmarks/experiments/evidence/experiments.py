@@ -171,7 +171,8 @@ def default() -> list[Run]:
         runs += [Run(task, ICL, None, seed, shots=k) for k in (8, 16)]
         runs.append(Run(task, "M2IV", None, seed, 100))
         runs += [Run(task, "AIM", None, seed, 100)] if task in IMAGE_TASKS else []
-    return runs
+    # Where the default may be behind its control.
+    return runs + [Run("kind", arm, None, seed, 100) for seed in MORE_SEEDS[3:] for arm in ("MimIC", CONTROL)]
 
 
 def methods() -> list[Run]:
@@ -185,8 +186,9 @@ def methods() -> list[Run]:
 
 
 def efficiency() -> list[Run]:
-    """Accuracy against the number of labelled items."""
-    runs = []
+    """Accuracy against the number of labelled items, first where methods are close."""
+    close = (CONTROL, "MimIC", OFFICIAL, SHUFFLED, PULL)
+    runs = [Run("past", arm, 4, seed) for seed, arm in product(MORE_SEEDS[3:], close)]
     for task, seed, count in product(EFFICIENCY_TASKS, SEEDS, COUNTS):
         runs += [Run(task, arm, count, seed) for arm in EFFICIENCY_ARMS]
         runs += [Run(task, ICL, count, seed, shots=16)] if count <= 16 else []
