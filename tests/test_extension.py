@@ -634,3 +634,39 @@ def test_broken_library_is_named(monkeypatch, tmp_path):
         assert status["built"] and not status["loaded"] and str(broken) in status["reason"]
     finally:
         _extension.load.cache_clear()
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch):
+    """As if torch had been built for CUDA; nothing of it is called."""
+    monkeypatch.delenv("MMICL_DISABLE_EXTENSION", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    _extension.missing_cuda.cache_clear()
+    yield
+    _extension.missing_cuda.cache_clear()
+
+
+def test_cuda_kernels_not_built(cuda_torch, monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    assert _extension.missing_cuda().startswith("not built: ")
+
+
+def test_cuda_kernels_turned_off(cuda_torch, monkeypatch):
+    monkeypatch.setenv("MMICL_DISABLE_EXTENSION", "1")
+    assert _extension.missing_cuda() == "turned off by MMICL_DISABLE_EXTENSION=1"
+
+
+def test_cuda_kernels_without_cuda(cuda_torch, monkeypatch, tmp_path):
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"is not looked into")
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _extension.missing_cuda() == "torch was built for CPU"
+
+
+def test_broken_cuda_kernels_are_named(cuda_torch, monkeypatch, tmp_path):
+    broken = tmp_path / "_C_cuda.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    with pytest.raises(RuntimeError, match=f"{broken} does not load with torch"):
+        _extension.missing_cuda()
+    assert _extension._library("_C")[0] is None, "one library is not the other"

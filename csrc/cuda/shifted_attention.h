@@ -101,12 +101,18 @@ DEVICE void copy_tiles(const ShiftedAttentionParams& p, const Shared<D>& shared,
   };
   load(p.q, shared.queries(), shared.kQueryPanel, shared.queries_full(), keys.first_row, h);
   const int g = h / (p.H / p.G);
-  for (int i = 0; i < tiles; ++i) {
-    const int row = keys.first_key(i, tiles);
+  const auto load_keys = [&](int i) {
     if (i >= kStages) barrier_wait(shared.keys_empty(i), shared.parity(i) ^ 1);
-    load(p.k, shared.keys(i), shared.kKeyPanel, shared.keys_full(i), row, g);
+    load(p.k, shared.keys(i), shared.kKeyPanel, shared.keys_full(i), keys.first_key(i, tiles), g);
+  };
+  const auto load_values = [&](int i) {
     if (i >= kStages) barrier_wait(shared.values_empty(i), shared.parity(i) ^ 1);
-    load(p.v, shared.values(i), shared.kKeyPanel, shared.values_full(i), row, g);
+    load(p.v, shared.values(i), shared.kKeyPanel, shared.values_full(i), keys.first_key(i, tiles), g);
+  };
+  if (tiles > 0) load_keys(0);
+  for (int i = 0; i < tiles; ++i) {  // keys are needed, and released, a tile ahead of values
+    if (i + 1 < tiles) load_keys(i + 1);
+    load_values(i);
   }
 }
 

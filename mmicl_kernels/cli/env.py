@@ -19,6 +19,7 @@ def report() -> str:
         **{name: lambda name=name: metadata.version(name) for name in PACKAGES},
         "cuda": _cuda,
         "cpu kernels": _extension,
+        "cuda kernels": _cuda_kernels,
         "triton kernels": _triton,
         "variables": _variables,
     }
@@ -63,6 +64,19 @@ def _extension() -> str:
         return f"plain torch ({status['reason']})"
     build = status["build"]
     return f"C++, {status['isa']} ({build.get('compiler')} {build.get('compiler_version')})"
+
+
+def _cuda_kernels() -> str:
+    import torch
+
+    from mmicl_kernels.ops._core.dispatch import require_cuda
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        require_cuda(device)
+    except RuntimeError as error:
+        return f"no: {error}"
+    return ", ".join(sorted(torch.ops.mmicl_cuda))
 
 
 def _triton() -> str:

@@ -20,7 +20,7 @@ DEVICE uint32_t shared_base() { return 0; }
 
 DEVICE void sync_threads(HERE) { emulator::named_barrier(0, emulator::block.threads, true, file, line); }
 DEVICE void sync_warp(HERE) {
-  emulator::meet(nullptr, [](void**) {}, file, line);
+  emulator::meet(nullptr, [](void**) { ++emulator::warp().epoch; }, file, line);
 }
 DEVICE float shuffle_xor(float x, int mask, HERE) {
   struct Lane {

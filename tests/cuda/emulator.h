@@ -14,7 +14,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -61,7 +60,7 @@ struct Clock {
 };
 
 // Of 4 bytes of shared memory: the last write, and the last read of every warp. `epoch` tells what a warp's lanes
-// did before and after they met.
+// did before and after a sync: a shuffle, at which they meet too, orders no memory.
 struct Cell {
   int8_t writer = -1, writing_lane = -1, reader = -1, reading_lane = -1;
   uint32_t written = 0, write_epoch = 0, read_epoch = 0;
@@ -218,7 +217,6 @@ void meet(void* argument, Work work, const char* file, int line) {
   w.arguments[lane()] = argument;
   if (++w.arrived < kLanes) return wait_for(&w, file, line);
   w.arrived = 0;
-  ++w.epoch;
   work(w.arguments);
   wake(&w);
 }
@@ -245,7 +243,8 @@ inline void on_read(uint32_t address, int bytes, int w, int lane, const Clock& k
     if (x.writing_lane >= 0 && lane < 0) race("an asynchronous read of what a thread wrote, without a proxy fence", i);
     if (x.writer == w && x.writing_lane >= 0 && x.writing_lane != lane && x.write_epoch == epoch) race("a read of what another lane wrote, without sync_warp", i);
     x.read[w] = known.at[w];
-    x.reader = w, x.reading_lane = lane, x.read_epoch = epoch;
+    const bool others_read = x.reader == w && x.read_epoch == epoch && x.reading_lane != lane && lane >= 0;
+    x.reader = w, x.reading_lane = others_read ? kLanes : lane, x.read_epoch = epoch;
   }
 }
 // By a lane of warp `w`, or by copies whose clock is `w` and which know of themselves that `now`: lane -1.

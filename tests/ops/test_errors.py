@@ -72,7 +72,8 @@ SHIFTED_ATTENTION = {
         NotImplementedError,
         "impl='triton' has no torch.float64 with head dim 16",
     ),
-    "impl_cuda": ({"impl": "cuda"}, NotImplementedError, "shifted_attention has no impl='cuda'"),
+    "impl_cuda_fp32": ({"impl": "cuda"}, NotImplementedError,
+                       "impl='cuda' has no torch.float32 with head dim 16, only fp16 and bf16 with 64"),
     "q_start_type": ({"q_start": 1.5}, TypeError, "q_start is 1.5, expected an int, an integer tensor"),
     "q_start_bool": ({"q_start": True}, TypeError, "q_start is True, expected an int"),
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale is nan, expected a finite number"),
@@ -123,6 +124,18 @@ PACKED = {
     "max_small": (packed(max_seqlen_q=3), ValueError, "max_seqlen_q is 3, expected at least 4"),
 }  # fmt: skip
 
+# Tensors as the first, but of dtype bf16 and head dim 64, and impl="cuda".
+CUDA = {
+    name: (changes, NotImplementedError, f"impl='cuda' has no {lacking or name}; use impl='triton' or")
+    for name, lacking, changes in (
+        ("softcap", "", {"softcap": 5.0}), ("window", "", {"window": 3}),
+        ("mask", "", {"mask": torch.ones(7, 7, dtype=torch.bool)}),
+        ("all_keys", "normalizer='all_keys'", {"normalizer": "all_keys"}),
+        ("scale_0", "scale=0.0", {"scale": 0}), ("scale_negative", "scale=-1.0", {"scale": -1}),
+        ("two", "softcap, window", {"softcap": 5.0, "window": 3}),
+    )
+}  # fmt: skip
+
 STACKED = {
     "ids_high": ({"adapter_ids": ints(0, 3)}, ValueError, "adapter_ids has values from 0 to 3, expected -1"),
     "ids_low": ({"adapter_ids": ints(-2, 0)}, ValueError, "adapter_ids has values from -2"),
@@ -161,6 +174,19 @@ def shifted_names():
 def test_shifted_attention(name):
     tensors = shifted_attention_inputs(T=7, S=7)
     rejected(shifted_attention, shifted_names(), tensors, *SHIFTED_ATTENTION[name])
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_shifted_attention_on_hopper(name):
+    tensors = shifted_attention_inputs(T=7, S=7, D=64, dtype=torch.bfloat16)
+    changes, error, message = CUDA[name]
+    rejected(shifted_attention, shifted_names(), tensors, {"impl": "cuda", **changes}, error, message)
+
+
+def test_packed_shifted_attention_on_hopper():
+    tensors = shifted_attention_inputs(B=1, T=7, S=7, D=64, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="impl='cuda' has no cu_seqlens_q"):
+        shifted_attention(*tensors, **packed(), impl="cuda")
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -79,6 +79,28 @@ def require_triton(device: torch.device) -> None:
         )
 
 
+def require_cuda(device: torch.device) -> None:
+    """Raise RuntimeError unless the kernels of ``csrc/cuda`` can run on ``device``.
+
+    On CPU they can where ``tests/cuda`` emulates a GPU.
+    """
+    reason = _missing_cuda(device.type, device.index)
+    if reason is not None:
+        raise RuntimeError(f"impl='cuda' cannot run on {device}: {reason}")
+
+
+def _missing_cuda(kind: str, index: int | None) -> str | None:
+    if kind != "cuda":
+        return None if hasattr(torch.ops.mmicl_cuda, "emulate") else "it needs CUDA tensors"
+    reason = _extension.missing_cuda()
+    if reason is None and (capability := torch.cuda.get_device_capability(index))[0] != 9:
+        reason = f"it needs compute capability 9 (Hopper), this is {capability[0]}.{capability[1]}"
+    return reason
+
+
+_missing_cuda._dynamo_marked_constant = True  # as above
+
+
 def resolve(impl: str, available: tuple[str, ...], auto: str, op: str) -> str:
     """Return the name of the implementation to run.
 

@@ -29,7 +29,7 @@ torch.library.define(
 
 def infers(q: Tensor, options: Options) -> bool:
     """Whether the operator computes this. A backward may not follow: nothing is kept for it."""
-    return options.cu_seqlens_q is None and options.impl != "triton" and calls_cpp(q)
+    return options.cu_seqlens_q is None and options.impl not in ("triton", "cuda") and calls_cpp(q)
 
 
 def infer(q: Tensor, k: Tensor, v: Tensor, keys: VirtualKeys, options: Options) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from mmicl_kernels.ops._core.dispatch import (
 )
 from mmicl_kernels.ops._core.layout import last_dim_contiguous, new_heads
 from mmicl_kernels.ops.attention_shift.kernels import VirtualKeys, parameter_grads, virtual_keys
-from mmicl_kernels.ops.shifted_attention import _composed
+from mmicl_kernels.ops.shifted_attention import _composed, _cuda
 from mmicl_kernels.ops.shifted_attention._inference import infer, infers
 from mmicl_kernels.ops.shifted_attention.dispatch import choose
 from mmicl_kernels.ops.shifted_attention.options import Options, new_results
@@ -51,7 +51,7 @@ def _implementation(q: Tensor, k: Tensor, options: Options) -> ModuleType:
         from mmicl_kernels.ops.shifted_attention import _triton
 
         return _triton
-    return _composed
+    return _cuda if impl == "cuda" else _composed
 
 
 def _virtual_keys(q: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, options: Options) -> VirtualKeys:

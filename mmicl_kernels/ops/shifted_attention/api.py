@@ -17,7 +17,7 @@ from mmicl_kernels.ops._core.checks import (
     is_readable,
     is_whole,
 )
-from mmicl_kernels.ops._core.dispatch import require_triton, resolve
+from mmicl_kernels.ops._core.dispatch import require_cuda, require_triton, resolve
 from mmicl_kernels.ops._core.layout import last_dim_contiguous
 from mmicl_kernels.ops._core.virtual_keys import check_virtual_keys
 from mmicl_kernels.ops.shifted_attention._op import shifted_attention_op
@@ -26,7 +26,7 @@ from mmicl_kernels.ops.shifted_attention.options import FARTHEST, Options
 from mmicl_kernels.ops.shifted_attention.reference import shifted_attention_reference
 
 NORMALIZERS = ("visible", "all_keys")
-IMPLEMENTATIONS = ("reference", "composed", "triton")
+IMPLEMENTATIONS = ("reference", "composed", "triton", "cuda")
 WIDE = 2 * FARTHEST  # a window that hides nothing
 
 
@@ -98,7 +98,9 @@ def shifted_attention(
             on keys after it, so prefill and decode disagree; needed for official checkpoints.
         return_lse: also return the softmax's lse, differentiable.
         impl: "reference"; "composed", which loops over packed sequences and reads ``cu_seqlens`` on the
-            host; "triton", one pass on CUDA for fp16, bf16 and fp32 with D <= 256; or "auto".
+            host; "triton", one pass on CUDA for fp16, bf16 and fp32 with D <= 256; "cuda", one pass on Hopper
+            for fp16 and bf16 with D 64 or 128, a scale above 0 and neither softcap, window, mask, packed
+            sequences nor "all_keys"; or "auto".
 
     Returns:
         ``out [B, H, T, D]`` in q's dtype, ``out.transpose(1, 2)`` contiguous; with ``return_lse`` also
@@ -107,7 +109,8 @@ def shifted_attention(
     Raises:
         TypeError: a dtype. ValueError: a shape, stride, device, range or combination, or an unknown
         ``normalizer`` or ``impl``. NotImplementedError: an ``impl`` this op does not have, or not for these
-        inputs. RuntimeError: "triton" on CPU tensors without ``TRITON_INTERPRET=1``.
+        inputs. RuntimeError: "triton" on CPU tensors without ``TRITON_INTERPRET=1``; "cuda" without its
+        library or on another GPU.
         Ids, ``kv_start`` and ``kv_end`` are checked on CPU tensors only, ``q_start`` tensors never.
     """
     q, k, v = _autocast(q, k, v)
@@ -138,20 +141,43 @@ def shifted_attention(
         all_keys=normalizer == "all_keys",
         impl=resolve(impl, IMPLEMENTATIONS, "auto", "shifted_attention"),
     )
-    if options.impl == "triton":
-        _check_triton(q)
+    if options.impl in _KERNEL_CHECKS:
+        _KERNEL_CHECKS[options.impl](q, options)
     compute = shifted_attention_reference if options.impl == "reference" else shifted_attention_op
     out, lse = compute(q, k, v, weight, bias, shift, options)
     return (out, lse) if return_lse else out
 
 
-def _check_triton(q: Tensor) -> None:
+def _check_triton(q: Tensor, options: Options) -> None:
     if q.dtype == torch.float64 or q.shape[-1] > MAX_HEAD_DIM:
         raise NotImplementedError(
             f"impl='triton' has no {q.dtype} with head dim {q.shape[-1]}, only fp16, bf16 and fp32 up to "
             f"{MAX_HEAD_DIM}; use impl='composed'"
         )
     require_triton(q.device)
+
+
+def _check_cuda(q: Tensor, options: Options) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in (64, 128):
+        raise NotImplementedError(
+            f"impl='cuda' has no {q.dtype} with head dim {q.shape[-1]}, only fp16 and bf16 with 64 and 128; "
+            "use impl='composed'"
+        )
+    given = {
+        "softcap": options.softcap is not None,
+        "window": options.window is not None,
+        "mask": options.mask is not None,
+        "cu_seqlens_q": options.cu_seqlens_q is not None,
+        "normalizer='all_keys'": options.all_keys,
+        f"scale={options.scale}": options.scale <= 0,
+    }
+    lacking = [name for name, is_given in given.items() if is_given]
+    if lacking:
+        raise NotImplementedError(f"impl='cuda' has no {', '.join(lacking)}; use impl='triton' or 'composed'")
+    require_cuda(q.device)
+
+
+_KERNEL_CHECKS = {"triton": _check_triton, "cuda": _check_cuda}
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
