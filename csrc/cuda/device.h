@@ -87,16 +87,8 @@ DEVICE Vec4 load_shared(uint32_t address) {
                : "memory");
   return v;
 }
-DEVICE float load_shared_float(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
 DEVICE void store_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-DEVICE void store_shared_float(uint32_t address, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 }  // namespace mmicl::cuda

@@ -66,10 +66,6 @@ DEVICE void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0
       "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// "prefetch": the map itself, from the kernel's parameters.
-DEVICE void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 
 // ---- "barrier": of warps, named 0 to 15. 0 is sync_threads' ----
 

@@ -69,14 +69,17 @@ def _extension() -> str:
 def _cuda_kernels() -> str:
     import torch
 
+    from mmicl_kernels import _extension
     from mmicl_kernels.ops._core.dispatch import require_cuda
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        require_cuda(device)
+        reason = _extension.missing_cuda()
+        if reason is None:
+            require_cuda(torch.device("cuda", torch.cuda.current_device()))
     except RuntimeError as error:
-        return f"no: {error}"
-    return ", ".join(sorted(torch.ops.mmicl_cuda))
+        reason = str(error)
+    names = sorted(x for x in torch._C._dispatch_get_all_op_names() if x.startswith("mmicl_cuda::"))
+    return f"no: {reason}" if reason else ", ".join(names)
 
 
 def _triton() -> str:

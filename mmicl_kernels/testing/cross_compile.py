@@ -1,6 +1,7 @@
-"""Compile Triton kernels for a GPU that is not there, exactly as a launcher would launch them.
+"""Compile Triton and CUDA kernels for a GPU that is not there, and read what the assembler made of them.
 
-Not in a process with ``TRITON_INTERPRET=1``, whose kernels are interpreted.
+Triton's as a launcher would launch them, and not in a process with ``TRITON_INTERPRET=1``, whose kernels are
+interpreted; CUDA's as ``setup.py`` builds them.
 """
 
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -28,8 +30,8 @@ class MachineCode:
     name: str
     registers: int
     spilled_bytes: int
-    shared_bytes: int
-    ptx: str
+    shared_bytes: int  # static, of CUDA kernels
+    ptx: str  # "" of CUDA kernels
     sass: str
 
     def count(self, instruction: str) -> int:
@@ -93,6 +95,44 @@ def machine_code(kernel) -> MachineCode:
     return MachineCode(
         kernel.name, int(usage["REG"]), spilled, kernel.metadata.shared, kernel.asm["ptx"], sass
     )
+
+
+def compile_cuda(
+    nvcc: str, sources: Sequence[Path], options: Sequence[str] = (), kernels: Path | None = None
+) -> tuple[dict[str, MachineCode], str]:
+    """The kernels in ``sources`` by name, and what the compiler had to say.
+
+    Args:
+        nvcc: the compiler. sources: files; ``nvcc_options.txt`` beside them, or in the folder ``kernels``,
+            says how they are built. options: more of the compiler's.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; ``stderr`` says why.
+    """
+    torch_folder = Path(torch.__file__).parent / "include"
+    includes = [f"-I{torch_folder}", f"-I{torch_folder / 'torch/csrc/api/include'}"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        told = ["--options-file", (kernels or sources[0].parent) / "nvcc_options.txt", "-o", library]
+        command = [nvcc, *told, *includes, *options, *sources]
+        log = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        usage = _output("cuobjdump", "-res-usage", library)
+        sass = _output("cuobjdump", "-sass", library)
+    codes = {}
+    for text in re.split(r"\n\s*Function : ", sass)[1:]:
+        symbol = text.split("\n", 1)[0].strip()
+        of_kernel = usage.split(f"Function {symbol}:", 1)[1].split("Function", 1)[0]
+        used = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", of_kernel))
+        name = _demangled(symbol)
+        spilled = int(used["STACK"]) + int(used["LOCAL"])
+        codes[name] = MachineCode(name, int(used["REG"]), spilled, int(used["SHARED"]), "", text)
+    return codes, log.stdout + log.stderr
+
+
+def _demangled(symbol: str) -> str:
+    """A kernel's name and template arguments, without its namespace and parameters."""
+    text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+    return re.sub(r"^void |mmicl::cuda::|\(anonymous namespace\)::|\(mmicl.*|\(int\)", "", text.strip())
 
 
 def _output(tool: str, *arguments: object) -> str:

@@ -76,8 +76,6 @@ DEVICE void unpack(uint32_t pair, float& low, float& high, T type) {
 }
 
 DEVICE Vec4 load_shared(uint32_t address) { return emulator::load<Vec4>(address); }
-DEVICE float load_shared_float(uint32_t address) { return emulator::load<float>(address); }
 DEVICE void store_shared(uint32_t address, uint32_t x) { emulator::store(address, x); }
-DEVICE void store_shared_float(uint32_t address, float x) { emulator::store(address, x); }
 
 }  // namespace mmicl::cuda

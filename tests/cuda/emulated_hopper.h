@@ -103,7 +103,6 @@ DEVICE void tma_load(uint32_t to, const TensorMap& map, uint32_t barrier, int c0
     block.copies.push_back(copy);
   }
 }
-DEVICE void prefetch_map(const TensorMap&) {}
 
 // ---- barriers of warps, registers ----
 
